@@ -1,0 +1,59 @@
+"""Unified Latents on OpenMoji: the main job, end to end, on two CPU cores.
+
+    python experiments/openmoji.py                                      the default run, 32×32 pixels
+    python experiments/openmoji.py --preset smoke                       everything, small, in about two minutes
+    python experiments/openmoji.py --loss-factor 1.7 --name lf17        change one thing
+    python experiments/openmoji.py --resume                             continue after an interruption
+    python experiments/openmoji.py --data.source folder --data.path DIR --name mine      your own images
+
+Leaves runs/NAME/report.html with pictures, curves, bits and distances. Presets: smoke, tiny (the default), small
+(64×64 pixels, for an accelerator or a night).
+"""
+
+from ulx.config import Config, EvaluateConfig, SampleConfig, TrainConfig
+from ulx.data import DataConfig
+from ulx.presets import MODELS
+
+PRESETS = {
+    "tiny": Config(
+        preset="tiny",
+        name="openmoji",
+        model=MODELS["tiny"],
+        train=TrainConfig(steps=1400, batch_size=32),
+        train_base=TrainConfig(steps=2400, batch_size=32, ema_decay=0.999),
+    ),
+    "smoke": Config(
+        preset="smoke",
+        name="smoke",
+        prior_warmup=(10, 40),
+        data=DataConfig(limit=256),
+        model=MODELS["smoke"],
+        train=TrainConfig(steps=100, batch_size=16, warmup_steps=20, ema_decay=0.95, save_every=50),
+        train_base=TrainConfig(steps=100, batch_size=16, warmup_steps=20, ema_decay=0.95, save_every=50),
+        sample=SampleConfig(num_steps=6, decoder_num_steps=8),
+        evaluate=EvaluateConfig(num_samples=32, batch_size=32, levels=8, draws=1),
+    ),
+    "small": Config(
+        preset="small",
+        name="openmoji64",
+        data=DataConfig(resolution=64),
+        model=MODELS["small"],
+        train=TrainConfig(steps=20_000, batch_size=64, learning_rate=5e-4, ema_decay=0.9995, save_every=1000),
+        train_base=TrainConfig(steps=40_000, batch_size=64, learning_rate=5e-4, ema_decay=0.9995, save_every=1000),
+        sample=SampleConfig(num_steps=32, decoder_num_steps=32),
+        evaluate=EvaluateConfig(num_samples=2048),
+    ),
+}
+
+
+def main() -> None:
+    from ulx.command_line import parse, run_command
+
+    config = parse(Config, PRESETS, default="tiny", description=__doc__ or "")
+    from ulx import job
+
+    run_command(lambda: job.run(config))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import numpy as np
+import pytest
+
+from ulx import runs
+from ulx.checkpoint import Checkpoints
+from ulx.config import Config, EvaluateConfig, SampleConfig, TrainConfig
+from ulx.data import DataConfig
+from ulx.data.pipeline import train_batches
+from ulx.data.source import Dataset, InMemory, Split
+from ulx.models import ModelConfig
+from ulx.nn.encoder import EncoderConfig
+from ulx.nn.transformer import BlockConfig
+from ulx.nn.uvit import UViTConfig
+
+
+def _small_config(folder: Path) -> Config:
+    network = UViTConfig(patch=4, channels=(16,), blocks=(1,), block=BlockConfig(head_size=16))
+    train = TrainConfig(steps=6, batch_size=4, log_every=1, save_every=6, warmup_steps=2)
+    return Config(
+        name="small",
+        runs=str(folder),
+        prior_warmup=(1, 3),
+        data=DataConfig(resolution=16),
+        model=ModelConfig(
+            encoder=EncoderConfig(channels=(16,), blocks=1, last_blocks=1, latent_channels=4),
+            prior=network,
+            decoder=network,
+            base=network,
+        ),
+        train=train,
+        train_base=train,
+        sample=SampleConfig(num_steps=2, solver="euler", decoder_num_steps=2, decoder_solver="euler"),
+        evaluate=EvaluateConfig(num_samples=8, batch_size=4, levels=4, draws=1),
+    )
+
+
+def _small_dataset() -> Dataset:
+    """Random pictures, none of them black or white, of three classes, one with a name that HTML must escape."""
+    rng = np.random.default_rng(0)
+
+    def split(count: int) -> Split:
+        images = rng.integers(30, 220, (count, 16, 16, 3), dtype=np.uint8)
+        labels = (np.arange(count) % 3).astype(np.int32)
+        source = InMemory({"image": images, "label": labels})
+        return Split(source, tuple(f"{i}.png" for i in range(count)), labels)
+
+    names = ("circles", "<i>&squares", "stars")
+    return Dataset("pictures", 16, names, split(12), split(5), "fingerprint", attribution="Drawn by A & B")
+
+
+@pytest.fixture
+def small_config(tmp_path) -> Config:
+    """16×16 pixels, networks that compile in seconds, two Euler steps."""
+    return _small_config(tmp_path)
+
+
+@pytest.fixture
+def small_dataset() -> Dataset:
+    return _small_dataset()
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory) -> Path:
+    """A run folder as training leaves it, without its cost: the weights are drawn, every one of them away from zero
+    (untrained networks predict nothing), and those of the average differ from those trained."""
+    config, dataset = _small_config(tmp_path_factory.mktemp("runs")), _small_dataset()
+    path = runs.open_folder(config)
+    runs.remember_data(path, dataset)
+    stage1 = _drawn(runs.stage1_state(config), seed=1, step=6)
+    stage2 = _drawn(runs.stage2_state(config, stage1.ema_model, len(dataset.class_names)), seed=2, step=4)
+    for name, state in (("stage1", stage1), ("stage2", stage2)):
+        with Checkpoints(path / "checkpoints" / name) as checkpoints:
+            checkpoints.save(int(state.step), state, train_batches(dataset, batch_size=4, seed=0), wait=True)
+    return path
+
+
+def _drawn(state, seed: int, step: int):
+    rng = np.random.default_rng(seed)
+    move = lambda leaf: leaf + 0.15 * rng.standard_normal(leaf.shape).astype(np.float32)  # noqa: E731
+    state = eqx.tree_at(lambda s: s.ema, state, jax.tree.map(move, state.ema))
+    return eqx.tree_at(lambda s: s.step, state, jax.numpy.asarray(step, jax.numpy.int32))
+
+
+@pytest.fixture
+def copy_of(tmp_path):
+    """A folder's files, without its checkpoints, copied to where a test may break them."""
+
+    def copy(path: Path) -> Path:
+        target = tmp_path / path.name
+        for file in path.rglob("*"):
+            if file.is_file() and "checkpoints" not in file.relative_to(path).parts:
+                to = target / file.relative_to(path)
+                to.parent.mkdir(parents=True, exist_ok=True)
+                to.write_bytes(file.read_bytes())
+        return target
+
+    return copy

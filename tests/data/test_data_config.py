@@ -1,0 +1,62 @@
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, fields
+
+import pytest
+import tyro
+from PIL import Image
+
+from ulx.data import DataConfig, open_dataset
+
+
+def test_importing_the_config_imports_nothing_heavy():
+    program = "import sys, ulx.data; print([m for m in ('jax', 'grain', 'PIL', 'array_record') if m in sys.modules])"
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert output == "[]\n"
+
+
+def test_every_field_is_explained_on_the_command_line(capsys):
+    with pytest.raises(SystemExit):
+        tyro.cli(DataConfig, args=["--help"])
+    shown = capsys.readouterr().out
+    for field in fields(DataConfig):
+        assert f"--{field.name.replace('_', '-')}" in shown
+    for words in ("nothing to download", "centre-cropped", "Mirror half", "named and counted", "quick trials"):
+        assert words in shown
+
+
+def test_the_command_line_sets_it(tmp_path):
+    config = tyro.cli(DataConfig, args=["--source", "folder", "--path", str(tmp_path), "--flip", "--limit", "10"])
+    assert config == DataConfig(source="folder", path=str(tmp_path), flip=True, limit=10)
+    with pytest.raises(FrozenInstanceError):
+        config.flip = False  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"source": "folder"}, "--data.source folder needs --data.path"),
+        ({"path": "photos"}, "--data.path photos is not used by --data.source openmoji: add --data.source folder"),
+        ({"resolution": 4}, "--data.resolution 4: must be from 8 to 1024"),
+        ({"workers": -1}, "--data.workers -1: must be 0 or more"),
+        ({"limit": 1}, "--data.limit 1: at least 2 are needed"),
+    ],
+)
+def test_what_cannot_be_meant(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**arguments)
+
+
+def test_opening_each_source(tmp_path):
+    emoji = open_dataset(DataConfig(resolution=16, limit=8, cache_dir=str(tmp_path / "mine")))
+    assert (emoji.name, emoji.resolution, len(emoji.train)) == ("openmoji", 16, 7)
+    assert (tmp_path / "mine").is_dir()
+    (tmp_path / "photos").mkdir()
+    for i in range(5):
+        Image.new("L", (20, 30), 50 * i).save(tmp_path / "photos" / f"{i}.png")
+    own = open_dataset(DataConfig(source="folder", path=str(tmp_path / "photos"), resolution=16))
+    assert (own.name, own.class_names) == ("folder", ("all",))
+    assert own.train[0]["image"].shape == (16, 16, 3)
+    (tmp_path / "photos" / "5.png").write_text("text")
+    with pytest.raises(ValueError, match=r"1 of 6 files .*5\.png"):
+        open_dataset(DataConfig("folder", str(tmp_path / "photos"), resolution=16, on_unreadable="refuse"))

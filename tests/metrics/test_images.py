@@ -1,0 +1,73 @@
+"""PSNR by its definition, and the nearest neighbour against a search that looks at every pair."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ulx.metrics.images import nearest, psnr
+
+
+def test_psnr_of_a_known_error():
+    a = np.zeros((3, 8, 8, 3), np.float32)
+    b = a.copy()
+    b[0] += 2.0  # the whole range everywhere: 0 dB
+    b[1] += 0.2  # a tenth of the range: 20 dB
+    b[2, 0, 0, 0] = 2.0  # one of 192 values: 10 log10 192
+    np.testing.assert_allclose(psnr(a, b), [0, 20, 10 * np.log10(192)], atol=1e-4)  # float32 logarithm
+    np.testing.assert_array_equal(psnr(a, b), psnr(b, a))
+
+
+def test_psnr_takes_clips_and_jit_and_both_kinds_of_array():
+    a, b = np.random.default_rng(0).uniform(-1, 1, (2, 2, 5, 4, 4, 3)).astype(np.float32)
+    expected = -10 * np.log10(np.mean(((a.astype(np.float64) - b) / 2) ** 2, axis=(1, 2, 3, 4)))
+    np.testing.assert_allclose(psnr(a, b), expected, rtol=1e-5)  # float32 mean
+    np.testing.assert_allclose(jax.jit(psnr)(jnp.asarray(a), jnp.asarray(b)), expected, rtol=1e-5)
+
+
+def test_psnr_of_equal_images_is_infinite():
+    a = np.ones((2, 4, 4, 3), np.float32)
+    b = a.copy()
+    b[1] = 0
+    found = np.asarray(psnr(a, b))
+    assert found[0] == np.inf
+    assert found[1] == pytest.approx(10 * np.log10(4), rel=1e-5)
+
+
+def test_psnr_of_different_shapes_is_refused():
+    with pytest.raises(ValueError, match=r"one shape, got \(2, 4, 4, 3\) and \(1, 4, 4, 3\)"):
+        psnr(np.zeros((2, 4, 4, 3), np.float32), np.zeros((1, 4, 4, 3), np.float32))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1024])
+def test_nearest_finds_what_an_exhaustive_search_finds(chunk):
+    rng = np.random.default_rng(0)
+    queries, references = rng.normal(size=(23, 3, 4)), rng.normal(size=(50, 3, 4))
+    pairs = np.sqrt(((queries[:, None] - references[None]) ** 2).sum(axis=(2, 3)))
+    index, distance = nearest(queries, references, chunk)
+    np.testing.assert_array_equal(index, pairs.argmin(axis=1))
+    np.testing.assert_allclose(distance, pairs.min(axis=1), rtol=1e-13)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.float32])
+def test_copies_are_at_distance_zero(kind):
+    # Differences of uint8 must not wrap, and a copy among close images far from the origin must win.
+    references = np.full((40, 6, 6, 3), 200).astype(kind)
+    references += (np.arange(40) % 40).astype(kind)[:, None, None, None]
+    index, distance = nearest(references[[31, 4]], references, chunk=16)
+    np.testing.assert_array_equal(index, [31, 4])
+    np.testing.assert_array_equal(distance, 0)
+    index, distance = nearest(references[:1] - np.array(3, kind), references, chunk=16)
+    assert index == 0
+    assert distance == pytest.approx(3 * np.sqrt(108), rel=1e-12)
+
+
+def test_nearest_of_nothing():
+    index, distance = nearest(jnp.zeros((0, 5)), jnp.zeros((3, 5)))
+    assert index.shape == distance.shape == (0,)
+    with pytest.raises(ValueError, match="at least one reference"):
+        nearest(np.zeros((2, 5)), np.zeros((0, 5)))
+    with pytest.raises(ValueError, match=r"queries have shape \(5,\), references \(4,\)"):
+        nearest(np.zeros((2, 5)), np.zeros((3, 4)))
+    with pytest.raises(ValueError, match="chunk must be at least 1"):
+        nearest(np.zeros((2, 5)), np.zeros((3, 5)), chunk=0)

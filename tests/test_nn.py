@@ -1,0 +1,213 @@
+"""Layers against NumPy written out, and the networks' invariants. Float32 sums of some hundred terms agree to 1e-5."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ulx.nn import layers
+from ulx.nn.encoder import Encoder, EncoderConfig
+from ulx.nn.resnet import ResBlock
+from ulx.nn.transformer import Attention, BlockConfig, Stack
+from ulx.nn.uvit import UViT, UViTConfig, fit_grid
+
+KEY = jax.random.key(0)
+SMALL = BlockConfig(head_size=8)
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def shaken(module, scale=0.1):
+    """Every array moved off its initial value: zero-initialised gates hide mistakes."""
+    leaves, tree = jax.tree.flatten(module)
+    rng = np.random.default_rng(1)
+    moved = [leaf + scale * jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype) for leaf in leaves]
+    return jax.tree.unflatten(tree, moved)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_convolution_is_the_sum_it_says(rank):
+    conv = layers.Conv(rank, 3, 4, key=KEY)
+    conv = eqx.tree_at(lambda c: c.bias, conv, normal(4))
+    x = normal(2, *(4,) * rank, 3)
+    padded = np.pad(np.asarray(x, np.float64), [(0, 0), *[(1, 1)] * rank, (0, 0)])
+    expected = np.zeros((2, *(4,) * rank, 4)) + np.asarray(conv.bias)
+    for offset in np.ndindex(*(3,) * rank):
+        window = padded[(slice(None), *(slice(o, o + 4) for o in offset))]
+        expected += window @ np.asarray(conv.weight)[offset]
+    np.testing.assert_allclose(conv(x), expected, atol=1e-5)
+
+
+def test_group_norm():
+    norm = shaken(layers.GroupNorm(32, group_size=16))
+    x = 3 + 2 * normal(2, 4, 4, 32)
+    wide = np.asarray(x, np.float64).reshape(2, 16, 2, 16)
+    wide = (wide - wide.mean((1, 3), keepdims=True)) / np.sqrt(wide.var((1, 3), keepdims=True) + 1e-6)
+    np.testing.assert_allclose(norm(x), wide.reshape(x.shape) * norm.scale + norm.shift, atol=1e-5)
+
+
+def test_layer_and_rms_norm():
+    x = 3 + 2 * normal(4, 16)
+    wide = np.asarray(x, np.float64)
+    expected = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(layers.layer_norm(x), expected, atol=1e-5)
+    scale = normal(16)
+    expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6) * scale
+    np.testing.assert_allclose(layers.rms_norm(x, scale), expected, atol=1e-5)
+
+
+def test_attention_with_normalised_queries_and_keys():
+    attention = shaken(Attention(16, 8, key=KEY))
+    x = normal(2, 5, 16)
+    query, key, value = np.split(np.asarray(x @ attention.qkv.weight, np.float64).reshape(2, 5, 3, 2, 8), 3, axis=2)
+    unit = lambda a, scale: a[:, :, 0] / np.sqrt((a[:, :, 0] ** 2).mean(-1, keepdims=True) + 1e-6) * np.asarray(scale)  # noqa: E731
+    query, key = unit(query, attention.query_scale), unit(key, attention.key_scale)
+    logits = np.einsum("bqhd,bkhd->bhqk", query, key) / np.sqrt(8)
+    weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    mixed = np.einsum("bhqk,bkhd->bqhd", weights, value[:, :, 0]).reshape(2, 5, 16)
+    expected = mixed @ np.asarray(attention.out.weight) + np.asarray(attention.out.bias)
+    np.testing.assert_allclose(attention(x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("space", "patch"), [((4, 6), 2), ((4, 6), (2, 3)), ((2, 4, 4), (1, 2, 2)), ((8,), 4)])
+def test_patches_hold_their_pixels_and_come_back(space, patch):
+    x = normal(2, *space, 3)
+    patched = layers.patchify(x, patch)
+    sizes = layers.per_axis(patch, len(space))
+    for position in np.ndindex(*patched.shape[1:-1]):
+        window = tuple(slice(p * n, (p + 1) * n) for p, n in zip(position, sizes, strict=True))
+        np.testing.assert_array_equal(patched[(slice(None), *position)], x[(slice(None), *window)].reshape(2, -1))
+    np.testing.assert_array_equal(layers.unpatchify(patched, patch), x)
+
+
+def test_bad_patches_are_named():
+    with pytest.raises(ValueError, match=r"\(5, 4\) does not divide into patches of \(2, 2\)"):
+        layers.patchify(normal(1, 5, 4, 3), 2)
+    with pytest.raises(ValueError, match="one number per spatial axis"):
+        layers.patchify(normal(1, 4, 4, 3), (2, 2, 2))
+
+
+def test_dropout_belongs_to_the_example():
+    dropout = layers.Dropout(0.25)
+    x, keys = jnp.ones((4, 50, 20)), jax.random.split(KEY, 4)
+    dropped = dropout(x, keys)
+    np.testing.assert_array_equal(dropped[2:3], dropout(x[2:3], keys[2:3]))
+    # 4000 draws: the share of zeros has a standard error of 0.007.
+    assert abs(float((dropped == 0).mean()) - 0.25) < 0.03
+    np.testing.assert_allclose(dropped[dropped != 0], 1 / 0.75)
+    assert dropout(x, None) is x
+
+
+@pytest.mark.parametrize("remat", ["none", "block"])
+def test_stack_is_its_blocks_one_after_another(remat):
+    stack = shaken(Stack(3, 16, BlockConfig(head_size=8, remat=remat), cond_size=12, key=KEY))
+    x, cond = normal(2, 5, 16), normal(2, 12, seed=1)
+    expected = x
+    for i in range(3):
+        block = jax.tree.map(lambda leaf: leaf[i], stack.blocks)  # noqa: B023
+        expected = block(expected, jax.nn.silu(cond))
+    np.testing.assert_allclose(stack(x, cond), expected, atol=1e-5)
+
+
+def test_new_blocks_are_the_identity():
+    x = normal(2, 4, 4, 16)
+    np.testing.assert_array_equal(ResBlock(2, 16, 16, cond_size=8, key=KEY)(x, normal(2, 8)), x)
+    tokens = x.reshape(2, 16, 16)
+    np.testing.assert_array_equal(Stack(2, 16, SMALL, cond_size=8, key=KEY)(tokens, normal(2, 8)), tokens)
+
+
+CONFIGS = {
+    "vit": ((8, 8, 3), UViTConfig(patch=2, channels=(16,), blocks=(2,), block=SMALL), None),
+    "two levels": ((8, 8, 3), UViTConfig(patch=1, channels=(16, 32), blocks=(3, 2), block=SMALL), None),
+    "uvit": (
+        (16, 16, 3),
+        UViTConfig(patch=2, conv_channels=(16, 16), conv_blocks=1, channels=(16,), blocks=(2,), block=SMALL),
+        (4, 4, 5),
+    ),
+    "finer context": ((8, 8, 3), UViTConfig(patch=4, channels=(16,), blocks=(1,), block=SMALL), (8, 8, 2)),
+    "coarser context": ((8, 8, 3), UViTConfig(patch=1, channels=(16, 16), blocks=(2, 1), block=SMALL), (2, 2, 2)),
+    "video": (
+        (4, 8, 8, 3),
+        UViTConfig(patch=2, conv_channels=(16,), conv_blocks=1, channels=(16,), blocks=(1,), block=SMALL),
+        (1, 2, 2, 6),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_network_uses_every_input_and_parameter(name):
+    shape, config, context_shape = CONFIGS[name]
+    network = shaken(UViT(shape, config, context_shape=context_shape, num_classes=3, key=KEY))
+    z, logsnr, label = normal(3, *shape), jnp.asarray([-8.0, 0.0, 4.0]), jnp.asarray([0, 1, 3])
+    context = None if context_shape is None else normal(3, *context_shape)
+
+    def total(network, z, context):
+        return jnp.sum(network(z, logsnr, context=context, label=label) * normal(3, *shape, seed=5))
+
+    grads = eqx.filter_jit(jax.grad(total, argnums=(0, 1) if context is None else (0, 1, 2)))(network, z, context)
+    dead = [
+        jax.tree_util.keystr(path)
+        for path, grad in jax.tree_util.tree_leaves_with_path(eqx.filter(grads, eqx.is_array))
+        # Label 2 did not occur; everything else has a say in the output.
+        if not np.any(np.asarray(grad))
+    ]
+    assert not dead
+    call = eqx.filter_jit(network)
+    out = call(z, logsnr, context=context, label=label)
+    assert out.shape == z.shape
+    # The examples of a batch do not see each other.
+    alone = call(z[1:2], logsnr[1:2], context=None if context is None else context[1:2], label=label[1:2])
+    np.testing.assert_allclose(out[1:2], alone, atol=1e-4)
+    # The level and the label matter.
+    assert np.abs(call(z, logsnr + 1, context=context, label=label) - out).max() > 1e-4
+    assert np.abs(call(z, logsnr, context=context, label=label * 0) - out).max() > 1e-4
+
+
+def test_no_label_is_the_null_label_and_a_new_network_predicts_zero():
+    shape, config, _ = CONFIGS["vit"]
+    network = UViT(shape, config, num_classes=3, key=KEY)
+    z, logsnr = normal(2, *shape), jnp.zeros(2)
+    np.testing.assert_array_equal(network(z, logsnr), jnp.zeros_like(z))
+    network = shaken(network)
+    np.testing.assert_array_equal(network(z, logsnr), network(z, logsnr, label=jnp.asarray([3, 3])))
+
+
+def test_grids_are_fitted():
+    z = normal(1, 4, 4, 2)
+    np.testing.assert_array_equal(fit_grid(z, (2, 2)), layers.patchify(z, 2))
+    np.testing.assert_array_equal(fit_grid(z, (8, 4))[:, ::2], z)
+    with pytest.raises(ValueError, match=r"a latent grid of \(4, 4\) does not fit a token grid of \(3, 4\)"):
+        fit_grid(z, (3, 4))
+
+
+def test_mistakes_are_caught_at_construction():
+    with pytest.raises(ValueError, match="does not divide"):
+        UViT((9, 8, 3), UViTConfig(patch=2), key=KEY)
+    with pytest.raises(ValueError, match="one entry per level"):
+        UViTConfig(channels=(16, 32), blocks=(2,))
+    with pytest.raises(ValueError, match="multiple of head_size"):
+        UViT((8, 8, 3), UViTConfig(channels=(20,), blocks=(1,), block=SMALL), key=KEY)
+    with pytest.raises(ValueError, match="reduces each axis by 4"):
+        Encoder((10, 8, 3), EncoderConfig(channels=(16, 16)), key=KEY)
+
+
+def test_mistakes_are_caught_at_the_call():
+    shape, config, _ = CONFIGS["vit"]
+    network = UViT(shape, config, key=KEY)
+    with pytest.raises(ValueError, match=r"built for inputs of shape \(8, 8, 3\), got \(4, 4, 3\)"):
+        network(normal(1, 4, 4, 3), jnp.zeros(1))
+    with pytest.raises(ValueError, match="takes no context"):
+        network(normal(1, *shape), jnp.zeros(1), context=normal(1, 4, 4, 2))
+    with pytest.raises(ValueError, match="built without classes"):
+        network(normal(1, *shape), jnp.zeros(1), label=jnp.zeros(1, jnp.int32))
+
+
+def test_encoder_reduces_and_every_parameter_counts():
+    encoder = shaken(Encoder((16, 16, 3), EncoderConfig(channels=(16, 32), blocks=1, last_blocks=1), key=KEY))
+    x = normal(2, 16, 16, 3)
+    assert encoder(x).shape == (2, *encoder.latent_shape) == (2, 4, 4, 8)
+    grads = jax.jit(jax.grad(lambda encoder: jnp.sum(encoder(x) * normal(2, 4, 4, 8, seed=3))))(encoder)
+    assert all(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(grads))

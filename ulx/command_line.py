@@ -1,0 +1,88 @@
+"""What every command shares: presets and options by tyro, errors as one line, the compilation cache."""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from ulx.data.extras import optional
+
+__all__ = ["parse", "parse_arguments", "run_command"]
+
+Settings = TypeVar("Settings")
+
+INTERRUPTED = 130
+"""The shell's exit status for Ctrl-C."""
+
+
+def parse(
+    kind: type[Settings],
+    presets: Mapping[str, Settings],
+    *,
+    default: str,
+    description: str,
+    args: Sequence[str] | None = None,
+) -> Settings:
+    """A configuration from the command line: `--preset` chooses the defaults, every field is an option."""
+    import tyro
+
+    args = list(sys.argv[1:] if args is None else args)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=sorted(presets), default=default)
+    chosen = first.parse_known_args(args)[0].preset
+    with _errors_in_one_line():
+        return tyro.cli(
+            kind, default=presets[chosen], description=description, args=args, config=(tyro.conf.AvoidSubcommands,)
+        )
+
+
+def parse_arguments(kind: type[Settings], description: str, args: Sequence[str] | None = None) -> Settings:
+    """A command's options from the command line; fields without a default are positional."""
+    tyro = optional("tyro", extra="run")
+    return tyro.cli(
+        kind,
+        prog=f"python -m ulx.{Path(sys.argv[0]).stem}",
+        description=description,
+        args=args,
+        config=(tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff),
+    )
+
+
+def run_command(command: Callable[[], object]) -> None:
+    """Run `command`; what a user can mend (ValueError, OSError, a missing extra) ends in one line and status 1."""
+    use_compilation_cache()
+    with _errors_in_one_line():
+        command()
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs between processes, in the user's cache directory ($JAX_COMPILATION_CACHE_DIR wins)."""
+    import jax
+
+    from ulx.data.cache import cache_root
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(cache_root() / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+class _errors_in_one_line:
+    def __enter__(self) -> None:
+        # One line per warning, without the source line that raised it.
+        warnings.formatwarning = lambda message, category, *_, **__: f"warning: {message}\n"
+        # Orbax and absl report every step of a save; the progress line says what a user wants to know.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        from ulx.training import Interrupted, NonFiniteError
+
+        if isinstance(error, Interrupted):
+            print(f"\n{error}", file=sys.stderr)
+            sys.exit(INTERRUPTED)
+        if isinstance(error, (ValueError, OSError, ImportError, NonFiniteError)) and "ULX_TRACEBACK" not in os.environ:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)

@@ -1,0 +1,199 @@
+"""A run's configuration: frozen dataclasses, one field per choice, written to `config.json` beside the results.
+
+Every field is an option of the command line (`experiments/`), with its docstring as the help text.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import typing
+import warnings
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ulx import weightings
+from ulx.data import DataConfig
+from ulx.models import ModelConfig
+from ulx.precision import Dtype
+from ulx.samplers import Solver
+
+__all__ = ["Config", "EvaluateConfig", "SampleConfig", "TrainConfig", "differences", "from_json", "to_json"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 32
+    """Images per step."""
+    learning_rate: float = 1e-3
+    """AdamW's peak learning rate."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises from 0."""
+    final_lr_fraction: float = 0.01
+    """The cosine decay ends at this fraction of the peak."""
+    weight_decay: float = 0.01
+    """AdamW's decay of weight matrices and kernels (not of biases, norms and embeddings)."""
+    beta2: float = 0.99
+    """AdamW's decay of the second moment."""
+    clip_norm: float = 1.0
+    """The gradient's global norm is clipped to this. Losses are in bits per pixel, so it means the same at any size."""
+    ema_decay: float = 0.998
+    """Decay of the weights' moving average, which is what gets evaluated; early on it is (1 + step)/(10 + step)."""
+    dtype: Dtype = "float32"
+    """What the networks compute in. Weights, losses, schedules and the average stay in float32."""
+    log_every: int = 20
+    """Steps between two lines of metrics.jsonl."""
+    save_every: int = 250
+    """Steps between two checkpoints; the last step and an interrupt save too."""
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "log_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "clip_norm"):
+            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps must not be negative, got {self.warmup_steps}")
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    num_steps: int = 16
+    """Solver steps of the latent sampler, from λ_z(1) to λ_z(0)."""
+    solver: Solver = "heun"
+    """"euler" is DDIM, one network call a step; "heun" is second order with two."""
+    guidance_scale: float = 2.0
+    """Classifier-free guidance of the guided samples; 1 is off. Reported distances are without guidance."""
+    decoder_num_steps: int = 16
+    """Solver steps of the decoder."""
+    decoder_solver: Solver = "euler"
+    """The decoder's solver."""
+
+    def __post_init__(self):
+        for name in ("num_steps", "decoder_num_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    num_samples: int = 512
+    """Samples of the base model, and as many of the raw prior, whose distance to the training set is measured."""
+    batch_size: int = 128
+    """Images per call when evaluating and sampling. It changes no result."""
+    levels: int = 16
+    """Noise levels per image when the rate is measured."""
+    draws: int = 2
+    """How often each level is drawn per image."""
+
+    def __post_init__(self):
+        for name in ("num_samples", "batch_size", "levels", "draws"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    preset: str = "tiny"
+    """Where the defaults below come from."""
+    name: str = "openmoji"
+    """The run's folder is RUNS/NAME."""
+    runs: str = "runs"
+    """Folder of all runs."""
+    resume: bool = False
+    """Continue an interrupted run of this name from its newest checkpoint."""
+    seed: int = 0
+    """Weights, data order and noise follow from it."""
+    loss_factor: float = 1.5
+    """c_lf, the decoder's loss factor (Eq. 4): higher buys more bits in the latent. At 1 or below it collapses."""
+    sigmoid_bias: float | None = None
+    """b of the decoder's sigmoid weighting; by default −3 at 512 pixels moved by the resolution rule: 2.5 at 32."""
+    prior_warmup: tuple[int, int] = (50, 250)
+    """Stage-1 steps between which the gradient that the prior sends into the encoder rises from 0 to 1. The prior
+    itself always trains at weight 1, and afterwards the objective is exactly the paper's."""
+    base_bias: float = 0.0
+    """b of the base model's sigmoid weighting on latents."""
+    label_dropout: float = 0.1
+    """How often the base model is trained without its class label, for classifier-free guidance."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    """Stage 1: encoder, prior and decoder together."""
+    train_base: TrainConfig = TrainConfig()
+    """Stage 2: the base model on the frozen encoder's latents."""
+    sample: SampleConfig = SampleConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    def __post_init__(self):
+        if self.loss_factor <= 1:
+            warnings.warn(
+                f"loss_factor={self.loss_factor}: at 1 or below no detail is worth its bits and the latent must "
+                "collapse (the decoder's weight never exceeds the prior's); the paper uses 1.3 to 1.7",
+                stacklevel=2,
+            )
+        if not 0 <= self.label_dropout <= 1:
+            raise ValueError(f"label_dropout must be in [0, 1], got {self.label_dropout}")
+        if not 0 <= self.prior_warmup[0] < self.prior_warmup[1]:
+            raise ValueError(f"prior_warmup is (first step, last step) with first < last, got {self.prior_warmup}")
+        if not self.name or Path(self.name).name != self.name:
+            raise ValueError(f"name is that of a folder inside {self.runs}/, got {self.name!r}")
+
+    @property
+    def decoder_weighting(self) -> weightings.Sigmoid:
+        bias = weightings.sigmoid_bias(self.data.resolution) if self.sigmoid_bias is None else self.sigmoid_bias
+        return weightings.sigmoid(bias=bias, factor=self.loss_factor)
+
+    @property
+    def path(self) -> Path:
+        return Path(self.runs) / self.name
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+Dataclass = TypeVar("Dataclass")
+
+
+def from_json(text: str, cls: type[Dataclass] = Config) -> Dataclass:
+    """The inverse of `to_json`. Raises ValueError for a field that `cls` does not have, with the nearest name."""
+    return _build(cls, json.loads(text), "")
+
+
+def _build(cls: type[Dataclass], values: dict[str, Any], where: str) -> Dataclass:
+    hints = typing.get_type_hints(cls)
+    known = {field.name for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+    arguments = {}
+    for name, value in values.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            raise ValueError(f"unknown field {where}{name}" + (f"; did you mean {close[0]}?" if close else ""))
+        if dataclasses.is_dataclass(hints[name]):
+            value = _build(hints[name], value, f"{where}{name}.")
+        elif isinstance(value, list):
+            value = tuple(value)
+        arguments[name] = value
+    return cls(**arguments)
+
+
+def differences(old: Config, new: Config, ignore: tuple[str, ...] = ()) -> list[str]:
+    """The fields in which two configurations differ, as `field: old -> new`; `ignore` names top-level fields."""
+    return [
+        f"{path}: {before!r} -> {after!r}"
+        for (path, before), (_, after) in zip(_leaves(old), _leaves(new), strict=True)
+        if before != after and path.split(".")[0] not in ignore
+    ]
+
+
+def _leaves(config: Any, where: str = "") -> list[tuple[str, Any]]:
+    leaves = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        path = where + field.name
+        leaves += _leaves(value, path + ".") if dataclasses.is_dataclass(value) else [(path, value)]
+    return leaves

@@ -1,0 +1,315 @@
+"""Prepare examples once, keep them as ArrayRecord shards, and know whether what is kept can be trusted.
+
+    <cache>/openmoji-32px-1f0c…/train-00000-of-00004.arrayrecord     the records
+                                train-00000-of-00004.json            what is in them, and their sha256
+                                manifest.json                        all of it, written last
+
+A shard is written under a temporary name and renamed when whole, so a file that has its final name is finished: an
+interrupted preparation goes on from there, and two processes preparing at once only repeat each other's work. A
+shard whose size or hash is not the recorded one is named, and made anew. The directory's name holds a hash of
+everything that the records depend on, so other settings never meet an old cache; any of it may be deleted.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ulx.data import record
+from ulx.data.extras import optional
+from ulx.data.source import Dataset, Records, Split, check_resolution
+from ulx.data.split import Item
+from ulx.progress import Progress
+
+__all__ = ["Prepared", "Recipe", "UnreadableError", "cache_root", "prepare"]
+
+FORMAT = 1  # of the records and the manifest; a change makes every cache anew
+WRITER_OPTIONS = "group_size:1,zstd:3"  # one record a chunk: Grain reads them in random order
+SHARD_BYTES = 64 * 2**20  # of examples, before compression: what an interruption may cost, and what is held in memory
+HASHED_BYTES = 2 * 2**30  # caches up to this size are hashed when opened (seconds); larger ones by size alone
+STALE_SECONDS = 3600.0  # a temporary file untouched for so long was left by a process that was killed
+
+
+class UnreadableError(ValueError):
+    """This example cannot be made, and why. The others can."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to make a data set.
+
+    `settings` must hold (as JSON) everything that the records depend on: it names the cache.
+    `items` gives the training and validation examples to make; it is asked only when something must be made.
+    `load` makes one, without its label: the fields, and a remark for the user or None. It runs in threads and
+    raises `UnreadableError` for an example that cannot be made. `example_bytes` is about the size of one.
+    """
+
+    name: str
+    resolution: int
+    class_names: tuple[str, ...]
+    settings: Mapping[str, Any]
+    items: Callable[[], tuple[Sequence[Item], Sequence[Item]]]
+    load: Callable[[str], tuple[dict[str, np.ndarray], str | None]]
+    example_bytes: int
+    unit: str = "images"
+    attribution: str = ""
+
+    def __post_init__(self) -> None:
+        check_resolution(self.resolution)
+
+    @property
+    def key(self) -> str:
+        """Hash of all that decides the content."""
+        return _digest([FORMAT, self.name, self.resolution, self.class_names, self.settings])
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A data set with what its preparation had to say: (name, reason) of each example left out, (name, remark) of
+    some that went in."""
+
+    dataset: Dataset
+    refused: tuple[tuple[str, str], ...]
+    remarks: tuple[tuple[str, str], ...]
+
+
+def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """`cache_dir`, else `$ULX_CACHE_DIR`, else the user's cache directory of this platform."""
+    chosen = cache_dir or os.environ.get("ULX_CACHE_DIR")
+    return Path(chosen).expanduser() if chosen else Path(optional("platformdirs").user_cache_dir("ulx"))
+
+
+def prepare(recipe: Recipe, cache_dir: str | os.PathLike[str] | None = None) -> Prepared:
+    """Open the cache of `recipe`; whatever of it is missing or damaged is made first.
+
+    Raises `OSError` (no space, no permission; finished shards stay) and whatever `recipe.items` raises.
+    """
+    directory = cache_root(cache_dir) / f"{recipe.name}-{recipe.resolution}px-{recipe.key[:16]}"
+    manifest = _read_json(directory / "manifest.json")
+    if manifest is None or _any_problem(directory, manifest["shards"]):
+        manifest = _build(recipe, directory, manifest)
+    return _open(recipe, directory, manifest)
+
+
+def _open(recipe: Recipe, directory: Path, manifest: dict[str, Any]) -> Prepared:
+    shards = manifest["shards"]
+
+    def split(name: str) -> Split:
+        parts = [shard for shard in shards if shard["split"] == name]
+        return Split(
+            Records([str(directory / part["file"]) for part in parts], [len(part["names"]) for part in parts]),
+            tuple(name for part in parts for name in part["names"]),
+            np.array([label for part in parts for label in part["labels"]], np.int32),
+        )
+
+    return Prepared(
+        Dataset(
+            name=recipe.name,
+            resolution=recipe.resolution,
+            class_names=recipe.class_names,
+            train=split("train"),
+            validation=split("validation"),
+            fingerprint=manifest["fingerprint"],
+            attribution=recipe.attribution,
+        ),
+        refused=tuple((name, reason) for shard in shards for name, reason in shard["refused"]),
+        remarks=tuple((name, remark) for shard in shards for name, remark in shard["remarks"]),
+    )
+
+
+def _build(recipe: Recipe, directory: Path, manifest: dict[str, Any] | None) -> dict[str, Any]:
+    """Make the shards that are missing or damaged, then the manifest."""
+    with _writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        _remove_stale(directory)
+    known = {shard["file"]: shard for shard in manifest["shards"]} if manifest else {}
+    plan = _plan(recipe)
+    finished: dict[str, dict[str, Any]] = {}
+    for file in plan:
+        shard = known.get(file) or _read_json((directory / file).with_suffix(".json"))
+        if shard is None:
+            continue
+        problem = _problem(directory, shard)
+        if problem is None:
+            finished[file] = shard
+        else:
+            warnings.warn(f"{directory / file} {problem}: making it anew", stacklevel=4)
+
+    total = sum(len(items) for _, items in plan.values())
+    start = sum(len(plan[file][1]) for file in finished)
+    description = f"prepare {recipe.name} {recipe.resolution}px"
+    with (
+        Progress(description, total, unit=recipe.unit, start=start) as progress,
+        ThreadPoolExecutor(os.cpu_count(), "ulx-prepare") as pool,
+    ):
+        for file, (split, items) in plan.items():
+            if file not in finished:
+                finished[file] = _write_shard(recipe, directory / file, split, items, pool, progress)
+
+    shards = [finished[file] for file in plan]
+    manifest = {
+        "format": FORMAT,
+        "name": recipe.name,
+        "resolution": recipe.resolution,
+        "class_names": list(recipe.class_names),
+        "settings": dict(recipe.settings),
+        "attribution": recipe.attribution,
+        "counts": {
+            split: sum(len(shard["names"]) for shard in shards if shard["split"] == split)
+            for split in ("train", "validation")
+        },
+        # Of the content alone: the same images prepared elsewhere, or by another ArrayRecord, have the same.
+        "fingerprint": _digest([recipe.class_names, [[shard["content"], shard["names"]] for shard in shards]]),
+        "shards": shards,
+    }
+    with _writing(directory):
+        _write_json(directory / "manifest.json", manifest)
+    return manifest
+
+
+def _plan(recipe: Recipe) -> dict[str, tuple[str, Sequence[Item]]]:
+    """Shard file -> its split and the examples that belong in it."""
+    per_shard = max(16, min(1024, SHARD_BYTES // recipe.example_bytes))
+    plan = {}
+    for split, items in zip(("train", "validation"), recipe.items(), strict=True):
+        chunks = [items[i : i + per_shard] for i in range(0, len(items), per_shard)]
+        for i, chunk in enumerate(chunks):
+            plan[f"{split}-{i:05d}-of-{len(chunks):05d}.arrayrecord"] = (split, chunk)
+    return plan
+
+
+def _write_shard(
+    recipe: Recipe,
+    path: Path,
+    split: str,
+    items: Sequence[Item],
+    pool: ThreadPoolExecutor,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Make one shard; returns what is known of it. Leaves nothing behind when it fails."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    def load(item: Item) -> tuple[dict[str, np.ndarray], str | None] | UnreadableError:
+        try:
+            return recipe.load(item.name)
+        except UnreadableError as error:
+            return error
+        except Exception as error:
+            error.add_note(f"while preparing {item.name}")
+            raise
+
+    shard: dict[str, Any] = {"file": path.name, "split": split, "names": [], "labels": []}
+    shard |= {"refused": [], "remarks": []}
+    content = hashlib.sha256()
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with _writing(path.parent):
+            writer = ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
+        try:
+            for item, outcome in zip(items, pool.map(load, items), strict=True):
+                if isinstance(outcome, UnreadableError):
+                    shard["refused"].append([item.name, str(outcome)])
+                else:
+                    example, remark = outcome
+                    packed = record.pack(example | {"label": np.asarray(item.label, np.int32)})
+                    content.update(packed)
+                    with _writing(path.parent):
+                        writer.write(packed)
+                    shard["names"].append(item.name)
+                    shard["labels"].append(item.label)
+                    if remark:
+                        shard["remarks"].append([item.name, remark])
+                progress.advance()
+        finally:
+            with _writing(path.parent):
+                writer.close()
+        with _writing(path.parent):
+            _flush(temporary)
+            shard |= {"content": content.hexdigest(), "bytes": temporary.stat().st_size, "sha256": _sha256(temporary)}
+            os.replace(temporary, path)
+            _write_json(path.with_suffix(".json"), shard)
+    finally:
+        temporary.unlink(missing_ok=True)  # gone already when all went well
+    return shard
+
+
+def _problem(directory: Path, shard: Mapping[str, Any], hashed: bool = True) -> str | None:
+    """What is wrong with the shard on disk, or None."""
+    path = directory / shard["file"]
+    if not path.is_file():
+        return "is missing"
+    size = path.stat().st_size
+    if size != shard["bytes"]:
+        return f"has {size} bytes, not the {shard['bytes']} that were written"
+    if hashed and _sha256(path) != shard["sha256"]:
+        return "is corrupt (its sha256 is not the one that was written)"
+    return None
+
+
+def _any_problem(directory: Path, shards: Sequence[Mapping[str, Any]]) -> bool:
+    hashed = sum(shard["bytes"] for shard in shards) <= HASHED_BYTES
+    return any(_problem(directory, shard, hashed) for shard in shards)
+
+
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    """Says where writing failed and what to do. ArrayRecord reports a full disk as a `RuntimeError`."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise OSError(
+            f"cannot write the data cache in {directory}: {error}. Make room or allow writing there, or choose "
+            "another place with --data.cache-dir (or ULX_CACHE_DIR). Finished shards are kept and used next time."
+        ) from error
+
+
+def _remove_stale(directory: Path) -> None:
+    for path in directory.glob("*.tmp"):
+        if time.time() - path.stat().st_mtime > STALE_SECONDS:
+            path.unlink(missing_ok=True)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """None where there is nothing, or nothing readable: it is then made anew."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        warnings.warn(f"{path} is corrupt: making it anew", stacklevel=2)
+        return None
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.write_text(json.dumps(content))
+        _flush(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """To the disk before the rename: else a power cut could leave a whole name on half a file."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,128 @@
+"""What a data set is to the rest of ulx: two splits of examples that can be read in any order.
+
+An example is a dict of arrays. Images have `image`, uint8 `h w 3`, and `label`, int32; a video or a cached latent
+is an example with other fields and other ranks, and nothing here or in the pipeline needs to know.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int32
+
+from ulx.data import record
+
+__all__ = ["Dataset", "InMemory", "Records", "Source", "Split", "check_resolution"]
+
+RESOLUTIONS = range(8, 1025)
+
+Example = dict[str, np.ndarray]
+
+
+def check_resolution(resolution: int) -> None:
+    """Raises `ValueError` for a size that images cannot be prepared at."""
+    if resolution not in RESOLUTIONS:
+        raise ValueError(
+            f"--data.resolution {resolution}: must be from {RESOLUTIONS.start} to {RESOLUTIONS.stop - 1} pixels"
+        )
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Random access to examples; must survive pickling, since loader workers are processes of their own."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+class InMemory:
+    """Examples that are rows of arrays: `InMemory({"image": images, "label": labels})`.
+
+    Raises `ValueError` when the arrays differ in length.
+    """
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]):
+        lengths = {name: len(array) for name, array in arrays.items()}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"every field needs one row per example, got {lengths}")
+        self.arrays = dict(arrays)
+        self.length = next(iter(lengths.values()))
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Example:
+        return {name: array[index] for name, array in self.arrays.items()}
+
+
+class Records:
+    """Examples in ArrayRecord files, shard after shard; `counts` are the records of each file.
+
+    The arrays it gives are read-only views of the record's bytes: copying is left to whoever batches them.
+    """
+
+    def __init__(self, paths: Sequence[str], counts: Sequence[int]):
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        # With the range in the name the reader need not open every file to count it. Empty files have no range.
+        ranges = [f"{path}[0:{count}]" for path, count in zip(paths, counts, strict=True) if count]
+        self.records = ArrayRecordDataSource(ranges) if ranges else []
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Example:
+        return record.unpack(self.records[index])
+
+
+@dataclass(frozen=True)
+class Split:
+    """Examples with what a report wants to know of them without reading any: `names[i]` (file stem or relative
+    path) and `labels[i]` belong to `source[i]`."""
+
+    source: Source
+    names: tuple[str, ...]
+    labels: Int32[np.ndarray, " n"]
+
+    def __post_init__(self) -> None:
+        if not len(self.source) == len(self.names) == len(self.labels):
+            raise ValueError(
+                f"a split needs a name and a label for each of its {len(self.source)} examples, "
+                f"got {len(self.names)} names and {len(self.labels)} labels"
+            )
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.source[index]
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self.source[index] for index in range(len(self)))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Training and validation examples, and what they are.
+
+    `fingerprint` is a hash of the prepared examples, their names and classes: runs and checkpoints store it, so that a
+    run continued on other data is noticed, while the same data in another place is the same. `attribution` is the
+    credit that pictures of the data must carry, or "".
+    """
+
+    name: str
+    resolution: int
+    class_names: tuple[str, ...]
+    train: Split
+    validation: Split
+    fingerprint: str
+    attribution: str = ""
+
+    def class_counts(self) -> dict[str, tuple[int, int]]:
+        """Examples of each class in (train, validation)."""
+        train, validation = (
+            np.bincount(split.labels, minlength=len(self.class_names)) for split in (self.train, self.validation)
+        )
+        return {name: (int(train[i]), int(validation[i])) for i, name in enumerate(self.class_names)}

@@ -1,0 +1,54 @@
+"""Who is held out, decided by hashes of names: the same on every machine, in every process, for ever.
+
+A name's fate does not depend on the other names, so adding files never moves an old one across the split.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+__all__ = ["HELD_OUT", "Item", "check_limit", "held_out", "subset", "unit_hash"]
+
+HELD_OUT = 0.1  # share of the names that goes to validation
+
+
+class Item(NamedTuple):
+    """An example to be: its name (unique in its data set) and its class."""
+
+    name: str
+    label: int
+
+
+def unit_hash(text: str) -> float:
+    """`text` as a uniform number in [0, 1), by sha256 (Python's own `hash` changes with every process)."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def held_out(name: str) -> bool:
+    """Whether the examples under `name` (a family, a path) belong to validation."""
+    return unit_hash(name) < HELD_OUT
+
+
+def check_limit(limit: int | None) -> None:
+    """Raises `ValueError` for a limit that leaves a split without an example."""
+    if limit is not None and limit < 2:
+        raise ValueError(f"--data.limit {limit}: at least 2 are needed, one to train on and one to validate")
+
+
+def subset(train: Sequence[Item], validation: Sequence[Item], limit: int | None) -> tuple[list[Item], list[Item]]:
+    """`limit` examples in all, chosen by hash, in the splits' own proportion and at least one of each.
+
+    Order is kept, and a larger limit contains a smaller one as far as the proportion allows.
+    Raises `ValueError` for a limit below 2.
+    """
+    total = len(train) + len(validation)
+    check_limit(limit)
+    if limit is None or limit >= total:
+        return list(train), list(validation)
+    held = min(max(1, round(limit * len(validation) / total)), limit - 1)
+    return _lowest(train, limit - held), _lowest(validation, held)
+
+
+def _lowest(items: Sequence[Item], count: int) -> list[Item]:
+    chosen = set(sorted(items, key=lambda item: unit_hash(item.name))[:count])
+    return [item for item in items if item in chosen]

@@ -1,0 +1,310 @@
+"""Measuring a trained model on images it never saw: bits, reconstructions, samples, distances, copies.
+
+Everything uses the averaged (EMA) weights and is written to the run's `evaluation/` folder: `metrics.json` with each
+number beside what it was measured on, and `pictures.npz` for the report.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32, Key, UInt8
+
+from ulx import losses
+from ulx.bound import RateEstimate, estimate_rate
+from ulx.config import Config
+from ulx.data.pixels import to_float, to_uint8
+from ulx.data.source import Dataset, Split
+from ulx.generate import decode, encode, in_batches, sample_latents
+from ulx.metrics import efficientnet
+from ulx.metrics.features import features
+from ulx.metrics.frechet import Moments, frechet_distance
+from ulx.metrics.images import nearest, psnr
+from ulx.metrics.reference import Reference
+from ulx.models import Denoiser, UnifiedLatents
+from ulx.progress import Progress
+
+__all__ = ["Evaluation", "evaluate"]
+
+PICTURES = 64
+"""Images of each kind that the report shows."""
+
+Images = UInt8[np.ndarray, "n h w c"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    metrics: dict[str, Any]
+    """Numbers with their N, standard error, NFE and so on, as JSON values."""
+    pictures: dict[str, np.ndarray]
+    """Images (uint8) and labels for the report."""
+
+    def save(self, directory: Path) -> None:
+        """Writes `metrics.json` and `pictures.npz`, each aside first and renamed when whole."""
+        directory.mkdir(parents=True, exist_ok=True)
+        aside = directory / "aside.npz"
+        np.savez_compressed(aside, allow_pickle=False, **self.pictures)
+        aside.replace(directory / "pictures.npz")
+        aside = directory / "aside.json"
+        aside.write_text(json.dumps(self.metrics, indent=2) + "\n")
+        aside.replace(directory / "metrics.json")
+
+    @classmethod
+    def load(cls, directory: Path) -> "Evaluation":
+        """Raises FileNotFoundError where no evaluation was saved."""
+        if not (directory / "metrics.json").exists():
+            raise FileNotFoundError(f"{directory} holds no evaluation; run `python -m ulx.evaluate RUN`")
+        with np.load(directory / "pictures.npz", allow_pickle=False) as pictures:
+            return cls(json.loads((directory / "metrics.json").read_text()), dict(pictures))
+
+
+def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Config) -> Evaluation:
+    """Evaluate a run. `model` and `base` hold the averaged weights; validation images are those of `dataset`."""
+    network = efficientnet.load()
+    held_out = _images(dataset.validation)
+    labels = _labels_like(dataset.train.labels, config.evaluate.num_samples, config.seed)
+    options = config.evaluate
+
+    with Progress("evaluate", total=3 * len(held_out) + 2 * options.num_samples + PICTURES, unit="images") as progress:
+        run = _Runner(model, config, progress)
+        rate = run.rate(held_out)
+        latents = run.encode(held_out)
+        reconstructions, decoder_nfe = run.decode(latents, seed=1)
+        swapped, _ = run.decode(np.roll(latents, 1, axis=0)[:PICTURES], seed=1)
+        prior_samples, prior_nfe = run.sample(model.prior, None, options.num_samples, seed=2)
+        base_samples, base_nfe = run.sample(base, labels, options.num_samples, seed=2)
+        shown = np.arange(PICTURES, dtype=np.int32) % len(dataset.class_names)
+        guided, guided_nfe = run.sample(base, shown, PICTURES, seed=3, guidance=config.sample.guidance_scale)
+        train_originals = np.stack([dataset.train[i]["image"] for i in _some(len(dataset.train), 2 * PICTURES)])
+        train_copies, _ = run.decode(run.encode(train_originals), seed=1)
+
+    reference = Reference.of(dataset, network, config.data.cache_dir, options.batch_size)
+    seen = lambda images, what: features(network, images, options.batch_size, description=f"features of {what}")  # noqa: E731
+    base_features = seen(base_samples, "base samples")
+    prior_features = seen(prior_samples, "prior samples")
+    held_out_features = seen(held_out, "held-out images")
+    reconstruction_features = seen(reconstructions, "reconstructions")
+    copies, nearest_index = _copies(
+        reference,
+        base_features,
+        held_out_features,
+        seen(train_originals, "training images"),
+        seen(train_copies, "their reconstructions"),
+    )
+
+    metrics: dict[str, Any] = {
+        "held_out": {"n": len(held_out), "data": dataset.name, "split": "validation, by family"},
+        "weights": "EMA",
+        **_bits(rate, model, config),
+        "psnr": _mean(psnr(to_float(reconstructions), to_float(held_out)))
+        | {"nfe": decoder_nfe, "solver": config.sample.decoder_solver},
+        "psnr_of_mean_training_image": _mean(
+            psnr(to_float(np.broadcast_to(_mean_image(dataset), held_out.shape)), to_float(held_out))
+        ),
+        "swap": _swap(swapped, held_out),
+        "fd_efflite0": {
+            "base": _distance(base_features, reference.moments) | {"nfe": base_nfe, "against": "training images"},
+            "prior": _distance(prior_features, reference.moments) | {"nfe": prior_nfe, "against": "training images"},
+            "reconstruction": _distance(reconstruction_features, Moments.of(held_out_features))
+            | {"nfe": decoder_nfe, "against": "the same held-out originals"},
+            "held_out_images": _distance(held_out_features, reference.moments) | {"against": "training images"},
+        },
+        "sampler": {
+            "latent": config.sample.solver,
+            "latent_steps": config.sample.num_steps,
+            "decoder": config.sample.decoder_solver,
+            "decoder_steps": config.sample.decoder_num_steps,
+            "decoder_nfe": decoder_nfe,
+            "guidance_scale": 1.0,
+            "labels": "as frequent as in the training set",
+        },
+        "guided_samples": {"nfe": guided_nfe, "guidance_scale": config.sample.guidance_scale},
+        "copies": copies,
+    }
+    train_images = [dataset.train[int(i)]["image"] for i in nearest_index[:PICTURES]]
+    pictures = {
+        "originals": held_out[:PICTURES],
+        "reconstructions": reconstructions[:PICTURES],
+        "swapped": swapped,
+        "prior_samples": prior_samples[:PICTURES],
+        "base_samples": base_samples[:PICTURES],
+        "base_labels": labels[:PICTURES],
+        "nearest": np.stack(train_images),
+        "guided_samples": guided,
+        "guided_labels": shown,
+    }
+    return Evaluation(metrics, pictures)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Runner:
+    """The model's calls in batches. Each kind compiles once, whatever it is used for afterwards."""
+
+    model: UnifiedLatents
+    config: Config
+    progress: Progress
+
+    def _run(self, function, *arrays, seed: int):
+        options = self.config.evaluate
+        return in_batches(
+            function,
+            *arrays,
+            batch_size=options.batch_size,
+            seed=self.config.seed * 1000 + seed,
+            on_batch=self.progress.advance,
+        )
+
+    def rate(self, images: Images) -> RateEstimate:
+        """`draws` independent estimates per image, averaged; by_level is `images levels`."""
+        options = self.config.evaluate
+        rate = self._run(
+            lambda x, *, keys: _rate(self.model, to_float(x), keys, options.levels, options.draws), images, seed=0
+        )
+        return dataclasses.replace(rate, logsnr_edges=rate.logsnr_edges[0])
+
+    def encode(self, images: Images) -> Float[np.ndarray, "n *latent k"]:
+        return self._run(lambda x, *, keys: encode(self.model, jnp.asarray(to_float(x)), keys=keys), images, seed=4)
+
+    def decode(self, latents: np.ndarray, *, seed: int) -> tuple[Images, int]:
+        def images(z_0, *, keys):
+            sample = decode(self.model, jnp.asarray(z_0), self.config.sample, keys=keys)
+            return to_uint8(sample.z), jnp.broadcast_to(sample.nfe, len(z_0))
+
+        pixels, nfe = self._run(images, latents, seed=seed)
+        return pixels, int(nfe[0])
+
+    def sample(
+        self,
+        denoiser: Denoiser,
+        label: Int32[np.ndarray, " n"] | None,
+        count: int,
+        *,
+        seed: int,
+        guidance: float = 1.0,
+    ) -> tuple[Images, int]:
+        """Images and the NFE of the latent sampler (the decoder's comes on top)."""
+
+        def latents(index, *, keys):
+            sample = sample_latents(
+                denoiser,
+                self.model.latent_schedule,
+                self.config.sample,
+                keys=keys,
+                label=None if label is None else jnp.asarray(index),
+                guidance_scale=guidance,
+            )
+            return sample.z, jnp.broadcast_to(sample.nfe, len(index))
+
+        rows = np.zeros(count, np.int32) if label is None else label
+        z_0, nfe = in_batches(
+            latents, rows, batch_size=self.config.evaluate.batch_size, seed=self.config.seed * 1000 + seed
+        )
+        return self.decode(z_0, seed=seed + 100)[0], int(nfe[0])
+
+
+@eqx.filter_jit
+def _rate(
+    model: UnifiedLatents, x: Float[Array, "b h w c"], keys: Key[Array, " b"], levels: int, draws: int
+) -> RateEstimate:
+    z_clean = model.z_clean(x)
+
+    def once(draw: Array) -> RateEstimate:
+        draw_keys = jax.vmap(lambda key: jax.random.fold_in(key, draw))(keys)
+        return estimate_rate(model.prior.given(), z_clean, model.latent_schedule, key=draw_keys, levels=levels)
+
+    mean = jax.tree.map(lambda leaf: leaf.mean(axis=0), jax.lax.map(once, jnp.arange(draws)))
+    edges = jnp.broadcast_to(mean.logsnr_edges, (x.shape[0], levels + 1))  # one row per example, as batches are cut
+    return RateEstimate(mean.by_level, mean.terminal, edges)
+
+
+def _bits(rate: RateEstimate, model: UnifiedLatents, config: Config) -> dict[str, Any]:
+    pixels = int(np.prod(model.encoder.shape[:-1]))
+    dims = int(np.prod(model.latent_shape))
+    measured = {"levels": config.evaluate.levels, "draws": config.evaluate.draws, "weighting": "w = 1"}
+    by_level = np.asarray(losses.bits_per_pixel(rate.by_level, num_pixels=pixels))
+    return {
+        "bits_per_pixel": _mean(losses.bits_per_pixel(rate.rate, num_pixels=pixels)) | measured,
+        "bits_per_latent_dim": _mean(losses.bits_per_latent_dim(rate.rate, num_dims=dims)) | measured,
+        "terminal_bits_per_pixel": float(np.mean(losses.bits_per_pixel(rate.terminal, num_pixels=pixels))),
+        "latent_shape": list(model.latent_shape),
+        "rate_by_level": {
+            "logsnr_edges": np.asarray(rate.logsnr_edges).tolist(),
+            "bits_per_pixel": by_level.mean(axis=0).tolist(),
+            "standard_error": (by_level.std(axis=0, ddof=1) / np.sqrt(len(by_level))).tolist(),
+        },
+    }
+
+
+def _mean(per_image: Any) -> dict[str, Any]:
+    """Mean over images with its standard error, which holds the images' spread and the estimator's noise alike."""
+    values = np.asarray(per_image, np.float64)
+    error = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+    return {"value": float(values.mean()), "standard_error": error, "n": len(values)}
+
+
+def _distance(found: Float[np.ndarray, "n d"], reference: Moments) -> dict[str, Any]:
+    moments = Moments.of(found)
+    return {
+        "value": frechet_distance(moments, reference),
+        "n": moments.count,
+        "n_reference": reference.count,
+        "rank_deficient": moments.rank_deficient or reference.rank_deficient,
+    }
+
+
+def _swap(swapped: Images, originals: Images) -> dict[str, Any]:
+    """Image i's decoder noise with image i − 1's latent: to which original is the result near?"""
+    count = len(swapped)
+    own = psnr(to_float(swapped), to_float(np.roll(originals, 1, axis=0)[:count]))
+    other = psnr(to_float(swapped), to_float(originals[:count]))
+    return {"psnr_to_the_latents_image": _mean(own), "psnr_to_the_other": _mean(other), "gap": _mean(own - other)}
+
+
+def _copies(
+    reference: Reference,
+    samples: Float[np.ndarray, "n d"],
+    held_out: Float[np.ndarray, "m d"],
+    train: Float[np.ndarray, "k d"],
+    train_reconstructed: Float[np.ndarray, "k d"],
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Are samples copies? A sample counts as one where it is as near to a training image as that image's own
+    reconstruction typically is: nearer than the decoder can come to a copy, one cannot ask."""
+    index, distance = nearest(samples, reference.features)
+    _, held_out_distance = nearest(held_out, reference.features)
+    threshold = float(np.median(np.linalg.norm(train - train_reconstructed, axis=1)))
+    return {
+        "share_of_samples": float(np.mean(distance <= threshold)),
+        "share_of_held_out_images": float(np.mean(held_out_distance <= threshold)),
+        "threshold": threshold,
+        "median_distance_of_samples": float(np.median(distance)),
+        "median_distance_of_held_out_images": float(np.median(held_out_distance)),
+        "n": len(samples),
+        "n_reference": len(reference.features),
+        "space": "EfficientNet-lite0 features, Euclidean",
+    }, index
+
+
+def _images(split: Split) -> Images:
+    return np.stack([example["image"] for example in split])
+
+
+def _mean_image(dataset: Dataset) -> UInt8[np.ndarray, "h w c"]:
+    total = np.zeros(dataset.train[0]["image"].shape)
+    for example in dataset.train:
+        total += example["image"]
+    return (total / len(dataset.train)).round().astype(np.uint8)
+
+
+def _labels_like(labels: Int32[np.ndarray, " n"], count: int, seed: int) -> Int32[np.ndarray, " m"]:
+    """Labels drawn with the training set's frequencies."""
+    return np.random.default_rng(seed).choice(labels, count).astype(np.int32)
+
+
+def _some(total: int, count: int) -> list[int]:
+    """`count` indices spread over range(total)."""
+    return np.linspace(0, total - 1, min(count, total)).astype(int).tolist()

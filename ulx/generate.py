@@ -1,0 +1,97 @@
+"""Images and latents out of trained models, in batches of one compiled shape; an example owns its noise."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from ulx import guidance, samplers
+from ulx.config import SampleConfig
+from ulx.models import Denoiser, UnifiedLatents
+from ulx.schedules import Schedule
+from ulx.typing import Denoise
+
+__all__ = ["decode", "encode", "example_keys", "in_batches", "sample_latents"]
+
+
+def example_keys(seed: int, start: int, count: int) -> Key[Array, " b"]:
+    """The keys of examples start … start + count − 1: example i is the same whatever batch it is drawn in."""
+    key = jax.random.key(seed)
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(start, start + count))
+
+
+@eqx.filter_jit
+def sample_latents(
+    denoiser: Denoiser,
+    schedule: Schedule,
+    config: SampleConfig,
+    *,
+    keys: Key[Array, " b"],
+    label: Int[Array, " b"] | None = None,
+    guidance_scale: float = 1.0,
+) -> samplers.Sample:
+    """z_0 from the base model or the prior: from N(0, I) at λ_z(1) down to λ_z(0), and no further (Alg. 2).
+
+    Without `label` it samples unconditionally; guidance needs a label. Raises ValueError for guidance without.
+    """
+    shape = denoiser.network.shape
+    noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+    denoise: Denoise = denoiser.given(label=label)
+    if guidance_scale != 1:
+        if label is None:
+            raise ValueError(f"guidance_scale={guidance_scale} guides towards a label, and none was given")
+        null = jnp.full_like(label, denoiser.network.num_classes)
+        denoise = guidance.classifier_free(denoiser.given(label=jnp.concatenate([label, null])), guidance_scale)
+    grid = samplers.logsnr_grid(config.num_steps, logsnr_min=schedule.logsnr_min, logsnr_max=schedule.logsnr_max)
+    sample = samplers.sample(denoise, noise, grid, config.solver)
+    return samplers.Sample(z=sample.z, nfe=sample.nfe * (1 if guidance_scale == 1 else 2))
+
+
+@eqx.filter_jit
+def decode(
+    model: UnifiedLatents, z_0: Float[Array, "b *latent k"], config: SampleConfig, *, keys: Key[Array, " b"]
+) -> samplers.Sample:
+    """Images in [−1, 1] from z_0 by the diffusion decoder (Alg. 2, second half)."""
+    schedule = model.image_schedule
+    grid = samplers.logsnr_grid(
+        config.decoder_num_steps, logsnr_min=schedule.logsnr_min, logsnr_max=schedule.logsnr_max
+    )
+    noise = jax.vmap(lambda key: jax.random.normal(key, model.encoder.shape))(keys)
+    sample = samplers.sample(model.decoder_given(z_0), noise, grid, config.decoder_solver)
+    return samplers.Sample(z=jnp.clip(sample.z, -1, 1), nfe=sample.nfe)
+
+
+@eqx.filter_jit
+def encode(
+    model: UnifiedLatents, x: Float[Array, "b *space c"], *, keys: Key[Array, " b"]
+) -> Float[Array, "b *latent k"]:
+    """z_0 of images in [−1, 1]."""
+    return model.encode(x, key=keys)
+
+
+def in_batches(
+    function: Callable[..., PyTree],
+    *arrays: np.ndarray | Array,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    on_batch: Callable[[int], None] = lambda done: None,
+) -> Any:
+    """`function(*rows, keys=keys)` over all rows, `batch_size` at a time; its results as NumPy arrays, concatenated.
+
+    The last batch is filled up by repeating its last row and the filling dropped, so that a jitted `function` compiles
+    once. Row i gets the key of example `start + i`: the batch size changes no result beyond rounding.
+    """
+    total = len(arrays[0])
+    results = []
+    for begin in range(0, total, batch_size):
+        rows = np.minimum(np.arange(begin, begin + batch_size), total - 1)
+        keys = example_keys(seed, start + begin, batch_size)
+        result = function(*(array[rows] for array in arrays), keys=keys)
+        results.append(jax.tree.map(lambda leaf: np.asarray(leaf)[: total - begin], result))  # noqa: B023
+        on_batch(min(batch_size, total - begin))
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *results)

@@ -1,0 +1,164 @@
+"""Image files in and out of the commands: folders read in batches, outputs that overwrite nothing, contact sheets."""
+
+import io
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+
+from ulx.data.cache import UnreadableError
+from ulx.data.extras import optional
+from ulx.data.folder import SUFFIXES, find_images, read_image
+
+__all__ = ["ImageFolder", "claim", "contact_sheet", "png", "png_names", "write_png", "zoom_for"]
+
+Images = UInt8[np.ndarray, "n h w 3"]
+
+NAMED = 10  # files named in a message; the rest are counted
+TILE = 96  # pixels; smaller images are enlarged to at least this
+GAP, CAPTION = 6, 14  # pixels between the tiles of a sheet, and for a line of text under them
+
+
+class ImageFolder:
+    """The images of a folder, prepared as for training: upright, on white, centre-cropped, resized to `resolution`.
+
+    `names` are the relative paths of all image files, sorted. Files that cannot be read are found while reading;
+    they are left out and kept in `skipped` with the reason.
+    Raises FileNotFoundError, NotADirectoryError, ValueError for a folder without images.
+    """
+
+    def __init__(self, folder: Path, resolution: int):
+        if not folder.is_dir():
+            kind = NotADirectoryError if folder.exists() else FileNotFoundError
+            raise kind(f"{folder} is no folder: give the one that holds the images")
+        self.folder, self.resolution = folder, resolution
+        self.names = find_images(folder)
+        if not self.names:
+            raise ValueError(f"no images in {folder} (looked for {' '.join(SUFFIXES)}, subfolders included)")
+        self.skipped: list[tuple[str, str]] = []
+        self.enlarged = 0
+
+    def batches(self, size: int) -> Iterator[tuple[list[str], Images]]:
+        """Names and images, `size` at a time (fewer at the end). Raises ValueError if not one could be read."""
+        self.skipped, self.enlarged, read = [], 0, 0
+        names: list[str] = []
+        images: list[np.ndarray] = []
+        for name in self.names:
+            try:
+                image, smaller = read_image(self.folder / name, self.resolution)
+            except UnreadableError as error:
+                self.skipped.append((name, str(error)))
+                continue
+            names.append(name)
+            images.append(image)
+            self.enlarged += smaller
+            read += 1
+            if len(names) == size:
+                yield names, np.stack(images)
+                names, images = [], []
+        if names:
+            yield names, np.stack(images)
+        if not read:
+            raise ValueError(f"none of the files in {self.folder} can be read as an image: {self._skipped()}")
+
+    def summary(self) -> str:
+        """What was read so far, what had to be enlarged, and what was left out and why."""
+        size = f"{self.resolution}×{self.resolution}"
+        lines = [
+            f"{len(self.names) - len(self.skipped)} images from {self.folder}, centre-cropped and resized to {size}"
+        ]
+        if self.enlarged:
+            lines.append(f"{self.enlarged} of them are smaller than that and were enlarged")
+        if self.skipped:
+            lines.append(
+                f"{len(self.skipped)} of {len(self.names)} files cannot be read and were skipped: {self._skipped()}"
+            )
+        return "\n".join(lines)
+
+    def _skipped(self) -> str:
+        listed = ", ".join(f"{name} ({reason})" for name, reason in self.skipped[:NAMED])
+        return listed + (f" and {len(self.skipped) - NAMED} more" if len(self.skipped) > NAMED else "")
+
+
+def png_names(names: Sequence[str]) -> list[str]:
+    """`a/b.jpg` -> `a/b.png`; files that differ by the suffix alone keep it: `b.jpg.png`, `b.webp.png`.
+
+    Raises ValueError if two names still meet.
+    """
+    plain = [Path(name).with_suffix(".png").as_posix() for name in names]
+    times = Counter(plain)
+    unique = [new if times[new] == 1 else f"{name}.png" for name, new in zip(names, plain, strict=True)]
+    if len(set(unique)) != len(unique):
+        twice = next(new for new, count in Counter(unique).items() if count > 1)
+        raise ValueError(f"several images would be written to {twice}: rename one of them")
+    return unique
+
+
+def claim(out: Path, names: Iterable[str], overwrite: bool) -> None:
+    """Create the folder `out`, unless one of the files to be written is there already.
+
+    Raises FileExistsError, naming such a file (not with `overwrite`), NotADirectoryError, OSError.
+    """
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} is a file: --out wants a folder")
+    there = [] if overwrite else [name for name in names if (out / name).exists()]
+    if there:
+        raise FileExistsError(
+            f"{out / there[0]} exists already ({len(there)} such files): choose another --out, or pass --overwrite"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def png(image: UInt8[np.ndarray, "h w 3"]) -> bytes:
+    """The bytes of a PNG file."""
+    buffer = io.BytesIO()
+    optional("PIL.Image").fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_png(path: Path, image: UInt8[np.ndarray, "h w 3"]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png(image))
+
+
+def zoom_for(height: int) -> int:
+    """How many times a small image is enlarged to be looked at: an integer, so that pixels stay square and sharp."""
+    return max(1, -(-TILE // height))
+
+
+def contact_sheet(
+    *stacked: Images, captions: Sequence[str] = (), zoom: int | None = None
+) -> UInt8[np.ndarray, "_h _w 3"]:
+    """All images on one sheet, enlarged by an integer factor (nearest neighbour).
+
+    Each tile holds image i of every array, one above the other: originals over reconstructions, say.
+    `captions` are written under the tiles, cut to their width.
+    Raises ValueError for no images, or arrays and captions of different lengths.
+    """
+    count = len(stacked[0]) if stacked else 0
+    lengths = {len(images) for images in stacked} | ({len(captions)} if captions else set())
+    if lengths != {count} or not count:
+        raise ValueError(f"a contact sheet needs one image of each kind (and one caption) per tile, got {lengths}")
+    zoom = zoom_for(stacked[0].shape[1]) if zoom is None else zoom
+    tiles = np.concatenate(stacked, axis=1).repeat(zoom, axis=1).repeat(zoom, axis=2)
+    _, height, width, _ = tiles.shape
+    columns = min(count, max(1, round(math.sqrt(count * height / width))))
+    step_y, step_x = height + GAP + (CAPTION if captions else 0), width + GAP
+    rows = -(-count // columns)
+    sheet = np.full((rows * step_y + GAP, columns * step_x + GAP, 3), 222, np.uint8)
+    corners = [(GAP + i // columns * step_y, GAP + i % columns * step_x) for i in range(count)]
+    for tile, (y, x) in zip(tiles, corners, strict=True):
+        sheet[y : y + height, x : x + width] = tile
+    if not captions:
+        return sheet
+    image = optional("PIL.Image").fromarray(sheet)
+    draw = optional("PIL.ImageDraw").Draw(image)
+    font = optional("PIL.ImageFont").load_default(11)
+    for caption, (y, x) in zip(captions, corners, strict=True):
+        while caption and draw.textlength(caption, font) > width:
+            caption = caption[:-1]
+        draw.text((x, y + height + 1), caption, fill=(40, 40, 40), font=font)
+    return np.array(image)

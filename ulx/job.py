@@ -1,0 +1,127 @@
+"""The main job from end to end: data → stage 1 → stage 2 → evaluation → report. Every experiment runs this."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ulx import flops, runs
+from ulx.checkpoint import Checkpoints
+from ulx.config import Config, TrainConfig
+from ulx.data import open_dataset
+from ulx.data.pipeline import train_batches
+from ulx.data.source import Dataset
+from ulx.evaluation import evaluate
+from ulx.metrics_log import MetricsLog
+from ulx.progress import duration
+from ulx.stages import CollapseWatch, autoencoder_loss, base_loss
+from ulx.training import Loss, TrainState, fit, make_optimizer, make_step
+
+__all__ = ["run"]
+
+
+def run(config: Config) -> Path:
+    """Train, evaluate and report; returns the path of the report. With `config.resume`, continue where it stopped."""
+    from ulx import report
+
+    began = time.monotonic()
+    path = runs.open_folder(config)
+    dataset = open_dataset(config.data)
+    runs.remember_data(path, dataset)
+    print(f"{dataset.name}: {len(dataset.train)} training and {len(dataset.validation)} held-out images -> {path}")
+
+    watch = CollapseWatch(config)
+    model = train_stage(
+        "stage1", runs.stage1_state(config), None, autoencoder_loss(config), dataset, config, config.train, watch
+    ).ema_model
+    base = train_stage(
+        "stage2",
+        runs.stage2_state(config, model, len(dataset.class_names)),
+        model,
+        base_loss(config),
+        dataset,
+        config,
+        config.train_base,
+    ).ema_model
+    trained = time.monotonic()
+
+    evaluation = evaluate(model, base, dataset, config)
+    evaluation.metrics["collapsed"] = watch.collapsed
+    evaluation.metrics["cost"] = cost(model, base, config) | {
+        "seconds_this_process": round(time.monotonic() - began),
+        "seconds_training": round(trained - began),
+        "device": jax.devices()[0].device_kind,
+    }
+    evaluation.save(path / "evaluation")
+    written = report.write(path)
+    print(f"{duration(time.monotonic() - began)} in all -> {written}")
+    return written
+
+
+def train_stage(
+    name: str,
+    state: TrainState,
+    frozen: Any,
+    loss: Loss,
+    dataset: Dataset,
+    config: Config,
+    train: TrainConfig,
+    on_log=lambda step, metrics: None,
+) -> TrainState:
+    """One stage: restore its newest checkpoint if there is one, train what is left."""
+    stage = {"stage1": 1, "stage2": 2}[name]
+    batches = train_batches(
+        dataset,
+        batch_size=train.batch_size,
+        seed=config.seed + stage,
+        flip=config.data.flip,
+        workers=config.data.workers,
+    )
+    with Checkpoints(config.path / "checkpoints" / name) as checkpoints:
+        if checkpoints.latest is not None:
+            state = checkpoints.restore(state, batches)
+        with MetricsLog(config.path / f"{name}.jsonl", resume_step=int(state.step)) as log:
+            return fit(
+                state,
+                make_step(loss, make_optimizer(train), train, seed=config.seed + stage),
+                frozen,
+                batches,
+                train,
+                checkpoints=checkpoints,
+                log=log,
+                name=name,
+                on_log=on_log,
+            )
+
+
+def cost(model, base, config: Config) -> dict[str, Any]:
+    """Forward FLOPs per image of each network, and of the whole training (3 × forward, the paper's convention)."""
+    x = jax.ShapeDtypeStruct((1, *model.encoder.shape), jnp.float32)
+    z = jax.ShapeDtypeStruct((1, *model.latent_shape), jnp.float32)
+    level = jax.ShapeDtypeStruct((1,), jnp.float32)
+    forward = {
+        "encoder": flops.forward_flops(model.z_clean, x),
+        "prior": flops.forward_flops(model.prior, z, level),
+        "decoder": flops.forward_flops(lambda x, level, z: model.decoder(x, level, context=z), x, level, z),
+        "base": flops.forward_flops(base, z, level),
+    }
+    stage1 = forward["encoder"] + forward["prior"] + forward["decoder"]
+    # Stage 2 runs the frozen encoder forward only.
+    stage2 = flops.TRAINING * forward["base"] + forward["encoder"]
+    parameters = {
+        part: sum(leaf.size for leaf in jax.tree.leaves(module) if hasattr(leaf, "size"))
+        for part, module in (
+            ("encoder", model.encoder),
+            ("prior", model.prior),
+            ("decoder", model.decoder),
+            ("base", base),
+        )
+    }
+    return {
+        "parameters": parameters,
+        "forward_flops_per_image": forward,
+        "training_flops_stage1": flops.TRAINING * stage1 * config.train.steps * config.train.batch_size,
+        "training_flops_stage2": stage2 * config.train_base.steps * config.train_base.batch_size,
+    }

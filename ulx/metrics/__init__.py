@@ -1,0 +1,11 @@
+"""Measuring images: distances between sets, errors between pairs, and the networks they stand on.
+
+Nothing is imported here; take the module you need:
+
+* `frechet`: `Moments` of features (float64, mergeable, cached) and `frechet_distance` between two of them.
+* `efficientnet`: the packaged EfficientNet-lite0, whose Fréchet distance is named `fd_efflite0`. It is not
+  FID (that is InceptionV3's name) and the two cannot be compared.
+* `features`: any network over any number of images, in batches of one fixed shape.
+* `images`: `psnr` per image, and `nearest`, the search for an image's closest one in a reference set.
+* `weights`: sha256-checked weight files, read by an unpickler that builds arrays and nothing else.
+"""

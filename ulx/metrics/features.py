@@ -1,0 +1,104 @@
+"""A network's features of many images, on the host, in batches of one fixed shape (one compilation)."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Num
+
+from ulx.progress import Progress
+
+__all__ = ["feature_batches", "features"]
+
+# Underscores: the parts of an iterable may differ in length, and a change of size gets an error of its own.
+Images = Num[Array, "_n _h _w _c"] | Num[np.ndarray, "_n _h _w _c"]
+Network = Callable[[Float[Array, "b h w c"]], Float[Array, "b d"]]
+
+
+def features(
+    network: Network,
+    images: Images | Iterable[Images],
+    batch_size: int = 64,
+    *,
+    total: int | None = None,
+    description: str = "features",
+) -> Float[np.ndarray, "n d"]:
+    """The features of all images, in order; see `feature_batches` for the arguments and errors."""
+    parts = feature_batches(network, images, batch_size, total=total, description=description)
+    return np.concatenate(list(parts))
+
+
+def feature_batches(
+    network: Network,
+    images: Images | Iterable[Images],
+    batch_size: int = 64,
+    *,
+    total: int | None = None,
+    description: str = "features",
+) -> Iterator[Float[np.ndarray, "b d"]]:
+    """Yields the features of the images batch by batch (the last may be shorter), showing progress.
+
+    `images` is one array `n h w c` or an iterable of such arrays of any lengths, as uint8 (0 to 255) or as
+    floats in [-1, 1], which are used as they are: to measure what a PNG would hold, quantise first.
+    `network` maps `batch_size h w c` in [-1, 1] to `batch_size d`; short batches are padded for it and the
+    padding's features dropped. `total`, the number of images, is needed for the progress of an iterable.
+    Raises ValueError for no images, sizes that change, or values that are not finite or plainly not [-1, 1].
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if isinstance(images, (Array, np.ndarray)):
+        total, array = len(images), images
+        images = (array[i : i + batch_size] for i in range(0, len(array), batch_size))
+    if total is None:
+        raise ValueError("an iterable of images needs total=, the number of images it will give")
+
+    with Progress(description, total, unit="images") as progress:
+        for batch in _rebatched(images, batch_size):
+            padded = np.pad(batch, [(0, batch_size - len(batch)), (0, 0), (0, 0), (0, 0)])
+            # asarray waits for the device, so progress counts finished images.
+            found = np.asarray(_apply(network, jnp.asarray(padded)))[: len(batch)]
+            progress.advance(len(batch))
+            yield found
+
+
+@eqx.filter_jit
+def _apply(network: Network, images: Float[Array, "b h w c"]) -> Float[Array, "b d"]:
+    return network(images)
+
+
+def _rebatched(parts: Iterable[Images], size: int) -> Iterator[Float[np.ndarray, "b h w c"]]:
+    """Arrays of any lengths, cut and joined into arrays of `size` (the last one may be shorter)."""
+    held: list[np.ndarray] = []
+    count, seen, shape = 0, 0, None
+    for part in parts:
+        part = _floats(np.asarray(part), seen)
+        shape = shape or part.shape[1:]
+        if part.shape[1:] != shape:
+            raise ValueError(f"image {seen} has shape {part.shape[1:]} after images of {shape}: resize first")
+        held, count, seen = [*held, part], count + len(part), seen + len(part)
+        while count >= size:
+            joined = np.concatenate(held)
+            yield joined[:size]
+            held, count = [joined[size:]], count - size
+    if not seen:
+        raise ValueError("no images: there is nothing to take features of")
+    if count:
+        yield np.concatenate(held)
+
+
+def _floats(images: np.ndarray, first: int) -> Float[np.ndarray, "b h w c"]:
+    """uint8 to [-1, 1]; floats are checked, because a wrong range or a NaN only shows as a strange distance."""
+    if images.ndim != 4:
+        raise ValueError(f"images must have four axes, `n h w c`, got shape {images.shape}")
+    if images.dtype == np.uint8:
+        return images.astype(np.float32) / 127.5 - 1.0
+    if not np.issubdtype(images.dtype, np.floating):
+        raise ValueError(f"images must be uint8 (0 to 255) or floats in [-1, 1], got {images.dtype}")
+    images = images.astype(np.float32)
+    largest = np.abs(images).max(axis=(1, 2, 3), initial=0.0)
+    # Samples may overshoot a little; beyond 2 it is another convention, such as 0 to 255.
+    if (wrong := np.flatnonzero(~(largest <= 2.0))).size:
+        i = int(wrong[0])
+        raise ValueError(f"image {first + i} has |value| up to {largest[i]:.6g}: floats must lie in [-1, 1]")
+    return images

@@ -1,0 +1,186 @@
+"""Network weights out of files that other people made: located, checked by sha256, read without running them.
+
+A `.pth` file is a pickle, and a pickle is a program. Two guards stand before it: the file's sha256 must be the
+one written in our code, and the unpickler resolves only the few names listed here, each to something of ours
+that builds an array. torch is not needed.
+"""
+
+import hashlib
+import importlib.util
+import io
+import pickle
+import struct
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+__all__ = ["RestrictedUnpickler", "packaged", "read_torch_legacy", "verified"]
+
+
+def packaged(module: str, path: str, extra: str) -> Path:
+    """The path of a data file inside an installed package; the package's own code is not run.
+
+    `module` is the package's import name, `path` is relative to its folder, `extra` is the extra of ulx that
+    installs it. Raises ModuleNotFoundError when the package is missing, FileNotFoundError when its file is.
+    """
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f'the package {module!r} is not installed: pip install "ulx[{extra}]"')
+    file = Path(spec.submodule_search_locations[0]) / path
+    if not file.is_file():
+        raise FileNotFoundError(f'{file} is missing; reinstall: pip install --force-reinstall "ulx[{extra}]"')
+    return file
+
+
+def verified(path: Path, sha256: str) -> bytes:
+    """The file's bytes if their sha256 (hexadecimal) is the expected one; a ValueError naming both if not.
+
+    It returns the very bytes that were hashed, so that nothing can change between the check and the reading.
+    """
+    data = path.read_bytes()
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256.lower():
+        raise ValueError(
+            f"{path} is not the file this code was written for: sha256 {found}, expected {sha256}. "
+            "It may be damaged or another version; reinstall its package at the pinned version."
+        )
+    return data
+
+
+class RestrictedUnpickler(pickle.Unpickler):
+    """An unpickler for which only the globals in `allowed`, `(module, name) -> object of ours`, exist.
+
+    Any other raises a ValueError that names it. Persistent ids are refused too unless a subclass allows them.
+    """
+
+    def __init__(self, file: io.BufferedIOBase, allowed: Mapping[tuple[str, str], Any], source: str):
+        super().__init__(file)
+        self.allowed, self.source = allowed, source
+
+    def find_class(self, module: str, name: str, /) -> Any:
+        try:
+            return self.allowed[module, name]
+        except KeyError:
+            raise ValueError(
+                f"{self.source}: refused to load {module}.{name}: a weight file may hold arrays, "
+                "and this name is not among those that build them"
+            ) from None
+
+    def persistent_load(self, pid: Any, /) -> Any:
+        raise ValueError(f"{self.source}: refused an external reference, {pid!r}")
+
+
+# --- The format that torch.save wrote before version 1.6 -------------------------------------------------
+# Five pickles (magic number, protocol, system facts, the object, the storages' keys), then for each key its
+# element count as int64 and its raw elements. Tensors are views (offset, shape, strides) into storages.
+
+_MAGIC = 0x1950A86A20F9469CFC6C
+_PROTOCOL = 1001
+_DTYPES = {
+    "DoubleStorage": "<f8",
+    "FloatStorage": "<f4",
+    "HalfStorage": "<f2",
+    "LongStorage": "<i8",
+    "IntStorage": "<i4",
+    "ShortStorage": "<i2",
+    "ByteStorage": "u1",
+    "BoolStorage": "?",
+}
+
+
+@dataclass(frozen=True)
+class _Storage:
+    key: str
+    dtype: np.dtype
+    count: int
+
+
+@dataclass(frozen=True)
+class _View:
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def _rebuild(storage: Any, offset: int, shape: Any, strides: Any, *_: Any) -> _View:
+    """Stands in for torch's tensor constructor; the storages come later in the file, so it only takes notes."""
+    if not isinstance(storage, _Storage):
+        raise ValueError(f"a tensor over {storage!r}, which is no storage")
+    return _View(storage, int(offset), tuple(map(int, shape)), tuple(map(int, strides)))
+
+
+_TORCH: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
+    **{("torch", name): np.dtype(code) for name, code in _DTYPES.items()},
+}
+
+
+class _TorchUnpickler(RestrictedUnpickler):
+    def persistent_load(self, pid: Any, /) -> _Storage:
+        match pid:
+            case ("storage", np.dtype() as dtype, str(key), _, int(count), None):
+                return _Storage(key, dtype, count)
+        raise ValueError(f"{self.source}: refused an external reference, {pid!r}")
+
+
+def read_torch_legacy(data: bytes, source: str = "weights") -> dict[str, np.ndarray]:
+    """A state dict written by `torch.save` before torch 1.6, as name -> array (a copy, contiguous).
+
+    `source` names the file in errors. Raises ValueError for anything that is not such a file, is cut short,
+    holds something other than named tensors, or asks for a name outside the allow-list.
+    """
+
+    def bad(why: str) -> NoReturn:
+        raise ValueError(f"{source}: {why}")
+
+    file = io.BytesIO(data)
+
+    def load() -> Any:
+        return _TorchUnpickler(file, _TORCH, source).load()
+
+    try:
+        if load() != _MAGIC or load() != _PROTOCOL:
+            bad("not a legacy torch file")
+        if load().get("little_endian") is not True:
+            bad("written on a big-endian machine, which is not supported")
+        state, keys = load(), load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, IndexError, KeyError) as error:
+        raise ValueError(f"{source}: not a legacy torch file ({error})") from error
+
+    if not isinstance(state, dict) or not isinstance(keys, list):
+        bad("holds no state dict")
+    for name, view in state.items():
+        if not isinstance(name, str) or not isinstance(view, _View):
+            bad(f"{name!r} is not a named tensor")
+
+    declared = {view.storage.key: view.storage for view in state.values()}
+    raw: dict[str, np.ndarray] = {}
+    for key in keys:
+        if key not in declared:
+            bad(f"storage {key!r} belongs to no tensor")
+        storage, header = declared[key], file.read(8)
+        size = storage.count * storage.dtype.itemsize
+        body = file.read(size) if len(header) == 8 and storage.count >= 0 else b""
+        if len(header) < 8 or struct.unpack("<q", header)[0] != storage.count or len(body) < size:
+            bad(f"storage {key!r} is cut short or of another length than declared")
+        raw[key] = np.frombuffer(body, storage.dtype)
+    if missing := declared.keys() - raw.keys():
+        bad(f"storage {min(missing)!r} is missing")
+    return {name: _materialise(view, raw[view.storage.key], f"{source}: {name}") for name, view in state.items()}
+
+
+def _materialise(view: _View, storage: np.ndarray, what: str) -> np.ndarray:
+    """The view as an array of its own. as_strided reads wherever it is told to, so the bounds are ours to check."""
+    if len(view.shape) != len(view.strides) or min((view.offset, *view.shape, *view.strides)) < 0:
+        raise ValueError(f"{what}: shape {view.shape} with strides {view.strides} makes no tensor")
+    last = view.offset + sum((n - 1) * stride for n, stride in zip(view.shape, view.strides, strict=True))
+    if 0 not in view.shape and last >= storage.size:
+        raise ValueError(f"{what}: reaches element {last} of a storage of {storage.size}")
+    strides = [stride * storage.itemsize for stride in view.strides]
+    return np.lib.stride_tricks.as_strided(storage[view.offset :], view.shape, strides).copy()

@@ -1,0 +1,220 @@
+"""The smallest parts: linear, convolution, normalisation, dropout, embeddings, patches."""
+
+import math
+from functools import partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from ulx.typing import PerExample
+
+__all__ = [
+    "Conv",
+    "Dropout",
+    "GroupNorm",
+    "Linear",
+    "LogSNREmbedding",
+    "draw",
+    "layer_norm",
+    "patchify",
+    "rms_norm",
+    "unpatchify",
+]
+
+
+def draw(key: Key[Array, ""], shape: tuple[int, ...], scale: float) -> Float[Array, "*shape"]:
+    """Initial weights: normal with standard deviation `scale`.
+
+    XLA takes half a second to compile a random draw of each new shape, so draws are made in few sizes and cut.
+    """
+    count = math.prod(shape)
+    size = 4096
+    while size < count:
+        size *= 8
+    return _cut(_standard_normal(key, size), shape, scale)
+
+
+@partial(jax.jit, static_argnums=1)
+def _standard_normal(key: Key[Array, ""], size: int) -> Float[Array, " size"]:
+    return jax.random.normal(key, (size,))
+
+
+@partial(jax.jit, static_argnums=1)
+def _cut(values: Float[Array, " size"], shape: tuple[int, ...], scale: float) -> Float[Array, "*shape"]:
+    return scale * values[: math.prod(shape)].reshape(shape)
+
+
+class Linear(eqx.Module):
+    """x @ w + b over the last axis; w is (in, out), drawn with variance `gain²/in`.
+
+    The leading axes are flattened first: XLA on a CPU contracts several axes of a weight gradient about three
+    times slower than one.
+    """
+
+    weight: Float[Array, "in out"]
+    bias: Float[Array, " out"] | None
+
+    def __init__(self, in_size: int, out_size: int, *, bias: bool = True, gain: float = 1.0, key: Key[Array, ""]):
+        self.weight = draw(key, (in_size, out_size), gain / math.sqrt(in_size))
+        self.bias = jnp.zeros(out_size) if bias else None
+
+    def __call__(self, x: Float[Array, "*n in"]) -> Float[Array, "*n out"]:
+        y = x.reshape(-1, x.shape[-1]) @ self.weight
+        if self.bias is not None:
+            y = y + self.bias
+        return y.reshape(*x.shape[:-1], -1)
+
+
+class Conv(eqx.Module):
+    """A convolution with an odd kernel that keeps the size (zero padding), over any number of spatial axes."""
+
+    weight: Float[Array, "*kernel in out"]
+    bias: Float[Array, " out"]
+
+    def __init__(
+        self,
+        rank: int,
+        in_size: int,
+        out_size: int,
+        *,
+        kernel: int = 3,
+        gain: float = 1.0,
+        key: Key[Array, ""],
+    ):
+        if kernel % 2 == 0:
+            raise ValueError(f"a kernel that keeps the size is odd, got {kernel}")
+        shape = (kernel,) * rank + (in_size, out_size)
+        self.weight = draw(key, shape, gain / math.sqrt(in_size * kernel**rank))
+        self.bias = jnp.zeros(out_size)
+
+    def __call__(self, x: Float[Array, "b *space in"]) -> Float[Array, "b *space out"]:
+        rank = x.ndim - 2
+        space = "".join("thw"[-rank:])
+        y = jax.lax.conv_general_dilated(
+            x, self.weight, (1,) * rank, "SAME", dimension_numbers=(f"N{space}C", f"{space}IO", f"N{space}C")
+        )
+        return y + self.bias
+
+
+def layer_norm(x: Float[Array, "*n c"], epsilon: float = 1e-6) -> Float[Array, "*n c"]:
+    """Layer norm without parameters, statistics in float32. (Scale and shift come from the modulation.)"""
+    wide = x.astype(jnp.float32)
+    mean = wide.mean(axis=-1, keepdims=True)
+    # Two moments in one pass over x; activations here are of order one, so the difference is safe in float32.
+    variance = jnp.maximum((wide * wide).mean(axis=-1, keepdims=True) - mean * mean, 0.0)
+    return ((wide - mean) * jax.lax.rsqrt(variance + epsilon)).astype(x.dtype)
+
+
+def rms_norm(x: Float[Array, "*n c"], scale: Float[Array, " c"], epsilon: float = 1e-6) -> Float[Array, "*n c"]:
+    """x / rms(x) · scale, in float32."""
+    wide = x.astype(jnp.float32)
+    norm = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
+    return (norm * scale).astype(x.dtype)
+
+
+class GroupNorm(eqx.Module):
+    """Group norm over all spatial axes and the channels of a group, with scale and shift; statistics in float32."""
+
+    scale: Float[Array, " c"]
+    shift: Float[Array, " c"]
+    groups: int = eqx.field(static=True)
+
+    def __init__(self, channels: int, group_size: int = 16):
+        if channels % group_size:
+            raise ValueError(f"channels={channels} is not a multiple of the group size {group_size}")
+        self.scale = jnp.ones(channels)
+        self.shift = jnp.zeros(channels)
+        self.groups = channels // group_size
+
+    def __call__(self, x: Float[Array, "b *space c"]) -> Float[Array, "b *space c"]:
+        wide = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups)
+        mean = wide.mean(axis=(1, 3), keepdims=True)
+        variance = jnp.maximum((wide * wide).mean(axis=(1, 3), keepdims=True) - mean * mean, 0.0)
+        wide = (wide - mean) * jax.lax.rsqrt(variance + 1e-6)
+        return (wide.reshape(x.shape) * self.scale + self.shift).astype(x.dtype)
+
+
+class Dropout(eqx.Module):
+    """Dropout whose mask belongs to the example (its own key), not to the batch. `key=None` turns it off."""
+
+    rate: float = eqx.field(static=True)
+
+    def __init__(self, rate: float):
+        if not 0 <= rate < 1:
+            raise ValueError(f"a dropout rate is in [0, 1), got {rate}")
+        self.rate = rate
+
+    def __call__(self, x: Float[Array, "b *n"], key: Key[Array, " b"] | None) -> Float[Array, "b *n"]:
+        if key is None or self.rate == 0:
+            return x
+        keep = jax.vmap(lambda k: jax.random.bernoulli(k, 1 - self.rate, x.shape[1:]))(key)
+        return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
+
+
+class LogSNREmbedding(eqx.Module):
+    """λ -> conditioning vector: sinusoids of λ at geometric frequencies, then two linear layers.
+
+    λ itself is a good coordinate (EDM feeds ¼ ln σ, which is −λ/8). Periods from 2π·2 to 2π·64 in λ: over the
+    range of ±15 the fastest turns a few times and the slowest is monotone.
+    """
+
+    frequencies: tuple[float, ...] = eqx.field(static=True)
+    first: Linear
+    second: Linear
+
+    def __init__(self, channels: int, *, num_frequencies: int = 16, key: Key[Array, ""]):
+        ratios = [i / (num_frequencies - 1) for i in range(num_frequencies)]
+        self.frequencies = tuple(0.5 * (1 / 32) ** ratio for ratio in ratios)
+        first, second = jax.random.split(key)
+        self.first = Linear(2 * num_frequencies, channels, key=first)
+        self.second = Linear(channels, channels, key=second)
+
+    def __call__(self, logsnr: PerExample) -> Float[Array, "b c"]:
+        angles = logsnr[:, None] * jnp.asarray(self.frequencies)
+        features = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1) * math.sqrt(2)
+        return self.second(jax.nn.silu(self.first(features.astype(self.first.weight.dtype))))
+
+
+def per_axis(value: int | tuple[int, ...], rank: int) -> tuple[int, ...]:
+    """2 -> (2, 2) for images; a tuple must have one entry per spatial axis."""
+    values = (value,) * rank if isinstance(value, int) else tuple(value)
+    if len(values) != rank:
+        raise ValueError(f"expected one number per spatial axis ({rank}), got {values}")
+    return values
+
+
+def patchify(x: Float[Array, "b *space c"], patch: int | tuple[int, ...]) -> Float[Array, "b *grid p"]:
+    """Space to channels: each patch of p₁ × … × p_r positions becomes one position with p₁⋯p_r·c channels.
+
+    Raises ValueError if an axis is not a multiple of its patch.
+    """
+    *space, channels = x.shape[1:]
+    patches = per_axis(patch, len(space))
+    if any(size % p for size, p in zip(space, patches, strict=True)):
+        raise ValueError(f"a grid of {tuple(space)} does not divide into patches of {patches}")
+    if all(p == 1 for p in patches):
+        return x
+    split = [n for size, p in zip(space, patches, strict=True) for n in (size // p, p)]
+    rank = len(space)
+    x = x.reshape(x.shape[0], *split, channels)
+    order = (0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2), 2 * rank + 1)
+    grid = [size // p for size, p in zip(space, patches, strict=True)]
+    return x.transpose(order).reshape(x.shape[0], *grid, math.prod(patches) * channels)
+
+
+def unpatchify(x: Float[Array, "b *grid p"], patch: int | tuple[int, ...]) -> Float[Array, "b *space c"]:
+    """The inverse of `patchify`."""
+    *grid, packed = x.shape[1:]
+    patches = per_axis(patch, len(grid))
+    if all(p == 1 for p in patches):
+        return x
+    channels, rest = divmod(packed, math.prod(patches))
+    if rest:
+        raise ValueError(f"{packed} channels are not patches of {patches}")
+    rank = len(grid)
+    x = x.reshape(x.shape[0], *grid, *patches, channels)
+    order = (0, *(axis for i in range(rank) for axis in (1 + i, 1 + rank + i)), 1 + 2 * rank)
+    space = [size * p for size, p in zip(grid, patches, strict=True)]
+    return x.transpose(order).reshape(x.shape[0], *space, channels)

@@ -1,0 +1,119 @@
+"""Transformer blocks modulated by a conditioning vector (adaLN-zero), and a stack of them under `lax.scan`."""
+
+import dataclasses
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from ulx.diffusion import split_keys
+from ulx.nn.layers import Dropout, Linear, layer_norm, rms_norm
+
+__all__ = ["Block", "BlockConfig", "Remat", "Stack"]
+
+Remat = Literal["none", "block"]
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+    head_size: int = 64
+    """Channels per attention head."""
+    mlp_ratio: int = 4
+    """Hidden channels of the MLP per channel."""
+    dropout: float = 0.0
+    remat: Remat = "block"
+    """Recompute each block's activations in the backward pass ("block": less memory), or keep them ("none")."""
+
+
+class Attention(eqx.Module):
+    """Multi-head self-attention with QK-norm (an RMS norm with a learned scale on each query and key)."""
+
+    qkv: Linear
+    out: Linear
+    query_scale: Float[Array, " head"]
+    key_scale: Float[Array, " head"]
+    heads: int = eqx.field(static=True)
+
+    def __init__(self, channels: int, head_size: int, *, key: Key[Array, ""]):
+        if channels % head_size:
+            raise ValueError(f"channels={channels} is not a multiple of head_size={head_size}")
+        qkv, out = jax.random.split(key)
+        self.qkv = Linear(channels, 3 * channels, bias=False, key=qkv)
+        self.out = Linear(channels, channels, key=out)
+        self.query_scale = jnp.ones(head_size)
+        self.key_scale = jnp.ones(head_size)
+        self.heads = channels // head_size
+
+    def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        batch, tokens, channels = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, channels // self.heads)
+        query = rms_norm(qkv[:, :, 0], self.query_scale)
+        key = rms_norm(qkv[:, :, 1], self.key_scale)
+        return self.out(jax.nn.dot_product_attention(query, key, qkv[:, :, 2]).reshape(x.shape))
+
+
+class Block(eqx.Module):
+    """x + g₁ · attention(mod₁(norm x)), then x + g₂ · mlp(mod₂(norm x)); mod and g are linear in the conditioning.
+
+    The gates start at zero, so that a new block is the identity (DiT's adaLN-zero).
+    """
+
+    modulation: Linear
+    attention: Attention
+    up: Linear
+    down: Linear
+    dropout: Dropout
+
+    def __init__(self, channels: int, config: BlockConfig, *, cond_size: int, key: Key[Array, ""]):
+        keys = jax.random.split(key, 4)
+        self.modulation = Linear(cond_size, 6 * channels, gain=0.0, key=keys[0])
+        self.attention = Attention(channels, config.head_size, key=keys[1])
+        self.up = Linear(channels, config.mlp_ratio * channels, key=keys[2])
+        self.down = Linear(config.mlp_ratio * channels, channels, key=keys[3])
+        self.dropout = Dropout(config.dropout)
+
+    def __call__(
+        self, x: Float[Array, "b n c"], cond: Float[Array, "b k"], key: Key[Array, " b"] | None = None
+    ) -> Float[Array, "b n c"]:
+        modulation = self.modulation(cond)[:, None]
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(modulation, 6, axis=-1)
+        x = x + gate_1 * self.attention(layer_norm(x) * (1 + scale_1) + shift_1)
+        hidden = jax.nn.gelu(self.up(layer_norm(x) * (1 + scale_2) + shift_2))
+        return x + gate_2 * self.down(self.dropout(hidden, key))
+
+
+class Stack(eqx.Module):
+    """`depth` blocks with one set of stacked weights (leading axis `depth`), run by `lax.scan`.
+
+    Scanning compiles one block however deep the stack. `remat="block"` recomputes a block's activations in the
+    backward pass, so that memory holds one residual stream per block.
+    """
+
+    blocks: Block
+    depth: int = eqx.field(static=True)
+    remat: Remat = eqx.field(static=True)
+
+    def __init__(self, depth: int, channels: int, config: BlockConfig, *, cond_size: int, key: Key[Array, ""]):
+        if depth < 1:
+            raise ValueError(f"a stack has at least one block, got depth={depth}")
+        blocks = [Block(channels, config, cond_size=cond_size, key=key) for key in jax.random.split(key, depth)]
+        self.blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+        self.depth = depth
+        self.remat = config.remat
+
+    def __call__(
+        self, x: Float[Array, "b n c"], cond: Float[Array, "b k"], key: Key[Array, " b"] | None = None
+    ) -> Float[Array, "b n c"]:
+        cond = jax.nn.silu(cond)
+        weights, static = eqx.partition(self.blocks, eqx.is_array)
+        keys = None if key is None else jnp.stack(split_keys(key, self.depth))
+
+        def step(x, layer):
+            weights, key = layer
+            return eqx.combine(weights, static)(x, cond, key), None
+
+        if self.remat == "block":
+            step = jax.checkpoint(step)
+        return jax.lax.scan(step, x, (weights, keys))[0]

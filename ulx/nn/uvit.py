@@ -1,0 +1,289 @@
+"""UViT: convolution stages outside, transformer levels inside; with no convolution stages it is a plain ViT.
+
+One network serves as the prior (one transformer level), the base (two levels) and the decoder (convolution stages
+around one level, conditioned on z_0): they differ by their `UViTConfig`.
+"""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from ulx.diffusion import per_example_keys, split_keys
+from ulx.nn.layers import Linear, LogSNREmbedding, draw, layer_norm, patchify, unpatchify
+from ulx.nn.resnet import ResBlock
+from ulx.nn.transformer import BlockConfig, Stack
+from ulx.typing import Keys, PerExample
+
+__all__ = ["UViT", "UViTConfig"]
+
+
+@dataclasses.dataclass(frozen=True)
+class UViTConfig:
+    patch: int = 2
+    """Pixels (or latent positions) per patch and axis, taken into channels before anything else."""
+    conv_channels: tuple[int, ...] = ()
+    """Widths of the convolution stages, outermost first; each halves the grid. Empty: a plain ViT."""
+    conv_blocks: int = 2
+    """Residual blocks of a convolution stage, on the way down and again on the way up."""
+    channels: tuple[int, ...] = (192,)
+    """Widths of the transformer levels, outermost first; each but the last halves the grid."""
+    blocks: tuple[int, ...] = (6,)
+    """Transformer blocks per level. An outer level runs half of them on the way down and half on the way up."""
+    block: BlockConfig = BlockConfig()
+
+    def __post_init__(self):
+        if len(self.channels) != len(self.blocks) or not self.channels:
+            raise ValueError(f"channels={self.channels} and blocks={self.blocks} need one entry per level")
+        if any(blocks < 2 for blocks in self.blocks[:-1]):
+            raise ValueError(f"an outer level runs blocks down and up, so at least 2; got blocks={self.blocks}")
+
+    @property
+    def reduction(self) -> int:
+        """Input positions per axis under one position of the innermost grid."""
+        return self.patch * 2 ** (len(self.conv_channels) + len(self.channels) - 1)
+
+
+class Down(eqx.Module):
+    """Halve the grid: 2 × … × 2 positions into channels, then linear."""
+
+    project: Linear
+
+    def __init__(self, rank: int, in_size: int, out_size: int, *, key: Key[Array, ""]):
+        self.project = Linear(2**rank * in_size, out_size, key=key)
+
+    def __call__(self, x: Float[Array, "b *space c"]) -> Float[Array, "b *half d"]:
+        return self.project(patchify(x, 2))
+
+
+class Up(eqx.Module):
+    """Double the grid: linear, then channels into 2 × … × 2 positions."""
+
+    project: Linear
+
+    def __init__(self, rank: int, in_size: int, out_size: int, *, key: Key[Array, ""]):
+        self.project = Linear(in_size, 2**rank * out_size, key=key)
+
+    def __call__(self, x: Float[Array, "b *half c"]) -> Float[Array, "b *space d"]:
+        return unpatchify(self.project(x), 2)
+
+
+class ConvStage(eqx.Module):
+    """One level of the U made of convolutions: its blocks down, the step in, and the mirror image."""
+
+    before: list[ResBlock]
+    down: Down
+    up: Up
+    after: list[ResBlock]
+
+    def __init__(
+        self,
+        rank: int,
+        width: int,
+        inner: int,
+        *,
+        blocks: int,
+        cond_size: int,
+        dropout: float,
+        key: Key[Array, ""],
+    ):
+        keys = iter(jax.random.split(key, 2 * blocks + 2))
+        make = lambda: ResBlock(rank, width, width, cond_size=cond_size, dropout=dropout, key=next(keys))  # noqa: E731
+        self.before = [make() for _ in range(blocks)]
+        self.down = Down(rank, width, inner, key=next(keys))
+        self.up = Up(rank, inner, width, key=next(keys))
+        self.after = [make() for _ in range(blocks)]
+
+    def go_in(self, x: Float[Array, "b *space c"], cond: Float[Array, "b k"], key) -> Float[Array, "b *space c"]:
+        return self._run(self.before, x, cond, key)
+
+    def go_out(self, x: Float[Array, "b *space c"], cond: Float[Array, "b k"], key) -> Float[Array, "b *space c"]:
+        return self._run(self.after, x, cond, key)
+
+    @staticmethod
+    def _run(blocks: list[ResBlock], x, cond, key):
+        for block, block_key in zip(blocks, _keys(key, len(blocks)), strict=True):
+            x = block(x, cond, block_key)
+        return x
+
+
+class TransformerStage(eqx.Module):
+    """One outer level of the U made of transformer blocks."""
+
+    position: Float[Array, "*grid c"]
+    before: Stack
+    down: Down
+    up: Up
+    after: Stack
+
+    def __init__(
+        self,
+        grid: tuple[int, ...],
+        width: int,
+        inner: int,
+        depth: int,
+        config: BlockConfig,
+        *,
+        cond_size: int,
+        key: Key[Array, ""],
+    ):
+        keys = jax.random.split(key, 5)
+        self.position = draw(keys[0], (*grid, width), 0.02)
+        self.before = Stack(depth - depth // 2, width, config, cond_size=cond_size, key=keys[1])
+        self.down = Down(len(grid), width, inner, key=keys[2])
+        self.up = Up(len(grid), inner, width, key=keys[3])
+        self.after = Stack(depth // 2, width, config, cond_size=cond_size, key=keys[4])
+
+    def go_in(self, x: Float[Array, "b *grid c"], cond: Float[Array, "b k"], key) -> Float[Array, "b *grid c"]:
+        return over_tokens(self.before, x + self.position, cond, key)
+
+    def go_out(self, x: Float[Array, "b *grid c"], cond: Float[Array, "b k"], key) -> Float[Array, "b *grid c"]:
+        return over_tokens(self.after, x, cond, key)
+
+
+def over_tokens(stack: Stack, x: Float[Array, "b *grid c"], cond, key) -> Float[Array, "b *grid c"]:
+    return stack(x.reshape(x.shape[0], -1, x.shape[-1]), cond, key).reshape(x.shape)
+
+
+class UViT(eqx.Module):
+    """`network(z_t, logsnr, context=…, label=…, key=…)` -> a prediction (x, ε or v) in the shape of z_t.
+
+    The skip connections are sums. `context` (the decoder's z_0) is brought to the outermost transformer grid, patches
+    to channels where it is finer and repeated where it is coarser, and added token by token through a linear layer.
+    λ and the class modulate every block. The null label is `num_classes`; it stands for "no label".
+    """
+
+    project_in: Linear
+    logsnr: LogSNREmbedding
+    labels: Float[Array, "labels k"] | None
+    context: Linear | None
+    stages: list[ConvStage | TransformerStage]
+    position: Float[Array, "*grid c"]
+    middle: Stack
+    modulation: Linear
+    project_out: Linear
+    shape: tuple[int, ...] = eqx.field(static=True)
+    config: UViTConfig = eqx.field(static=True)
+    num_classes: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        config: UViTConfig,
+        *,
+        context_shape: tuple[int, ...] | None = None,
+        num_classes: int = 0,
+        key: Key[Array, ""],
+    ):
+        """`shape` is that of one z_t, `(*space, c)`; `context_shape` that of one context, or None for none."""
+        *space, channels = shape
+        rank = len(space)
+        if any(size % config.reduction for size in space):
+            raise ValueError(
+                f"the network halves its grid down to 1/{config.reduction}, which does not divide {tuple(space)}: "
+                f"change the resolution, patch={config.patch}, or the number of stages"
+            )
+        keys = iter(jax.random.split(key, 16 + len(config.conv_channels) + len(config.channels)))
+        widths = (*config.conv_channels, *config.channels)
+        cond_size = config.channels[-1]
+        grid = tuple(size // config.patch for size in space)
+        self.shape, self.config, self.num_classes = tuple(shape), config, num_classes
+        self.project_in = Linear(config.patch**rank * channels, widths[0], key=next(keys))
+        self.logsnr = LogSNREmbedding(cond_size, key=next(keys))
+        self.labels = draw(next(keys), (num_classes + 1, cond_size), 0.02) if num_classes else None
+        self.stages = []
+        for width, inner in zip(config.conv_channels, widths[1:], strict=False):
+            self.stages.append(
+                ConvStage(
+                    rank,
+                    width,
+                    inner,
+                    blocks=config.conv_blocks,
+                    cond_size=cond_size,
+                    dropout=config.block.dropout,
+                    key=next(keys),
+                )
+            )
+            grid = tuple(size // 2 for size in grid)
+        self.context = None
+        if context_shape is not None:
+            fitted = jax.eval_shape(lambda c: fit_grid(c, grid), jax.ShapeDtypeStruct((1, *context_shape), jnp.float32))
+            self.context = Linear(fitted.shape[-1], config.channels[0], key=next(keys))
+        for width, inner, depth in zip(config.channels, config.channels[1:], config.blocks, strict=False):
+            self.stages.append(
+                TransformerStage(grid, width, inner, depth, config.block, cond_size=cond_size, key=next(keys))
+            )
+            grid = tuple(size // 2 for size in grid)
+        self.position = draw(next(keys), (*grid, config.channels[-1]), 0.02)
+        self.middle = Stack(config.blocks[-1], config.channels[-1], config.block, cond_size=cond_size, key=next(keys))
+        self.modulation = Linear(cond_size, 2 * widths[0], gain=0.0, key=next(keys))
+        self.project_out = Linear(widths[0], config.patch**rank * channels, gain=0.0, key=next(keys))
+
+    def __call__(
+        self,
+        z_t: Float[Array, "b *space c"],
+        logsnr: PerExample,
+        *,
+        context: Float[Array, "b *latent k"] | None = None,
+        label: Int[Array, " b"] | None = None,
+        key: Keys | None = None,
+    ) -> Float[Array, "b *space c"]:
+        if z_t.shape[1:] != self.shape:
+            raise ValueError(f"this network was built for inputs of shape {self.shape}, got {z_t.shape[1:]}")
+        if (context is None) != (self.context is None):
+            raise ValueError("this network " + ("needs a context" if context is None else "takes no context"))
+        dtype = self.project_in.weight.dtype
+        cond = self.logsnr(logsnr)
+        if self.labels is not None:
+            cond = cond + self.labels[jnp.full(z_t.shape[0], self.num_classes) if label is None else label]
+        elif label is not None:
+            raise ValueError("this network was built without classes (num_classes=0), but got labels")
+        if key is not None:
+            key = per_example_keys(key, z_t.shape[0])
+        keys = iter(_keys(key, 2 * len(self.stages) + 1))
+
+        x = self.project_in(patchify(z_t.astype(dtype), self.config.patch))
+        skips = []
+        for index, stage in enumerate(self.stages):
+            if index == len(self.config.conv_channels):
+                x = self._add_context(x, context)
+            x = stage.go_in(x, cond, next(keys))
+            skips.append(x)
+            x = stage.down(x)
+        if len(self.config.channels) == 1:
+            x = self._add_context(x, context)
+        x = over_tokens(self.middle, x + self.position, cond, next(keys))
+        for stage in reversed(self.stages):
+            x = stage.go_out(skips.pop() + stage.up(x), cond, next(keys))
+        scale, shift = jnp.split(
+            self.modulation(jax.nn.silu(cond)).reshape(x.shape[0], *(1,) * (x.ndim - 2), -1), 2, axis=-1
+        )
+        return unpatchify(self.project_out(layer_norm(x) * (1 + scale) + shift), self.config.patch)
+
+    def _add_context(self, x: Float[Array, "b *grid c"], context: Array | None) -> Float[Array, "b *grid c"]:
+        if self.context is None or context is None:
+            return x
+        return x + self.context(fit_grid(context.astype(x.dtype), x.shape[1:-1]))
+
+
+def fit_grid(x: Float[Array, "b *space c"], grid: tuple[int, ...]) -> Float[Array, "b *grid d"]:
+    """Bring a latent to another grid: finer axes are patched into channels, coarser ones repeated.
+
+    Raises ValueError where neither size is a multiple of the other.
+    """
+    space = x.shape[1:-1]
+    if any(max(a, b) % min(a, b) for a, b in zip(space, grid, strict=True)):
+        raise ValueError(
+            f"a latent grid of {space} does not fit a token grid of {grid}: "
+            "per axis one must be a multiple of the other; change the decoder's patch or stages"
+        )
+    x = patchify(x, tuple(max(a // b, 1) for a, b in zip(space, grid, strict=True)))
+    for axis, size in enumerate(grid, start=1):
+        x = jnp.repeat(x, size // x.shape[axis], axis=axis)
+    return x
+
+
+def _keys(key: Key[Array, " b"] | None, num: int) -> tuple[Key[Array, " b"] | None, ...]:
+    return (None,) * num if key is None else split_keys(key, num)

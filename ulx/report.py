@@ -1,0 +1,382 @@
+"""A run as one page to look at: `report.html`, self-contained, and its pictures and plots under `figures/`.
+
+    python -m ulx.report runs/openmoji
+
+Reads nothing but the run's folder: config.json, dataset.json, stage1.jsonl, stage2.jsonl, evaluation/. Training writes
+it at its end; it can be written anew at any time, also of a run under way. What is not there yet is said on the page.
+"""
+
+import dataclasses
+import functools
+import json
+import shlex
+import warnings
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from ulx import diffusion, figures, page, report_text
+from ulx.command_line import parse_arguments, run_command
+from ulx.config import Config, TrainConfig, differences, from_json
+from ulx.data.pixels import to_float
+from ulx.evaluation import Evaluation
+from ulx.image_files import contact_sheet, write_png
+from ulx.metrics.images import psnr
+from ulx.metrics_log import read_metrics
+from ulx.progress import duration
+from ulx.report_text import number, plus_minus, si
+from ulx.stages import CollapseWatch
+
+__all__ = ["write"]
+
+BUDGET = 2**20
+"""Pixels of each kind of picture, though at least 8 images: with large ones the page would have hundreds of MB."""
+
+Metrics = dict[str, Any]
+Log = list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What a run's folder holds."""
+
+    path: Path
+    config: Config
+    dataset: dict[str, Any]
+    logs: dict[str, Log]
+    """Of the stages that have begun."""
+    evaluation: Evaluation | None
+
+    @classmethod
+    def read(cls, path: Path) -> "_Run":
+        def parsed(name: str, parse: Callable[[str], Any]) -> Any:
+            try:
+                return parse((path / name).read_text())
+            except FileNotFoundError:
+                raise FileNotFoundError(f"{path} is not a run: it has no {name}") from None
+            except NotADirectoryError:
+                raise NotADirectoryError(f"{path} is a file: give the folder of a run") from None
+            except (ValueError, TypeError, AttributeError) as error:
+                raise ValueError(f"{path / name} cannot be read: {error}") from error
+
+        config, dataset = parsed("config.json", from_json), parsed("dataset.json", _dataset)
+        names = [name for name in ("stage1", "stage2") if (path / f"{name}.jsonl").exists()]
+        logs = {name: read_metrics(path / f"{name}.jsonl") for name in names}
+        evaluation = None
+        if (path / "evaluation" / "metrics.json").exists():
+            try:
+                evaluation = Evaluation.load(path / "evaluation")
+            except Exception as error:  # a damaged archive raises anything: BadZipFile, zlib.error, EOFError, ...
+                raise ValueError(_again(path, f"cannot be read ({error})")) from error
+        return cls(path, config, dataset, {name: log for name, log in logs.items() if log}, evaluation)
+
+    @functools.cached_property
+    def collapsed(self) -> bool | None:
+        """Whether the latent collapsed at any time, from the whole log: a resumed process saw only its own part."""
+        lines = [line for line in self.logs.get("stage1", []) if {"latent_std", "rate"} <= line.keys()]
+        if not lines:
+            return None
+        watch = CollapseWatch(self.config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for line in lines:
+                watch(int(line["step"]), line)
+        return watch.collapsed
+
+    def labels(self, name: str) -> list[str]:
+        assert self.evaluation is not None
+        return [self.dataset["class_names"][label] for label in self.evaluation.pictures[name]]
+
+
+def write(path: Path) -> Path:
+    """Write the report of the run in `path`; returns the path of `report.html`.
+
+    Raises FileNotFoundError or NotADirectoryError for a folder that is no run, ValueError for a file of it that
+    cannot be read or lacks something, OSError if the report cannot be written.
+    """
+    run = _Run.read(path)
+    (path / "figures").mkdir(exist_ok=True)
+    try:
+        body = [_head(run), *_evaluated(run), _curves(run), _cost(run), _settings(run)]
+    except KeyError as error:
+        raise ValueError(_again(path, f"lacks {error}")) from error
+    body += [report_text.definitions(run.config), _foot(run)]
+    aside = path / "report.tmp"
+    aside.write_text(page.document(f"{path.name} · ulx", body), encoding="utf-8")
+    return aside.replace(path / "report.html")
+
+
+def _dataset(text: str) -> dict[str, Any]:
+    facts = json.loads(text)
+    missing = {"name", "resolution", "class_names", "train", "validation", "attribution"} - facts.keys()
+    if missing:
+        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    return facts
+
+
+def _again(path: Path, what: str) -> str:
+    return f"{path / 'evaluation'} {what}: evaluate again with `python -m ulx.evaluate {shlex.quote(str(path))}`"
+
+
+def _head(run: _Run) -> str:
+    data, config = run.dataset, run.config
+    lines = [
+        f"<h1>{escape(run.path.name)}</h1>",
+        f'<p class="soft">Unified Latents on {escape(data["name"])}, {data["resolution"]}×{data["resolution"]} pixels: '
+        f"{data['train']:,} training and {data['validation']:,} held-out images, {len(data['class_names'])} classes. "
+        f"Loss factor {config.loss_factor:g}, sigmoid bias {config.decoder_weighting.bias:.3g}.</p>",
+    ]
+    for stage, train in _stages(config):
+        log = run.logs.get(stage)
+        if not log:
+            lines.append(page.note(f"Stage {stage[-1]} has no {stage}.jsonl: it has not been trained yet."))
+        elif log[-1]["step"] < train.steps:
+            lines.append(page.note(f"Stage {stage[-1]} is at step {log[-1]['step']:,} of {train.steps:,}."))
+    if run.evaluation is None:
+        lines.append(
+            page.note("No evaluation yet, so no bits, distances and pictures: they come at the end of training.")
+        )
+    return "\n".join([*lines, '<div class="cards">', *_cards(run), "</div>"])
+
+
+def _cards(run: _Run) -> list[str]:
+    cards = []
+    if run.evaluation is not None:
+        metrics = run.evaluation.metrics
+        bits, dims, decibel = metrics["bits_per_pixel"], metrics["bits_per_latent_dim"], metrics["psnr"]
+        mean, distance = metrics["psnr_of_mean_training_image"], metrics["fd_efflite0"]
+        base, prior = distance["base"], distance["prior"]
+        cards = [
+            page.card(
+                "Held-out rate, bits/pixel",
+                plus_minus(bits),
+                f"{plus_minus(dims)} bits per latent dimension; {bits['n']:,} images, EMA weights",
+            ),
+            page.card(
+                "Held-out PSNR, dB", plus_minus(decibel), f"the mean training image has {number(mean['value'])} dB"
+            ),
+            page.card(
+                "fd_efflite0, base model",
+                number(base["value"]),
+                f"raw prior {number(prior['value'])}; N = {base['n']:,}, NFE {base['nfe']}, no guidance"
+                + (". Biased: N is too small" if base["rank_deficient"] else ""),
+                "good" if base["value"] < prior["value"] else "bad",
+            ),
+        ]
+    if run.collapsed is not None:
+        last = run.logs["stage1"][-1]
+        noise = float(diffusion.edm_sigma(jnp.asarray(run.config.model.logsnr_0)))
+        small = f"its standard deviation over images ends at {last['latent_std']:.2f}; its noise has {noise:.2f}"
+        if run.evaluation is not None:
+            small += f"; swapping latents moves PSNR by {plus_minus(run.evaluation.metrics['swap']['gap'])} dB"
+        cards.append(
+            page.card("Latent", "collapsed" if run.collapsed else "alive", small, "bad" if run.collapsed else "good")
+        )
+    return cards
+
+
+def _evaluated(run: _Run) -> list[str]:
+    """The sections that stand on the evaluation."""
+    if run.evaluation is None:
+        return []
+    metrics, pictures = run.evaluation.metrics, run.evaluation.pictures
+    sampler, guided = metrics["sampler"], metrics["guided_samples"]
+    steps = f"{sampler['latent']}, {sampler['latent_steps']} steps"
+    decibels = [
+        f"{value:.1f} dB"
+        for value in np.asarray(psnr(*map(to_float, (pictures["originals"], pictures["reconstructions"]))))
+    ]
+    nfe = f"NFE {metrics['fd_efflite0']['base']['nfe']}"
+    # The first image got the latent of the last one, which need not be among the pictures.
+    swap = [pictures["originals"][1:], pictures["originals"][:-1], pictures["swapped"][1:]]
+    by_class = np.argsort(pictures["guided_labels"], kind="stable")
+    labels = run.labels("guided_labels")
+    return [
+        page.section(
+            "Reconstructions",
+            "<p>Held-out images above, what the diffusion decoder makes of their latents below.</p>",
+            _pictures(run, "reconstructions", [pictures["originals"], pictures["reconstructions"]], decibels),
+        ),
+        page.section(
+            "Samples of the base model",
+            f"<p>No guidance, {nfe} ({steps}) and the decoder's {sampler['decoder_nfe']}. Classes as frequent as in "
+            "training. These are what fd_efflite0 measures.</p>",
+            _pictures(run, "base_samples", [pictures["base_samples"]], run.labels("base_labels")),
+        ),
+        page.section(
+            f"Samples with guidance {guided['guidance_scale']:g}",
+            f"<p>The classes in turn, NFE {guided['nfe']}.</p>",
+            _pictures(run, "guided_samples", [pictures["guided_samples"][by_class]], [labels[i] for i in by_class]),
+        ),
+        page.section(
+            "Samples of the raw prior",
+            f"<p>The stage-1 prior measures bits; it is not meant to generate. NFE "
+            f"{metrics['fd_efflite0']['prior']['nfe']}.</p>",
+            _pictures(run, "prior_samples", [pictures["prior_samples"]]),
+        ),
+        page.section(
+            "Are samples copies?",
+            f"<p>{escape(report_text.copies(metrics['copies'], metrics['held_out']['n']))}</p>",
+            "<p>Base samples above, the training image nearest to each below.</p>",
+            _pictures(run, "nearest", [pictures["base_samples"], pictures["nearest"]]),
+        ),
+        _swap(run, metrics["swap"], swap) if len(swap[0]) else "",
+        _rate(run, metrics),
+        page.section("All metrics", page.table(report_text.METRICS_HEADER, report_text.metrics_rows(metrics))),
+    ]
+
+
+def _pictures(run: _Run, name: str, stacked: Sequence[np.ndarray], captions: Sequence[str] = ()) -> str:
+    """The HTML of pictures that stand one above the other, and the same as a sheet under `figures/`."""
+    pixels = stacked[0].shape[1] * stacked[0].shape[2]
+    count = min(len(stacked[0]), max(8, BUDGET // pixels))
+    stacked, captions = [images[:count] for images in stacked], captions[:count]
+    write_png(run.path / "figures" / f"{name}.png", contact_sheet(*stacked, captions=captions))
+    words = name.replace("_", " ")
+    return page.tiles(*stacked, captions=captions, alt=[words, f"beside {words}", f"with {words}"][: len(stacked)])
+
+
+def _swap(run: _Run, swap: Metrics, stacked: Sequence[np.ndarray]) -> str:
+    return page.section(
+        "Whose image is it? The swap test",
+        "<p>Top: image i. Middle: image i − 1. Bottom: decoded from the middle one's latent with the top one's noise. "
+        "A latent that is used gives back the middle image: PSNR "
+        f"{plus_minus(swap['psnr_to_the_latents_image'])} dB to the latent's own image, "
+        f"{plus_minus(swap['psnr_to_the_other'])} dB to the other, a gap of {plus_minus(swap['gap'])} dB over "
+        f"{swap['gap']['n']:,} images.</p>",
+        _pictures(run, "swap", [images[:16] for images in stacked]),
+    )
+
+
+def _plot(run: _Run, name: str, draw: Callable[[bool], bytes], text: str) -> str:
+    light = draw(False)
+    (run.path / "figures" / f"{name}.png").write_bytes(light)
+    return page.plot(light, draw(True), text)
+
+
+def _rate(run: _Run, metrics: Metrics) -> str:
+    levels, total = metrics["rate_by_level"], metrics["bits_per_pixel"]
+    terminal = metrics["terminal_bits_per_pixel"]
+    bits, edges = levels["bits_per_pixel"], levels["logsnr_edges"]
+    draw = lambda dark: figures.rate_by_level(edges, bits, levels["standard_error"], dark=dark)  # noqa: E731
+    text = (
+        f"The area is {number(sum(bits))} bits/pixel; with the terminal KL, {terminal:.2g}, it is the rate, "
+        f"{plus_minus(total)}. Bars: one standard error of each slice."
+    )
+    return page.section("Rate by noise level", f'<div class="plots">{_plot(run, "rate_by_level", draw, text)}</div>')
+
+
+def _curves(run: _Run) -> str:
+    """Loss, bits and the latent's spread over images seen."""
+    held_out = {}
+    if run.evaluation is not None:
+        held_out = {"rate, held out": float(run.evaluation.metrics["bits_per_pixel"]["value"])}
+    noise = {"its noise": float(diffusion.edm_sigma(jnp.asarray(run.config.model.logsnr_0)))}
+    names = {"loss": "loss", "decoder": "decoder, weighted L_x", "rate": "rate, L_z"}
+    plots = [
+        _curve(run, "stage1", "stage1_bits", names, "bits/pixel", held_out, "Stage 1: L_z + L_x."),
+        _curve(
+            run, "stage1", "stage1_latent", {"latent_std": "standard deviation"}, "z_clean", noise,
+            "Stage 1: the latent's standard deviation over the images of a batch. Near its noise it has collapsed.",
+        ),
+        _curve(run, "stage2", "stage2_loss", {"loss": "loss"}, "weighted bits/pixel", {}, "Stage 2: sigmoid-weighted."),
+    ]  # fmt: skip
+    html = [plot for plot in plots if plot]
+    return page.section("Training", '<div class="plots">', *html, "</div>") if html else ""
+
+
+def _curve(
+    run: _Run, stage: str, name: str, keys: dict[str, str], ylabel: str, levels: dict[str, float], text: str
+) -> str:
+    log = run.logs.get(stage, [])
+    lines = {label: np.array([line[key] for line in log]) for key, label in keys.items() if all(key in x for x in log)}
+    if not log or not lines:
+        return ""
+    train = dict(_stages(run.config))[stage]
+    seen = np.array([line["step"] for line in log]) * train.batch_size
+    warmup = None
+    if stage == "stage1":
+        first, last = run.config.prior_warmup
+        warmup = (first * train.batch_size, last * train.batch_size)
+        text += " Shaded: the prior's gradient into the encoder rises from 0 to 1."
+    draw = lambda dark: figures.curves(seen, lines, ylabel=ylabel, dark=dark, levels=levels, span=warmup)  # noqa: E731
+    if (window := figures.window(len(seen))) > 1:
+        text += f" Thin: as logged; thick: mean over {window} lines of the log."
+    return _plot(run, name, draw, text)
+
+
+def _cost(run: _Run) -> str:
+    rows = []
+    for stage, train in _stages(run.config):
+        if log := run.logs.get(stage):
+            images, seconds = log[-1]["step"] * train.batch_size, log[-1]["time"]
+            rate = f"{images / seconds:.3g} images/s, compiling included" if seconds else ""
+            rows.append([f"Stage {stage[-1]}", f"{images:,} images in {duration(seconds)}", rate])
+    cost = run.evaluation.metrics.get("cost") if run.evaluation else None
+    if run.evaluation is None or cost is None:
+        rows.append(["FLOPs", "counted at the end of training", ""])
+        return page.section("Cost", page.table([], rows))
+    metrics, forward, parameters = run.evaluation.metrics, cost["forward_flops_per_image"], cost["parameters"]
+    latent_nfe, decoder_nfe = metrics["fd_efflite0"]["base"]["nfe"], metrics["sampler"]["decoder_nfe"]
+    sample = latent_nfe * forward["base"] + decoder_nfe * forward["decoder"]
+    rows += [
+        [f"Stage {stage}", f"{si(cost[f'training_flops_stage{stage}'])}FLOP of training", "3 × forward"]
+        for stage in (1, 2)
+    ]
+    rows += [
+        ["One sample", f"{si(sample)}FLOP", f"base NFE {latent_nfe}, decoder NFE {decoder_nfe}"],
+        [
+            "Whole job",
+            duration(cost["seconds_this_process"]),
+            f"evaluation included, in the last process; {cost['device']}",
+        ],
+    ]
+    networks = [[part, si(count), f"{si(forward[part])}FLOP"] for part, count in parameters.items()]
+    networks.append(["all", si(sum(parameters.values())), ""])
+    return page.section(
+        "Cost", page.table([], rows), page.table(["network", "parameters", "one forward pass, one image"], networks)
+    )
+
+
+def _settings(run: _Run) -> str:
+    everything = report_text.settings(run.config)
+    changed = [line.split(": ", 1) for line in differences(Config(), run.config)]
+    command = shlex.quote(str(run.path))
+    return page.section(
+        "Settings",
+        "<p>Away from the defaults of <code>ulx.config.Config</code>, as default → this run:</p>",
+        page.table([], [[name, value.replace(" -> ", " → ")] for name, value in changed]),
+        f"<details><summary>All {len(everything)} settings</summary>{page.table([], everything)}</details>",
+        f"<pre>python -m ulx.sample {escape(command)} --guidance-scale 2\npython -m ulx.reconstruct "
+        f"{escape(command)} FOLDER\npython -m ulx.encode {escape(command)} FOLDER</pre>",
+    )
+
+
+def _foot(run: _Run) -> str:
+    credit = run.dataset["attribution"]
+    if credit:
+        (run.path / "figures" / "ATTRIBUTION.txt").write_text(credit + "\n", encoding="utf-8")
+    text = f"{credit} " if credit else ""
+    return f'<p class="soft">{escape(text)}Made with ulx, after Unified Latents (arXiv 2602.17270).</p>'
+
+
+def _stages(config: Config) -> list[tuple[str, TrainConfig]]:
+    return [("stage1", config.train), ("stage2", config.train_base)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    run: Path
+    """Folder of the run."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    run_command(lambda: print(write(parse_arguments(Options, __doc__ or "", args).run)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""A run's folder, and loading what was trained in it.
+
+runs/NAME/
+    config.json           every setting
+    dataset.json          which data, its classes
+    stage1.jsonl, stage2.jsonl, tensorboard/   metrics while training
+    checkpoints/stage1, checkpoints/stage2
+    evaluation/           metrics.json, pictures.npz
+    report.html, figures/
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+
+from ulx.checkpoint import Checkpoints
+from ulx.config import Config, differences, from_json, to_json
+from ulx.data.source import Dataset
+from ulx.models import Denoiser, UnifiedLatents
+from ulx.stages import make_base
+from ulx.training import TrainState, make_optimizer
+
+__all__ = ["Run", "load", "open_folder", "stage1_state", "stage2_state"]
+
+HARMLESS = ("resume", "runs", "name", "sample", "evaluate")
+"""Fields that may change between the parts of an interrupted run: they do not touch training."""
+
+
+def open_folder(config: Config) -> Path:
+    """Create the run's folder, or, with `config.resume`, check that it belongs to this configuration.
+
+    Raises:
+        NotADirectoryError: the path is a file.
+        FileExistsError: the run exists and `resume` is off.
+        ValueError: the run was started with other settings; the fields that differ are named.
+        OSError: the folder cannot be written.
+    """
+    path = config.path
+    for part in (path, *path.parents):
+        if part.exists() and not part.is_dir():
+            raise NotADirectoryError(f"{part} is a file; runs need a folder there: choose another --name or --runs")
+    written = path / "config.json"
+    if written.exists():
+        if not config.resume:
+            raise FileExistsError(f"{path} already holds a run: continue it with --resume, or choose another --name")
+        changed = differences(from_json(written.read_text()), config, ignore=HARMLESS)
+        if changed:
+            raise ValueError(
+                f"{path} was started with other settings, so its checkpoints do not belong to this run:\n  "
+                + "\n  ".join(changed)
+                + "\nPass the old values to continue it, or choose another --name"
+            )
+    path.mkdir(parents=True, exist_ok=True)
+    aside = path / "config.tmp"
+    aside.write_text(to_json(config))
+    aside.replace(written)
+    return path
+
+
+def remember_data(path: Path, dataset: Dataset) -> None:
+    """Write `dataset.json`; a run that is resumed on other data is refused with ValueError."""
+    facts = {
+        "name": dataset.name,
+        "resolution": dataset.resolution,
+        "fingerprint": dataset.fingerprint,
+        "class_names": list(dataset.class_names),
+        "train": len(dataset.train),
+        "validation": len(dataset.validation),
+        "attribution": dataset.attribution,
+    }
+    file = path / "dataset.json"
+    if file.exists():
+        before = json.loads(file.read_text())
+        if before["fingerprint"] != dataset.fingerprint:
+            raise ValueError(
+                f"{path} was trained on other data than is there now ({before['train']} training images then, "
+                f"{len(dataset.train)} now): restore the data, or choose another --name"
+            )
+    file.write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def stage1_state(config: Config) -> TrainState:
+    """Untrained encoder, prior and decoder with their optimizer."""
+    shape = (config.data.resolution, config.data.resolution, 3)
+    model = UnifiedLatents(shape, config.model, key=jax.random.key(config.seed))
+    return TrainState(model, make_optimizer(config.train))
+
+
+def stage2_state(config: Config, model: UnifiedLatents, num_classes: int) -> TrainState:
+    """Untrained base model with its optimizer."""
+    base = make_base(model, config, num_classes, key=jax.random.key(config.seed + 1))
+    return TrainState(base, make_optimizer(config.train_base))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A trained run: EMA weights, ready to encode, decode and sample."""
+
+    path: Path
+    config: Config
+    class_names: tuple[str, ...]
+    model: UnifiedLatents
+    base: Denoiser | None
+    """None while stage 2 has no checkpoint."""
+    step: tuple[int, int]
+    """Steps of stage 1 and stage 2 in these weights."""
+
+
+def load(path: str | Path) -> Run:
+    """Load a run's newest weights.
+
+    Raises FileNotFoundError, naming what is missing, for a folder that is no run or has no checkpoint yet.
+    """
+    path = Path(path)
+    for file in ("config.json", "dataset.json"):
+        if not (path / file).exists():
+            raise FileNotFoundError(f"{path} is not a run: it has no {file}")
+    config = from_json((path / "config.json").read_text())
+    class_names = tuple(json.loads((path / "dataset.json").read_text())["class_names"])
+    if not (path / "checkpoints" / "stage1").is_dir():
+        raise FileNotFoundError(f"{path} has no checkpoint yet: finish stage 1 first (--resume)")
+    with Checkpoints(path / "checkpoints" / "stage1") as checkpoints:
+        state = checkpoints.restore(stage1_state(config))
+    model, base, steps = state.ema_model, None, 0
+    if (path / "checkpoints" / "stage2").is_dir():
+        with Checkpoints(path / "checkpoints" / "stage2") as checkpoints:
+            if checkpoints.latest is not None:
+                base_state = checkpoints.restore(stage2_state(config, model, len(class_names)))
+                base, steps = base_state.ema_model, int(base_state.step)
+    return Run(path, config, class_names, model, base, (int(state.step), steps))

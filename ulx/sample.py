@@ -1,0 +1,179 @@
+"""Sample images from a trained run.
+
+    python -m ulx.sample runs/openmoji                                         64 images, the classes in turn
+    python -m ulx.sample runs/openmoji --label animals-nature --guidance-scale 2
+    python -m ulx.sample runs/openmoji --num 50000 --out samples               for a distance
+    python -m ulx.sample runs/openmoji --prior                                 the raw prior, for comparison
+
+Image i of a seed is the same whatever --num and --batch-size. Written to --out: one PNG for each image, named by
+model, seed and index, a contact sheet of the first 100, and a JSON file with all settings and the label of each file.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int32, Key, UInt8
+
+from ulx import runs
+from ulx.command_line import parse_arguments, run_command
+from ulx.config import SampleConfig
+from ulx.data.pixels import to_uint8
+from ulx.diffusion import split_keys
+from ulx.generate import decode, in_batches, sample_latents
+from ulx.image_files import claim, contact_sheet, write_png
+from ulx.progress import Progress
+from ulx.samplers import Solver, network_calls
+
+__all__ = ["DecoderOptions", "Options", "SamplerOptions", "sample"]
+
+SHEET = 100
+"""Images on the contact sheet."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderOptions:
+    decoder_num_steps: int | None = None
+    """Solver steps of the decoder; by default the run's."""
+    decoder_solver: Solver | None = None
+    """The decoder's solver; by default the run's."""
+
+    def over(self, config: SampleConfig) -> SampleConfig:
+        """`config` with the options that were given."""
+        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return dataclasses.replace(config, **given)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerOptions(DecoderOptions):
+    num_steps: int | None = None
+    """Solver steps of the latent sampler; by default the run's."""
+    solver: Solver | None = None
+    """The latent sampler's solver; by default the run's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    run: Path
+    """Folder of the trained run."""
+    out: Path | None = None
+    """Where to write; by default RUN/samples."""
+    num: int = 64
+    """How many images."""
+    label: tuple[str, ...] = ()
+    """Classes to sample, by name or index, in turn; by default all of them."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance: 1 is off, above 1 trades variety for typical members of the class."""
+    prior: bool = False
+    """Sample the raw stage-1 prior in place of the base model. It knows no classes and no guidance."""
+    seed: int = 0
+    """The noise follows from it."""
+    batch_size: int | None = None
+    """Images per call; changes no result. By default the run's `evaluate.batch_size`."""
+    overwrite: bool = False
+    """Write over files that exist."""
+    sample: SamplerOptions = SamplerOptions()
+
+    def __post_init__(self):
+        for name in ("num", "batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale must be a finite number, got {self.guidance_scale}")
+        if self.prior and (self.label or self.guidance_scale != 1):
+            raise ValueError("the raw prior knows no classes: use --prior without --label and --guidance-scale")
+
+
+def sample(options: Options) -> Path:
+    """Write the images; returns the folder. Raises FileNotFoundError for a run that has no base model yet."""
+    run = runs.load(options.run)
+    denoiser = run.model.prior if options.prior else run.base
+    if denoiser is None:
+        raise FileNotFoundError(
+            f"{options.run} has no base model: finish stage 2 first (--resume), or sample the raw prior with --prior"
+        )
+    labels = None if options.prior else labels_in_turn(options.label, run.class_names, options.num)
+    config = options.sample.over(run.config.sample)
+    kind = "prior" if options.prior else "base"
+    stem = f"{kind}-seed{options.seed}"
+    files = [f"{stem}-{index:06d}.png" for index in range(options.num)]
+    out = options.out or options.run / "samples"
+    claim(out, [*files, f"{stem}-sheet.png", f"{stem}.json"], options.overwrite)
+
+    def images(label: Int32[np.ndarray, " b"], *, keys: Key[Array, " b"]) -> UInt8[Array, "b h w c"]:
+        latent_keys, decoder_keys = split_keys(keys, 2)
+        z_0 = sample_latents(
+            denoiser,
+            run.model.latent_schedule,
+            config,
+            keys=latent_keys,
+            label=None if labels is None else jnp.asarray(label),
+            guidance_scale=options.guidance_scale,
+        ).z
+        return to_uint8(decode(run.model, z_0, config, keys=decoder_keys).z)
+
+    size = min(options.batch_size or run.config.evaluate.batch_size, options.num)
+    rows = np.zeros(options.num, np.int32) if labels is None else labels
+    shown: list[np.ndarray] = []
+    with Progress("sample", total=options.num, unit="images") as progress:
+        for begin in range(0, options.num, size):  # written as they come: an interruption loses one batch
+            part = slice(begin, begin + size)
+            batch = in_batches(images, rows[part], batch_size=size, seed=options.seed, start=begin)
+            for name, image in zip(files[part], batch, strict=True):
+                write_png(out / name, image)
+            shown += list(batch[: SHEET - len(shown)])
+            progress.advance(len(batch))
+
+    names = [""] * options.num if labels is None else [run.class_names[label] for label in labels]
+    captions = [] if labels is None else names[: len(shown)]
+    write_png(out / f"{stem}-sheet.png", contact_sheet(np.stack(shown), captions=captions))
+    nfe = network_calls(config.num_steps, config.solver, guided=options.guidance_scale != 1)
+    decoder_nfe = network_calls(config.decoder_num_steps, config.decoder_solver)
+    facts = {
+        "run": str(options.run),
+        "steps": run.step,
+        "weights": "EMA",
+        "model": kind,
+        "seed": options.seed,
+        "sampler": dataclasses.asdict(config) | {"guidance_scale": options.guidance_scale},
+        "nfe": {"latent": nfe, "decoder": decoder_nfe},
+        "files": [{"file": file, "label": name} for file, name in zip(files, names, strict=True)],
+    }
+    (out / f"{stem}.json").write_text(json.dumps(facts, indent=2) + "\n")
+    print(f"{options.num} images of the {kind} model, NFE {nfe} + {decoder_nfe} (decoder) -> {out}")
+    return out
+
+
+def labels_in_turn(wanted: Sequence[str], class_names: Sequence[str], count: int) -> Int32[np.ndarray, " n"]:
+    """`count` class indices that go round the wanted classes (names, or else indices), or round all of them.
+
+    Raises ValueError for a class that is not there, with the nearest name.
+    """
+    chosen = [_index(label, class_names) for label in wanted] or list(range(len(class_names)))
+    return np.resize(np.array(chosen, np.int32), count)
+
+
+def _index(label: str, class_names: Sequence[str]) -> int:
+    if label in class_names:
+        return class_names.index(label)
+    if label.isdecimal() and int(label) < len(class_names):
+        return int(label)
+    close = difflib.get_close_matches(label, class_names, n=1)
+    listed = ", ".join(f"{index} {name}" for index, name in enumerate(class_names[:30]))
+    raise ValueError(
+        f"no class {label!r} in this run" + (f"; did you mean {close[0]}?" if close else "") + f" Classes: {listed}"
+        f"{', …' if len(class_names) > 30 else ''}"
+    )
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    run_command(lambda: sample(parse_arguments(Options, __doc__ or "", args)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""The two training losses: stage 1 (Alg. 1) and stage 2 (§3.3), in the form that `training.make_step` takes."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from ulx import diffusion, losses, weightings
+from ulx.config import Config
+from ulx.data.pixels import to_float
+from ulx.models import Denoiser, UnifiedLatents
+from ulx.nn.uvit import UViT
+from ulx.training import Batch, Draws, Loss
+
+__all__ = ["CollapseWatch", "autoencoder_loss", "base_loss", "drop_labels", "make_base"]
+
+
+def autoencoder_loss(config: Config) -> Loss:
+    """Stage 1: encoder, prior and decoder on L_z + L_x, in bits per pixel.
+
+    Logged: `loss`, `rate` (L_z) and `decoder` (weighted L_x), all in bits per pixel, and `latent_std`, the standard
+    deviation of z_clean over the batch, averaged over its dimensions: the latent's noise has σ = 0.08.
+    """
+    weighting = config.decoder_weighting
+    first, last = config.prior_warmup
+
+    def loss(model: UnifiedLatents, frozen: None, batch: Batch, draws: Draws, step: Int[Array, ""]):
+        x = to_float(batch["image"])
+        bound, z_clean = model.bound(
+            x,
+            weighting,
+            key=draws.keys,
+            t=(draws.times(0), draws.times(1)),
+            dropout=True,
+            prior_gradient=jnp.clip((step - first) / (last - first), 0.0, 1.0),
+        )
+        pixels = x[0, ..., 0].size
+        total = losses.bits_per_pixel(bound.total, num_pixels=pixels).mean()
+        return total, {
+            "loss": total,
+            "rate": losses.bits_per_pixel(bound.rate, num_pixels=pixels).mean(),
+            "decoder": losses.bits_per_pixel(bound.decoder, num_pixels=pixels).mean(),
+            "latent_std": z_clean.std(axis=0).mean(),
+        }
+
+    return loss
+
+
+def make_base(model: UnifiedLatents, config: Config, num_classes: int, *, key: Key[Array, ""]) -> Denoiser:
+    """The untrained base model for that autoencoder's latents."""
+    return Denoiser(UViT(model.latent_shape, config.model.base, num_classes=num_classes, key=key))
+
+
+def drop_labels(label: Int[Array, " b"], keys: Key[Array, " b"], rate: float, null: int) -> Int[Array, " b"]:
+    """Each label replaced by the null label with probability `rate`."""
+    dropped = jax.vmap(lambda key: jax.random.bernoulli(key, rate))(keys)
+    return jnp.where(dropped, null, label)
+
+
+def base_loss(config: Config) -> Loss:
+    """Stage 2: the base model on z_clean of the frozen encoder, with sigmoid weighting, in (weighted) bits per pixel.
+
+    It regresses on z_clean, which has the lower variance, over the same noise levels as the prior: it ends at λ_z(0).
+    """
+    weighting = weightings.sigmoid(bias=config.base_bias)
+
+    def loss(base: Denoiser, frozen: UnifiedLatents, batch: Batch, draws: Draws, step: Int[Array, ""]):
+        x = to_float(batch["image"])
+        z_clean = jax.lax.stop_gradient(frozen.z_clean(x))
+        label_keys, loss_keys = diffusion.split_keys(draws.keys, 2)
+        label = drop_labels(batch["label"], label_keys, config.label_dropout, base.network.num_classes)
+        nats = losses.diffusion_loss(
+            base.given(label=label), z_clean, frozen.latent_schedule, weighting, key=loss_keys, t=draws.times(0)
+        )
+        total = losses.bits_per_pixel(nats, num_pixels=x[0, ..., 0].size).mean()
+        return total, {"loss": total}
+
+    return loss
+
+
+class CollapseWatch:
+    """Warns loudly, once, when the latent carries nothing: posterior collapse.
+
+    After the prior's warm-up it looks at `latent_std` against the latent's own noise σ_z(0)/α_z(0): a latent whose
+    spread over images is below its noise is lost on the decoder.
+    """
+
+    def __init__(self, config: Config):
+        self.noise = float(diffusion.edm_sigma(jnp.asarray(config.model.logsnr_0)))
+        self.after = config.prior_warmup[1]
+        self.config = config
+        self.collapsed = False
+
+    def __call__(self, step: int, metrics: dict[str, Float[Array, ""] | float]) -> None:
+        if step < self.after or self.collapsed or metrics["latent_std"] >= 1.5 * self.noise:
+            return
+        self.collapsed = True
+        weighting = self.config.decoder_weighting
+        cutoff = weightings.cutoff(float(weighting.bias), float(weighting.factor))
+        warnings.warn(
+            f"THE LATENT HAS COLLAPSED at step {step}: its standard deviation over images, "
+            f"{float(metrics['latent_std']):.3f}, is down to that of its noise, {self.noise:.3f}, and its rate to "
+            f"{float(metrics['rate']):.4f} bits/pixel. The decoder ignores it. Raise --loss-factor (now "
+            f"{weighting.factor}) or --sigmoid-bias (now {weighting.bias:.2f}; together they value detail up to a "
+            f"log-SNR of {cutoff:.2f}), lengthen --prior-warmup, or use a decoder that learns faster.",
+            stacklevel=2,
+        )

@@ -1,0 +1,227 @@
+"""Training: the state, one step, one loop. Both stages go through `fit`; they differ by their loss.
+
+Read top to bottom: `TrainState` → `make_step` → `fit`.
+"""
+
+import dataclasses
+import signal
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from ulx import diffusion, losses
+from ulx.checkpoint import Checkpoints
+from ulx.config import TrainConfig
+from ulx.metrics_log import MetricsLog
+from ulx.precision import cast
+from ulx.progress import Progress
+from ulx.typing import PerExample
+
+__all__ = ["Draws", "Interrupted", "NonFiniteError", "TrainState", "fit", "make_optimizer", "make_step"]
+
+
+class TrainState(eqx.Module):
+    """Everything that a step changes, and so everything that a checkpoint holds (beside the data iterator)."""
+
+    step: Int[Array, ""]
+    model: PyTree
+    ema: PyTree
+    """The moving average of the model's arrays, in float32."""
+    opt_state: optax.OptState
+
+    def __init__(self, model: PyTree, optimizer: optax.GradientTransformation):
+        params = eqx.filter(model, eqx.is_inexact_array)
+        self.step = jnp.zeros((), jnp.int32)
+        self.model = model
+        # A copy of its own: the step donates the whole state, and no buffer may be donated twice.
+        self.ema = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
+        self.opt_state = optimizer.init(params)
+
+    @property
+    def ema_model(self) -> PyTree:
+        """The model with averaged weights."""
+        return eqx.combine(self.ema, self.model)
+
+
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """The randomness of one step: a key per example, and for each loss term its stratified times."""
+
+    keys: Key[Array, " b"]
+    step_key: Key[Array, ""]
+
+    def times(self, term: int) -> PerExample:
+        """Low-discrepancy times for the `term`-th loss term, independent between terms."""
+        return losses.sample_t(jax.random.fold_in(self.step_key, term), self.keys.shape[0])
+
+
+Batch = dict[str, Array]
+Loss = Callable[[Any, Any, Batch, Draws, Int[Array, ""]], tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
+"""loss(model, frozen, batch, draws, step) -> (what is minimised, what is logged)."""
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """Clip → AdamW with linear warm-up and cosine decay. Only entries called `weight` decay."""
+    warmup = min(config.warmup_steps, config.steps - 1)
+    learning_rate = optax.warmup_cosine_decay_schedule(
+        0.0 if warmup else config.learning_rate,
+        config.learning_rate,
+        warmup,
+        config.steps,
+        config.learning_rate * config.final_lr_fraction,
+    )
+
+    def decays(params: PyTree) -> PyTree:
+        is_weight = lambda path: getattr(path[-1], "name", None) == "weight"  # noqa: E731
+        return jax.tree_util.tree_map_with_path(lambda path, _: is_weight(path), params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(learning_rate, b2=config.beta2, weight_decay=config.weight_decay, mask=decays),
+    )
+
+
+def make_step(loss: Loss, optimizer: optax.GradientTransformation, config: TrainConfig, seed: int):
+    """The jitted step ((frozen, batch), state) -> (state, metrics). It donates the state.
+
+    `metrics` holds what the loss logs, the gradient norm of each part of the model, and their global norm.
+    An example's noise comes from fold_in(fold_in(key, step), its index in the batch): resuming needs no history.
+    """
+
+    @eqx.filter_jit(donate="all-except-first")
+    def step(given: tuple[Any, Batch], state: TrainState) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+        frozen, batch = given
+        step_key = jax.random.fold_in(jax.random.key(seed), state.step)
+        size = next(iter(batch.values())).shape[0]
+        draws = Draws(keys=diffusion.per_example_keys(step_key, size), step_key=jax.random.fold_in(step_key, size))
+        params, static = eqx.partition(state.model, eqx.is_inexact_array)
+
+        def objective(params: PyTree):
+            model = eqx.combine(cast(params, config.dtype), static)
+            return loss(model, cast(frozen, config.dtype), batch, draws, state.step)
+
+        grads, metrics = jax.grad(objective, has_aux=True)(params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, params)
+        params = optax.apply_updates(params, updates)
+        decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        ema = optax.incremental_update(params, state.ema, 1 - decay)
+        metrics |= {f"gradient/{part}": optax.global_norm(value) for part, value in _parts(grads)}
+        metrics["gradient"] = optax.global_norm(grads)
+        state = eqx.tree_at(
+            lambda s: (s.step, s.model, s.ema, s.opt_state),
+            state,
+            (state.step + 1, eqx.combine(params, static), ema, opt_state),
+        )
+        return state, metrics
+
+    return step
+
+
+def _parts(grads: PyTree) -> list[tuple[str, PyTree]]:
+    """The top-level fields of a module's gradient that hold arrays: encoder, prior, decoder."""
+    fields = [(field.name, eqx.filter(getattr(grads, field.name), eqx.is_array)) for field in dataclasses.fields(grads)]
+    return [(name, value) for name, value in fields if jax.tree.leaves(value)]
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient stopped being a number."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop; its state has been saved."""
+
+
+def fit(
+    state: TrainState,
+    step: Any,
+    frozen: Any,
+    batches: Iterator[dict[str, np.ndarray]],
+    config: TrainConfig,
+    *,
+    checkpoints: Checkpoints,
+    log: MetricsLog,
+    name: str,
+    on_log: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
+) -> TrainState:
+    """Train from `state.step` to `config.steps`; checkpoint, log and show progress on the way.
+
+    `step` is `make_step`'s, `batches` a checkpointable iterator standing where `state` left it. On Ctrl-C or SIGTERM
+    the step in progress is finished and saved.
+
+    Raises:
+        NonFiniteError: names the terms and parts that are not finite, and the step. Nothing is saved then.
+        Interrupted: after saving.
+    """
+    first = int(state.step)
+    compiled = None
+    previous: tuple[int, dict[str, Array]] | None = None
+    with (
+        _stop_on_signal() as stop,
+        Progress(name, total=config.steps, unit="steps", start=first) as progress,
+    ):
+        for number in range(first + 1, config.steps + 1):
+            batch = next(batches)
+            if compiled is None:
+                # Compiled ahead for these very shapes: a step can be refused from now on, but never recompiled.
+                compiled = step.lower((frozen, batch), state).compile()
+                progress.restart()
+            state, metrics = compiled((frozen, batch), state)
+            # Look at the step before, so that this one is under way while the host waits.
+            if previous is not None:
+                _check_and_log(*previous, config, log, progress, on_log)
+            previous = (number, metrics)
+            progress.advance()
+            if number == config.steps or number % config.save_every == 0 or stop:
+                _check_and_log(*previous, config, log, progress, on_log)
+                previous = None
+                checkpoints.save(number, state, batches, wait=bool(stop) or number == config.steps)
+            if stop:
+                raise Interrupted(f"stopped after step {number}, which is saved; --resume continues from it")
+    return state
+
+
+def _check_and_log(number: int, metrics: dict[str, Array], config: TrainConfig, log: MetricsLog, progress, on_log):
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    bad = [name for name, value in values.items() if not np.isfinite(value)]
+    if bad:
+        raise NonFiniteError(
+            f"not finite at step {number}: {', '.join(bad)}. Nothing was saved after the last checkpoint; try a lower "
+            "learning rate, or float32 if this ran in bfloat16"
+        )
+    if number % config.log_every == 0 or number in (1, config.steps):
+        log.write(number, values)
+        on_log(number, values)
+        progress.fields.update({key: value for key, value in values.items() if "/" not in key})
+
+
+class _stop_on_signal:
+    """Turns the first Ctrl-C or SIGTERM into a flag; a second one acts at once."""
+
+    def __enter__(self) -> "_stop_on_signal":
+        self.flag = False
+        self.handlers: dict[int, Any] = {}
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self._handle)
+        except ValueError:  # not the main thread: whoever runs it there handles signals
+            pass
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.flag:
+            raise KeyboardInterrupt
+        self.flag = True
+
+    def __bool__(self) -> bool:
+        return self.flag
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)

@@ -1,0 +1,30 @@
+"""Shape aliases and the one protocol that losses, samplers and guidance know: the denoiser.
+
+Images and latents are channels last with any number of spatial axes: `h w c`, `t h w c`.
+"""
+
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Array, Float, Key
+
+__all__ = ["Batch", "Denoise", "Keys", "PerExample"]
+
+Batch = Float[Array, "b *dims"]
+"""A batch of clean or noised variables; `*dims` is `h w c`, `t h w c`, or just `d` in a test."""
+
+PerExample = Float[Array, " b"]
+"""One number per example: a time `t`, a log-SNR, or nats."""
+
+Keys = Key[Array, ""] | Key[Array, " b"]
+"""One random key for a batch, or one for each of its examples (so that noise does not depend on the sharding)."""
+
+
+@runtime_checkable
+class Denoise(Protocol):
+    """`denoise(z_t, logsnr, key=None) -> x_hat`: the estimate of the clean variable, in float32.
+
+    Conditioning (labels, z_0, text) is closed over. `key` is for dropout: one key per example, or None when
+    sampling and evaluating. Whatever the network predicts (x, eps or v) has been converted before it gets here.
+    """
+
+    def __call__(self, z_t: Batch, logsnr: PerExample, *, key: Keys | None = None) -> Batch: ...
