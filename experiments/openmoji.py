@@ -19,8 +19,8 @@ PRESETS = {
         preset="tiny",
         name="openmoji",
         model=MODELS["tiny"],
-        train=TrainConfig(steps=1400, batch_size=32),
-        train_base=TrainConfig(steps=2400, batch_size=32, ema_decay=0.999),
+        train=TrainConfig(steps=800, batch_size=48),
+        train_base=TrainConfig(steps=1000, batch_size=48),
     ),
     "smoke": Config(
         preset="smoke",

@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 
 import equinox as eqx
@@ -17,12 +18,13 @@ from ulx.nn.transformer import BlockConfig
 from ulx.nn.uvit import UViTConfig
 
 
-def _small_config(folder: Path) -> Config:
+@pytest.fixture(scope="session")
+def small_config() -> Config:
+    """16×16 pixels, networks that compile in seconds, two Euler steps. `runs` is for the test to choose."""
     network = UViTConfig(patch=4, channels=(16,), blocks=(1,), block=BlockConfig(head_size=16))
     train = TrainConfig(steps=6, batch_size=4, log_every=1, save_every=6, warmup_steps=2)
     return Config(
         name="small",
-        runs=str(folder),
         prior_warmup=(1, 3),
         data=DataConfig(resolution=16),
         model=ModelConfig(
@@ -38,7 +40,8 @@ def _small_config(folder: Path) -> Config:
     )
 
 
-def _small_dataset() -> Dataset:
+@pytest.fixture(scope="session")
+def small_dataset() -> Dataset:
     """Random pictures, none of them black or white, of three classes, one with a name that HTML must escape."""
     rng = np.random.default_rng(0)
 
@@ -52,22 +55,11 @@ def _small_dataset() -> Dataset:
     return Dataset("pictures", 16, names, split(12), split(5), "fingerprint", attribution="Drawn by A & B")
 
 
-@pytest.fixture
-def small_config(tmp_path) -> Config:
-    """16×16 pixels, networks that compile in seconds, two Euler steps."""
-    return _small_config(tmp_path)
-
-
-@pytest.fixture
-def small_dataset() -> Dataset:
-    return _small_dataset()
-
-
 @pytest.fixture(scope="session")
-def trained_run(tmp_path_factory) -> Path:
+def trained_run(tmp_path_factory, small_config, small_dataset) -> Path:
     """A run folder as training leaves it, without its cost: the weights are drawn, every one of them away from zero
     (untrained networks predict nothing), and those of the average differ from those trained."""
-    config, dataset = _small_config(tmp_path_factory.mktemp("runs")), _small_dataset()
+    config, dataset = dataclasses.replace(small_config, runs=str(tmp_path_factory.mktemp("runs"))), small_dataset
     path = runs.open_folder(config)
     runs.remember_data(path, dataset)
     stage1 = _drawn(runs.stage1_state(config), seed=1, step=6)

@@ -4,6 +4,7 @@ import itertools
 import json
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +34,16 @@ def ddim(denoise, z, logsnrs):
 
 def to_pixels(x) -> np.ndarray:
     return np.clip(np.round((np.asarray(x) + 1) * 127.5), 0, 255).astype(int)
+
+
+call = eqx.filter_jit(lambda network, *args, **given: network(*args, **given))
+
+
+def decoded(run: runs.Run, z_0, key) -> np.ndarray:
+    """Pixels of one z_0 by two DDIM steps of the decoder, evenly spaced in λ."""
+    top, bottom = run.model.image_schedule.logsnr_max, run.model.image_schedule.logsnr_min
+    denoise = lambda x, logsnr: call(run.model.decoder, x, logsnr, context=z_0)  # noqa: E731
+    return to_pixels(ddim(denoise, jax.random.normal(key, (1, 16, 16, 3)), [bottom, (top + bottom) / 2, top])[0])
 
 
 @pytest.fixture(scope="module")
@@ -81,57 +92,55 @@ def fails(main, args, capsys) -> str:
     return lines[-1]
 
 
-class TestSample:
-    def test_is_ddim_of_the_averaged_base_model_then_of_the_decoder(self, run, trained_run, tmp_path):
-        """Image 5 by hand: its own keys, its label, guidance, λ from −10 to 5 and no further, then the decoder."""
-        options = sample.Options(trained_run, tmp_path, num=6, label=("stars", "0"), guidance_scale=1.5, seed=3)
-        sample.sample(options)
-        latent_key, decoder_key = jax.random.split(jax.random.fold_in(jax.random.key(3), 5))
-        label, none = jnp.array([0]), jnp.array([3])
+@pytest.fixture(scope="module")
+def guided(trained_run, tmp_path_factory) -> sample.Options:
+    """Options of samples that are there: six of two classes in turn, in batches of four."""
+    out = tmp_path_factory.mktemp("samples")
+    options = sample.Options(trained_run, out, num=6, label=("stars", "0"), guidance_scale=1.5, seed=3)
+    sample.sample(options)
+    return options
 
-        def guided(z, logsnr):
-            x_label, x_none = run.base(z, logsnr, label=label), run.base(z, logsnr, label=none)
+
+class TestSample:
+    def test_is_ddim_of_the_averaged_base_model_then_of_the_decoder(self, run, guided):
+        """Image 5, of the second batch: its own keys, its label, guidance, λ from −10 to 5 and no further."""
+        latent_key, decoder_key = jax.random.split(jax.random.fold_in(jax.random.key(3), 5))
+
+        def denoise(z, logsnr):
+            x_label, x_none = (call(run.base, z, logsnr, label=jnp.array([index])) for index in (0, 3))
             return x_none + 1.5 * (x_label - x_none)
 
-        z_0 = ddim(guided, jax.random.normal(latent_key, (1, 8, 8, 4)), [-10.0, -2.5, 5.0])
-        top, bottom = run.model.image_schedule.logsnr_max, run.model.image_schedule.logsnr_min
-        decoder = lambda x, logsnr: run.model.decoder(x, logsnr, context=z_0)  # noqa: E731
-        noise = jax.random.normal(decoder_key, (1, 16, 16, 3))
-        x = ddim(decoder, noise, [bottom, (top + bottom) / 2, top])
-        found = read(tmp_path / "base-seed3-000005.png")
-        # The solver steps in z/α over σ/α: float32 at σ/α of several hundred differs from the update by some 1e-4.
-        assert np.abs(found - to_pixels(x[0])).max() <= LEVEL
+        z_0 = ddim(denoise, jax.random.normal(latent_key, (1, 8, 8, 4)), [-10.0, -2.5, 5.0])
+        found = read(guided.out / "base-seed3-000005.png")
+        assert np.abs(found - decoded(run, z_0, decoder_key)).max() <= LEVEL
         assert found.std() > 20
+        assert np.abs(found - read(guided.out / "base-seed3-000003.png")).mean() > 5  # of the same class
 
-    def test_an_image_does_not_depend_on_how_many_or_in_which_batches(self, trained_run, tmp_path):
-        for name, num, size in (("a", 6, 4), ("b", 3, 3)):
-            sample.sample(sample.Options(trained_run, tmp_path / name, num=num, batch_size=size))
-        for index in range(3):
-            name = f"base-seed0-{index:06d}.png"
-            assert np.abs(read(tmp_path / "a" / name) - read(tmp_path / "b" / name)).max() <= LEVEL
-        first, second = (read(tmp_path / "a" / f"base-seed0-{index:06d}.png") for index in (0, 3))  # of one class
-        assert np.abs(first - second).mean() > 5
-
-    def test_prior_and_base_differ_and_the_files_say_what_they_are(self, trained_run, tmp_path):
-        for prior in (False, True):
-            sample.sample(sample.Options(trained_run, tmp_path, num=4, prior=prior))
-        assert np.abs(read(tmp_path / "base-seed0-000001.png") - read(tmp_path / "prior-seed0-000001.png")).mean() > 2
-        facts = json.loads((tmp_path / "base-seed0.json").read_text())
-        assert [file["label"] for file in facts["files"]] == ["circles", "<i>&squares", "stars", "circles"]
+    def test_the_prior_is_another_model_and_the_files_say_what_they_are(self, guided, tmp_path):
+        sample.sample(sample.Options(guided.run, tmp_path, num=4, prior=True, seed=3))
+        base, prior = read(guided.out / "base-seed3-000001.png"), read(tmp_path / "prior-seed3-000001.png")
+        assert np.abs(base - prior).mean() > 2
+        facts = json.loads((guided.out / "base-seed3.json").read_text())
+        assert [file["label"] for file in facts["files"]] == ["stars", "circles"] * 3
         assert facts["steps"] == [6, 4]
-        assert facts["nfe"] == {"latent": 2, "decoder": 2}
+        assert facts["nfe"] == {"latent": 4, "decoder": 2}
         # The sheet holds the images, enlarged by 6 = 96 / 16, from its first tile on.
-        sheet = read(tmp_path / "prior-seed0-sheet.png")
-        assert np.array_equal(sheet[6 : 6 + 96 : 6, 6 : 6 + 96 : 6], read(tmp_path / "prior-seed0-000000.png"))
+        sheet = read(tmp_path / "prior-seed3-sheet.png")
+        assert np.array_equal(sheet[6 : 6 + 96 : 6, 6 : 6 + 96 : 6], read(tmp_path / "prior-seed3-000000.png"))
+
+    def test_without_a_label_the_classes_come_in_turn(self):
+        names = ("circles", "squares", "7")
+        assert sample.labels_in_turn((), names, 5).tolist() == [0, 1, 2, 0, 1]
+        assert sample.labels_in_turn(("7", "1"), names, 3).tolist() == [2, 1, 2]  # a name before an index
 
     def test_options_over_the_runs(self, run):
         given = sample.SamplerOptions(num_steps=7, decoder_solver="heun").over(run.config.sample)
         assert (given.num_steps, given.solver, given.decoder_num_steps, given.decoder_solver) == (7, "euler", 2, "heun")
 
     def test_command_line(self, trained_run, tmp_path, capsys):
-        args = ["--out", str(tmp_path), "--num", "4", "--label", "1", "--sample.num-steps", "2", "--seed", "9"]
-        sample.main([str(trained_run), *args])
-        assert "4 images of the base model, NFE 2 + 2 (decoder)" in capsys.readouterr().out
+        args = ["--out", str(tmp_path), "--num", "4", "--label", "1", "--seed", "9", "--guidance-scale", "1.5"]
+        sample.main([str(trained_run), *args, "--sample.num-steps", "2"])
+        assert "4 images of the base model, NFE 4 + 2 (decoder)" in capsys.readouterr().out
         assert {f"base-seed9-{index:06d}.png" for index in range(4)} <= {file.name for file in tmp_path.iterdir()}
         assert "--overwrite" in fails(sample.main, [trained_run, *args], capsys)
 
@@ -180,19 +189,14 @@ class TestReconstruct:
         assert names == {"exact.png", "large.png", "grey.jpg.png", "grey.bmp.png", "deep/tiny.png", "contact_sheet.png"}
 
     def test_one_image_by_hand(self, run, images, out):
-        """The first file, deep/tiny.png, is skipped by no one: exact.png is the second of the readable ones."""
-        order = [name for name in ImageFolder(images, 16).names if name != "broken.png"]
-        key = jax.random.fold_in(jax.random.key(0), order.index("exact.png"))
-        latent_key, decoder_key = jax.random.split(key)
-        x = jnp.asarray(read(images / "exact.png"))[None] / 127.5 - 1
-        z_clean = run.model.encoder(x)
+        """The last image, of the second batch; it is the fifth, since the file that is none does not count."""
+        ((names, stack),) = ImageFolder(images, 16).batches(9)
+        assert names[4] == "large.png"
+        latent_key, decoder_key = jax.random.split(jax.random.fold_in(jax.random.key(0), 4))
+        z_clean = call(run.model.encoder, jnp.asarray(stack[4:]) / 127.5 - 1)
         alpha, sigma = jax.nn.sigmoid(5.0) ** 0.5, jax.nn.sigmoid(-5.0) ** 0.5
         z_0 = alpha * z_clean + sigma * jax.random.normal(latent_key, z_clean.shape[1:])
-        top, bottom = run.model.image_schedule.logsnr_max, run.model.image_schedule.logsnr_min
-        decoder = lambda x, logsnr: run.model.decoder(x, logsnr, context=z_0)  # noqa: E731
-        noise = jax.random.normal(decoder_key, (1, 16, 16, 3))
-        expected = ddim(decoder, noise, [bottom, (top + bottom) / 2, top])
-        assert np.abs(read(out / "exact.png") - to_pixels(expected[0])).max() <= LEVEL
+        assert np.abs(read(out / "large.png") - decoded(run, z_0, decoder_key)).max() <= LEVEL
 
     def test_prints_the_mean_psnr_of_what_it_wrote_and_names_what_it_skipped(
         self, trained_run, images, tmp_path, capsys

@@ -13,7 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32, Key, UInt8
+from jaxtyping import Array, Float, Int, Int32, Key, UInt8
 
 from ulx import losses
 from ulx.bound import RateEstimate, estimate_rate
@@ -25,7 +25,7 @@ from ulx.metrics import efficientnet
 from ulx.metrics.features import features
 from ulx.metrics.frechet import Moments, frechet_distance
 from ulx.metrics.images import nearest, psnr
-from ulx.metrics.reference import Reference
+from ulx.metrics.reference import training_moments
 from ulx.models import Denoiser, UnifiedLatents
 from ulx.progress import Progress
 
@@ -33,6 +33,8 @@ __all__ = ["Evaluation", "evaluate"]
 
 PICTURES = 64
 """Images of each kind that the report shows."""
+NEAREST_AMONG = 50_000
+"""Training images among which the nearest one to a sample is sought; in a larger set, that many spread over it."""
 
 Images = UInt8[np.ndarray, "n h w c"]
 
@@ -83,19 +85,13 @@ def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Co
         train_originals = np.stack([dataset.train[i]["image"] for i in _some(len(dataset.train), 2 * PICTURES)])
         train_copies, _ = run.decode(run.encode(train_originals), seed=1)
 
-    reference = Reference.of(dataset, network, config.data.cache_dir, options.batch_size)
-    seen = lambda images, what: features(network, images, options.batch_size, description=f"features of {what}")  # noqa: E731
+    reference = training_moments(dataset, network, config.data.cache_dir)
+    seen = lambda images, what: features(network, images, description=f"features of {what}")  # noqa: E731
     base_features = seen(base_samples, "base samples")
     prior_features = seen(prior_samples, "prior samples")
     held_out_features = seen(held_out, "held-out images")
     reconstruction_features = seen(reconstructions, "reconstructions")
-    copies, nearest_index = _copies(
-        reference,
-        base_features,
-        held_out_features,
-        seen(train_originals, "training images"),
-        seen(train_copies, "their reconstructions"),
-    )
+    copies, nearest_index = _copies(dataset.train, base_samples, held_out, train_originals, train_copies)
 
     metrics: dict[str, Any] = {
         "held_out": {"n": len(held_out), "data": dataset.name, "split": "validation, by family"},
@@ -108,11 +104,11 @@ def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Co
         ),
         "swap": _swap(swapped, held_out),
         "fd_efflite0": {
-            "base": _distance(base_features, reference.moments) | {"nfe": base_nfe, "against": "training images"},
-            "prior": _distance(prior_features, reference.moments) | {"nfe": prior_nfe, "against": "training images"},
+            "base": _distance(base_features, reference) | {"nfe": base_nfe, "against": "training images"},
+            "prior": _distance(prior_features, reference) | {"nfe": prior_nfe, "against": "training images"},
             "reconstruction": _distance(reconstruction_features, Moments.of(held_out_features))
             | {"nfe": decoder_nfe, "against": "the same held-out originals"},
-            "held_out_images": _distance(held_out_features, reference.moments) | {"against": "training images"},
+            "held_out_images": _distance(held_out_features, reference) | {"against": "training images"},
         },
         "sampler": {
             "latent": config.sample.solver,
@@ -266,27 +262,41 @@ def _swap(swapped: Images, originals: Images) -> dict[str, Any]:
 
 
 def _copies(
-    reference: Reference,
-    samples: Float[np.ndarray, "n d"],
-    held_out: Float[np.ndarray, "m d"],
-    train: Float[np.ndarray, "k d"],
-    train_reconstructed: Float[np.ndarray, "k d"],
-) -> tuple[dict[str, Any], np.ndarray]:
-    """Are samples copies? A sample counts as one where it is as near to a training image as that image's own
-    reconstruction typically is: nearer than the decoder can come to a copy, one cannot ask."""
-    index, distance = nearest(samples, reference.features)
-    _, held_out_distance = nearest(held_out, reference.features)
-    threshold = float(np.median(np.linalg.norm(train - train_reconstructed, axis=1)))
+    train: Split, samples: Images, held_out: Images, originals: Images, reconstructions: Images
+) -> tuple[dict[str, Any], Int[np.ndarray, " n"]]:
+    """Are samples copies, and which training image is nearest to each? By pixels, at 32×32 or less.
+
+    A sample counts as a copy where it is as near to a training image as that image's own reconstruction typically is:
+    closer than that the decoder cannot come even to an image it was given. The same share among held-out images, real
+    and surely no copies, says how much of it is chance.
+    """
+    kept = _some(len(train), NEAREST_AMONG)
+    thumbnails = np.concatenate([_thumbnails(train[i]["image"][None]) for i in kept])
+    index, distance = nearest(_thumbnails(samples), thumbnails)
+    _, held_out_distance = nearest(_thumbnails(held_out), thumbnails)
+    difference = _thumbnails(originals) - _thumbnails(reconstructions)
+    threshold = float(np.median(np.sqrt(np.sum(difference**2, axis=(1, 2, 3)))))
+    rms = 1 / np.sqrt(thumbnails[0].size)  # distances are reported per pixel and channel, in grey levels of 255
     return {
         "share_of_samples": float(np.mean(distance <= threshold)),
         "share_of_held_out_images": float(np.mean(held_out_distance <= threshold)),
-        "threshold": threshold,
-        "median_distance_of_samples": float(np.median(distance)),
-        "median_distance_of_held_out_images": float(np.median(held_out_distance)),
+        "threshold": threshold * rms,
+        "median_distance_of_samples": float(np.median(distance)) * rms,
+        "median_distance_of_held_out_images": float(np.median(held_out_distance)) * rms,
         "n": len(samples),
-        "n_reference": len(reference.features),
-        "space": "EfficientNet-lite0 features, Euclidean",
-    }, index
+        "n_reference": len(thumbnails),
+        "space": "RMS difference in grey levels of 255, at 32x32 pixels or less",
+    }, np.asarray(kept)[index]
+
+
+def _thumbnails(images: Images) -> Float[np.ndarray, "n h w c"]:
+    """Averaged over blocks down to at most 32 pixels; sizes that do not divide stay as they are."""
+    count, height, width, channels = images.shape
+    factor = max(1, height // 32)
+    if height % factor or width % factor:
+        return images.astype(np.float32)
+    blocks = images.reshape(count, height // factor, factor, width // factor, factor, channels)
+    return blocks.mean(axis=(2, 4), dtype=np.float32)
 
 
 def _images(split: Split) -> Images:

@@ -28,8 +28,8 @@ MODELS: dict[str, ModelConfig] = {
         base=_plain(64, 2),
     ),
     "tiny": ModelConfig(
-        encoder=EncoderConfig(channels=(64, 128), blocks=1, last_blocks=2),
-        prior=_plain(192, 4),
+        encoder=EncoderConfig(channels=(64, 128), blocks=1, last_blocks=1),
+        prior=_plain(192, 3),
         decoder=_plain(192, 6, patch=4),
         base=_plain(192, 6),
     ),

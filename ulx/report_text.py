@@ -197,8 +197,8 @@ Guidance
 Classifier-free: x̂ is moved away from the prediction without a label. 1 is off. Distances are always without guidance.
 
 Copies
-A sample counts as near a training image if their features are no further apart than a training image and its own
-reconstruction typically are (the median): nearer to a copy the decoder cannot come.
+A sample counts as near a training image if they are no further apart than a training image and its own reconstruction
+typically are (the median): nearer to a copy the decoder cannot come.
 
 Alive, collapsed
 Collapsed: at some time after the warm-up the latent's standard deviation over images was down to that of its own noise,

@@ -1,10 +1,6 @@
-"""What samples are compared with: the training images' features, computed once per data set and network."""
+"""What samples are compared with: the moments of the training images' features, computed once per data set."""
 
-import dataclasses
 import hashlib
-
-import numpy as np
-from jaxtyping import Float
 
 from ulx.data.cache import cache_root
 from ulx.data.source import Dataset
@@ -12,50 +8,27 @@ from ulx.metrics import efficientnet
 from ulx.metrics.features import feature_batches
 from ulx.metrics.frechet import Moments
 
-__all__ = ["Reference"]
-
-KEEP = 20_000
-"""Training images whose features themselves are kept, for the nearest-neighbour search."""
+__all__ = ["training_moments"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Reference:
-    moments: Moments
-    """Of all training images."""
-    features: Float[np.ndarray, "n d"]
-    """Of the first KEEP training images, in the order of the data set."""
+def training_moments(
+    dataset: Dataset, network: efficientnet.EfficientNetLite0, cache_dir: str | None = None, batch_size: int = 64
+) -> Moments:
+    """Moments of all training images, from the cache directory where they were kept, or computed and kept there.
 
-    @classmethod
-    def of(
-        cls,
-        dataset: Dataset,
-        network: efficientnet.EfficientNetLite0,
-        cache_dir: str | None = None,
-        batch_size: int = 64,
-    ) -> "Reference":
-        """The reference of `dataset`, from the cache directory where it was kept, or computed and kept there.
-
-        A kept file that belongs to other data or another network, or that cannot be read, is computed anew.
-        """
-        key = f"{dataset.fingerprint} train {efficientnet.DEFINITION}"
-        folder = cache_root(cache_dir) / "references" / hashlib.sha256(key.encode()).hexdigest()[:16]
-        moments_path, features_path = folder / "moments.npz", folder / "features.npy"
-        try:
-            return cls(Moments.load(moments_path, key), np.load(features_path, allow_pickle=False))
-        except (OSError, ValueError):
-            pass
-        moments, kept = Moments.empty(efficientnet.FEATURES), []
-        images = (example["image"][None] for example in dataset.train)
-        for found in feature_batches(
-            network, images, batch_size, total=len(dataset.train), description="features of the training set"
-        ):
-            moments = moments.update(found)
-            if sum(map(len, kept)) < KEEP:
-                kept.append(found)
-        reference = cls(moments, np.concatenate(kept)[:KEEP])
-        folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / "aside.npy"
-        np.save(aside, reference.features)
-        aside.replace(features_path)
-        moments.save(moments_path, key)
-        return reference
+    The file knows its data and its network; one that belongs to others, or cannot be read, is computed anew.
+    """
+    key = f"{dataset.fingerprint} train {efficientnet.DEFINITION}"
+    path = cache_root(cache_dir) / "moments" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+    try:
+        return Moments.load(path, key)
+    except (FileNotFoundError, ValueError):
+        pass
+    moments = Moments.empty(efficientnet.FEATURES)
+    images = (example["image"][None] for example in dataset.train)
+    total = len(dataset.train)
+    for found in feature_batches(network, images, batch_size, total=total, description="features of the training set"):
+        moments = moments.update(found)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    moments.save(path, key)
+    return moments

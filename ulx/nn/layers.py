@@ -42,7 +42,7 @@ def _standard_normal(key: Key[Array, ""], size: int) -> Float[Array, " size"]:
 
 
 @partial(jax.jit, static_argnums=1)
-def _cut(values: Float[Array, " size"], shape: tuple[int, ...], scale: float) -> Float[Array, "*shape"]:
+def _cut(values: Float[Array, " size"], shape: tuple[int, ...], scale: Float[Array, ""]) -> Float[Array, "*shape"]:
     return scale * values[: math.prod(shape)].reshape(shape)
 
 
