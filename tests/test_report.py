@@ -126,7 +126,7 @@ class Checker(HTMLParser):
         if tag not in {"meta", "img", "source", "br"}:
             self.open.append(tag)
         for name, value in attrs:
-            if name in {"src", "srcset", "href"} and not value.startswith("data:image/png;base64,"):
+            if name in {"src", "srcset", "href"} and not (value or "").startswith("data:image/png;base64,"):
                 self.outside.append(value)
 
     def handle_endtag(self, tag):

@@ -9,12 +9,12 @@ from jaxtyping import Array, Float, Key
 from ulx import diffusion
 from ulx.losses import PriorTerms, diffusion_loss, terminal_kl
 from ulx.schedules import Schedule
-from ulx.typing import Batch, Denoise, PerExample
+from ulx.typing import Batch, Denoise, PerExample, pytree
 
 __all__ = ["Bound", "RateEstimate", "estimate_rate"]
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Bound:
     """The terms of L = L_z + L_x (Alg. 1), in nats per example."""
@@ -33,7 +33,7 @@ class Bound:
         return self.prior.total + self.decoder
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class RateEstimate:
     """L_z of a batch by stratified sampling of the noise level. Nats per example."""

@@ -29,14 +29,14 @@ from ulx.metrics.reference import training_moments
 from ulx.models import Denoiser, UnifiedLatents
 from ulx.progress import Progress
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "evaluate", "evaluate_autoencoder"]
 
 PICTURES = 64
 """Images of each kind that the report shows."""
 NEAREST_AMONG = 50_000
 """Training images among which the nearest one to a sample is sought; in a larger set, that many spread over it."""
 
-Images = UInt8[np.ndarray, "n h w c"]
+Images = UInt8[np.ndarray, "_n _h _w _c"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +63,16 @@ class Evaluation:
             raise FileNotFoundError(f"{directory} holds no evaluation; run `python -m ulx.evaluate RUN`")
         with np.load(directory / "pictures.npz", allow_pickle=False) as pictures:
             return cls(json.loads((directory / "metrics.json").read_text()), dict(pictures))
+
+
+def evaluate_autoencoder(model: UnifiedLatents, dataset: Dataset, config: Config) -> dict[str, Any]:
+    """Bits and PSNR on the held-out images: what stage 1 alone answers for."""
+    held_out = _images(dataset.validation)
+    with Progress("evaluate", total=3 * len(held_out), unit="images") as progress:
+        run = _Runner(model, config, progress)
+        rate = run.rate(held_out)
+        reconstructions, nfe = run.decode(run.encode(held_out), seed=1)
+    return {**_bits(rate, model, config), "psnr": _psnr(reconstructions, held_out) | {"nfe": nfe}}
 
 
 def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Config) -> Evaluation:
@@ -97,11 +107,8 @@ def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Co
         "held_out": {"n": len(held_out), "data": dataset.name, "split": "validation, by family"},
         "weights": "EMA",
         **_bits(rate, model, config),
-        "psnr": _mean(psnr(to_float(reconstructions), to_float(held_out)))
-        | {"nfe": decoder_nfe, "solver": config.sample.decoder_solver},
-        "psnr_of_mean_training_image": _mean(
-            psnr(to_float(np.broadcast_to(_mean_image(dataset), held_out.shape)), to_float(held_out))
-        ),
+        "psnr": _psnr(reconstructions, held_out) | {"nfe": decoder_nfe, "solver": config.sample.decoder_solver},
+        "psnr_of_mean_training_image": _psnr(np.broadcast_to(_mean_image(dataset), held_out.shape), held_out),
         "swap": _swap(swapped, held_out),
         "fd_efflite0": {
             "base": _distance(base_features, reference) | {"nfe": base_nfe, "against": "training images"},
@@ -234,6 +241,10 @@ def _bits(rate: RateEstimate, model: UnifiedLatents, config: Config) -> dict[str
             "standard_error": (by_level.std(axis=0, ddof=1) / np.sqrt(len(by_level))).tolist(),
         },
     }
+
+
+def _psnr(images: Images, originals: Images) -> dict[str, Any]:
+    return _mean(psnr(to_float(images), to_float(originals)))
 
 
 def _mean(per_image: Any) -> dict[str, Any]:

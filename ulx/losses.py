@@ -34,7 +34,7 @@ from jaxtyping import Array, Float, Key
 
 from ulx import diffusion
 from ulx.schedules import Schedule
-from ulx.typing import Batch, Denoise, Keys, PerExample
+from ulx.typing import Batch, Denoise, Keys, PerExample, pytree
 from ulx.weightings import Weighting, elbo
 
 __all__ = [
@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class PriorTerms:
     """L_z of Eq. 3, in nats per example: an upper bound on KL[q(z_0|x) ‖ p(z_0)] and so on the latent's rate."""

@@ -39,12 +39,13 @@ pre { background: var(--raised); padding: .7rem; border-radius: .4rem; overflow-
 .tiles figure { width: min-content } .tiles figcaption { font-size: .72rem; line-height: 1.25 }
 .tiles img { display: block; width: calc(var(--width) * var(--large) * 1px); max-width: 90vw; height: auto;
   image-rendering: pixelated; margin-bottom: 2px }
-@media (max-width: 40rem) { .tiles img { width: calc(var(--width) * var(--small) * 1px) } }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .92rem; margin: .6rem 0 }
 th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
 td { font-variant-numeric: tabular-nums }
 th, td { white-space: nowrap } th:last-child, td:last-child { white-space: normal; min-width: 15rem }
 dt { font-weight: 600; margin-top: .7rem } dd { margin: 0; max-width: 48rem }
+@media (max-width: 40rem) { .tiles img { width: calc(var(--width) * var(--small) * 1px) }
+  th:first-child, td:first-child { white-space: normal; min-width: 9rem } }
 """
 
 

@@ -29,9 +29,9 @@ MODELS: dict[str, ModelConfig] = {
     ),
     "tiny": ModelConfig(
         encoder=EncoderConfig(channels=(64, 128), blocks=1, last_blocks=1),
-        prior=_plain(192, 3),
+        prior=_plain(192, 2),
         decoder=_plain(192, 6, patch=4),
-        base=_plain(192, 6),
+        base=_plain(192, 4),
     ),
     # 64 px: 16×16×8 latents, 256 tokens; the base has the paper's two levels.
     "small": ModelConfig(

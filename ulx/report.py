@@ -324,8 +324,8 @@ def _cost(run: _Run) -> str:
     latent_nfe, decoder_nfe = metrics["fd_efflite0"]["base"]["nfe"], metrics["sampler"]["decoder_nfe"]
     sample = latent_nfe * forward["base"] + decoder_nfe * forward["decoder"]
     rows += [
-        [f"Stage {stage}", f"{si(cost[f'training_flops_stage{stage}'])}FLOP of training", "3 × forward"]
-        for stage in (1, 2)
+        [f"Stage {stage}", f"{si(cost[f'training_flops_stage{stage}'])}FLOP of training", how]
+        for stage, how in ((1, "3 × forward"), (2, "3 × forward of the base model, the encoder once"))
     ]
     rows += [
         ["One sample", f"{si(sample)}FLOP", f"base NFE {latent_nfe}, decoder NFE {decoder_nfe}"],

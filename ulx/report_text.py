@@ -162,8 +162,8 @@ carries {capacity:.2f} bits per dimension.
 
 What the bits leave out
 Everything the decoder would need to restore the exact pixels. The training curve of L_x is weighted by
-c_lf · sigmoid(b − λ), c_lf = {factor:g}, b = {bias:g}: a loss, not a bound.{cutoff} It also leaves out x's terminal KL
-and −log p(x | x_0).
+c_lf · sigmoid(b − λ), c_lf = {factor:g}, b = {bias:.3g}: a loss, not a bound.{cutoff} It also leaves out x's terminal
+KL and −log p(x | x_0).
 
 Rate by noise level
 Where L_z comes from: the noise levels λ = log(α²/σ²) of the latent, in slices of equal t, least noise at the right. The

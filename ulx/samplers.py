@@ -10,12 +10,11 @@ import math
 from typing import Literal
 
 import diffrax
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ulx.diffusion import alpha, edm_sigma, expand
-from ulx.typing import Batch, Denoise
+from ulx.typing import Batch, Denoise, pytree
 
 __all__ = ["Sample", "Solver", "logsnr_grid", "network_calls", "sample"]
 
@@ -23,7 +22,7 @@ Solver = Literal["euler", "heun"]
 STAGES = {"euler": 1, "heun": 2}
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Sample:
     z: Batch

@@ -3,11 +3,37 @@
 Images and latents are channels last with any number of spatial axes: `h w c`, `t h w c`.
 """
 
-from typing import Protocol, runtime_checkable
+import dataclasses
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
+import jax
 from jaxtyping import Array, Float, Key
 
-__all__ = ["Batch", "Denoise", "Keys", "PerExample"]
+__all__ = ["Batch", "Denoise", "Keys", "PerExample", "pytree"]
+
+Class = TypeVar("Class", bound=type)
+
+
+def pytree(cls: Class) -> Class:
+    """Register a frozen dataclass as a pytree, every field data.
+
+    Unlike `jax.tree_util.register_dataclass` it puts one together again without its `__init__`: transformations fill
+    the fields with placeholders and with NumPy arrays, and what `__init__` promises (or checks) is for users.
+    """
+    names = [field.name for field in dataclasses.fields(cls)]
+
+    def flatten(value: Any):
+        return [(jax.tree_util.GetAttrKey(name), getattr(value, name)) for name in names], None
+
+    def unflatten(_: None, leaves: Any):
+        value = object.__new__(cls)
+        for name, leaf in zip(names, leaves, strict=True):
+            object.__setattr__(value, name, leaf)
+        return value
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
+    return cls
+
 
 Batch = Float[Array, "b *dims"]
 """A batch of clean or noised variables; `*dims` is `h w c`, `t h w c`, or just `d` in a test."""

@@ -48,10 +48,10 @@ class Attention(eqx.Module):
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         batch, tokens, channels = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, channels // self.heads)
-        query = rms_norm(qkv[:, :, 0], self.query_scale)
-        key = rms_norm(qkv[:, :, 1], self.key_scale)
-        return self.out(jax.nn.dot_product_attention(query, key, qkv[:, :, 2]).reshape(x.shape))
+        heads = (batch, tokens, self.heads, channels // self.heads)
+        query, key, value = (part.reshape(heads) for part in jnp.split(self.qkv(x), 3, axis=-1))
+        query, key = rms_norm(query, self.query_scale), rms_norm(key, self.key_scale)
+        return self.out(jax.nn.dot_product_attention(query, key, value).reshape(x.shape))
 
 
 class Block(eqx.Module):

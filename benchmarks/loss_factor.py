@@ -1,0 +1,146 @@
+"""Bits and PSNR against the loss factor c_lf (the first two columns of the paper's Tab. 2), on OpenMoji at 32×32.
+
+    python benchmarks/loss_factor.py                              three factors, stage 1 only
+    python benchmarks/loss_factor.py --factors 1.3 1.5 1.7 --steps 800
+
+Each point is a run of its own under runs/; a point that is in the results file already, with the same settings, is not
+run again, and an interrupted one is resumed. Leaves benchmarks/results/loss_factor.jsonl, a table and a plot.
+"""
+
+import dataclasses
+import datetime
+import json
+import platform
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Bits and PSNR against the loss factor."""
+
+    factors: tuple[float, ...] = (1.3, 1.7, 2.5)
+    """The loss factors to train with."""
+    steps: int = 400
+    """Stage-1 steps of each run, of 48 images each."""
+    seed: int = 0
+    """Seed of every run."""
+    results: str = str(RESULTS)
+    """Folder of the results."""
+    runs: str = "runs"
+    """Folder of the runs."""
+
+
+def point(factor: float, settings: Settings) -> dict:
+    """Train stage 1 with this loss factor and measure it."""
+    from openmoji import PRESETS
+
+    from ulx import job, runs
+    from ulx.data import open_dataset
+    from ulx.evaluation import evaluate_autoencoder
+    from ulx.stages import CollapseWatch, autoencoder_loss
+
+    tiny = PRESETS["tiny"]
+    name = f"loss_factor_{factor:g}_{settings.steps}_{settings.seed}"
+    config = dataclasses.replace(
+        tiny,
+        name=name,
+        runs=settings.runs,
+        resume=(Path(settings.runs) / name).exists(),
+        seed=settings.seed,
+        loss_factor=factor,
+        train=dataclasses.replace(tiny.train, steps=settings.steps),
+    )
+    path = runs.open_folder(config)
+    dataset = open_dataset(config.data)
+    runs.remember_data(path, dataset)
+    watch = CollapseWatch(config)
+    state = job.train_stage(
+        "stage1", runs.stage1_state(config), None, autoencoder_loss(config), dataset, config, config.train, watch
+    )
+    measured = evaluate_autoencoder(state.ema_model, dataset, config)
+    return {
+        "loss_factor": factor,
+        "steps": settings.steps,
+        "seed": settings.seed,
+        "bits_per_pixel": measured["bits_per_pixel"],
+        "psnr": measured["psnr"],
+        "collapsed": watch.collapsed,
+        "data": dataset.fingerprint,
+        "machine": f"{platform.processor() or platform.machine()}, CPU",
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def table(points: list[dict]) -> str:
+    lines = [
+        "| c_lf | bits/pixel | PSNR (dB) | N | steps | seed | date |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for p in points:
+        bits, psnr = p["bits_per_pixel"], p["psnr"]
+        lines.append(
+            f"| {p['loss_factor']:g} | {bits['value']:.3f} ± {bits['standard_error']:.3f} "
+            f"| {psnr['value']:.2f} ± {psnr['standard_error']:.2f} | {bits['n']} "
+            f"| {p['steps']} | {p['seed']} | {p['date']} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(points: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    bits, psnr = [p["bits_per_pixel"] for p in points], [p["psnr"] for p in points]
+    axis.errorbar(
+        [b["value"] for b in bits],
+        [q["value"] for q in psnr],
+        xerr=[b["standard_error"] for b in bits],
+        yerr=[q["standard_error"] for q in psnr],
+        marker="o",
+    )
+    for p, b, q in zip(points, bits, psnr, strict=True):
+        axis.annotate(f"c_lf {p['loss_factor']:g}", (b["value"], q["value"]), (6, -12), textcoords="offset points")
+    axis.set(xlabel="held-out bits/pixel", ylabel="held-out PSNR (dB)", title="Loss factor, OpenMoji 32×32")
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    import tyro
+
+    settings = tyro.cli(Settings, description=__doc__)
+    from ulx.command_line import run_command
+
+    def work() -> None:
+        file = Path(settings.results) / "loss_factor.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        points = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        wanted = [(factor, settings.steps, settings.seed) for factor in settings.factors]
+        have = lambda p: (p["loss_factor"], p["steps"], p["seed"])  # noqa: E731
+        for want in wanted:
+            if want not in [have(p) for p in points]:
+                points.append(point(want[0], settings))
+                with file.open("a") as out:
+                    out.write(json.dumps(points[-1]) + "\n")
+        shown = sorted((p for p in points if have(p) in wanted), key=lambda p: p["loss_factor"])
+        text = table(shown)
+        (file.parent / "loss_factor.md").write_text(
+            "Measured by `python benchmarks/loss_factor.py`: stage 1 of the `tiny` preset, EMA weights, held-out "
+            f"OpenMoji by family. ± is one standard error over images. Machine: {shown[0]['machine']}, 2 cores.\n\n"
+            f"{text}\n"
+        )
+        plot(shown, file.parent / "loss_factor.png")
+        print(text)
+
+    run_command(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Speed of one training step of each stage: images/s, compile time, memory, FLOPs, share of the matrix-multiply speed.
+
+    python benchmarks/train_step.py
+    python benchmarks/train_step.py --preset small --batch-size 16 --repeats 5
+
+The machine's own matrix-multiply speed (float32 or bfloat16, 2048³) is measured in the same run, interleaved with
+the steps, so that the share means something on a shared machine; times alone do not.
+"""
+
+import dataclasses
+import json
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Speed of one training step of each stage."""
+
+    preset: str = "tiny"
+    """A preset of experiments/openmoji.py."""
+    batch_size: int | None = None
+    """Images per step; by default the preset's."""
+    repeats: int = 10
+    """Timed steps of each stage."""
+    out: str | None = None
+    """Also write the numbers to this JSON file."""
+
+
+def measure(settings: Settings) -> dict:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from openmoji import PRESETS
+
+    from ulx import job, runs, stages
+    from ulx.flops import TRAINING
+    from ulx.training import make_optimizer, make_step
+
+    config = PRESETS[settings.preset]
+    size, classes = config.data.resolution, 10
+    state = runs.stage1_state(config)
+    model = jax.tree.map(lambda leaf: jnp.array(leaf) if hasattr(leaf, "shape") else leaf, state.model)
+    base_state = runs.stage2_state(config, model, classes)
+    cost = job.cost(model, base_state.model, config)["forward_flops_per_image"]
+    flops = {
+        "stage1": TRAINING * (cost["encoder"] + cost["prior"] + cost["decoder"]),
+        "stage2": TRAINING * cost["base"] + cost["encoder"],
+    }
+    rng = np.random.default_rng(0)
+    results: dict = {"preset": settings.preset, "device": jax.devices()[0].device_kind, "machine": platform.machine()}
+    jobs = (
+        ("stage1", state, None, stages.autoencoder_loss(config), config.train),
+        ("stage2", base_state, model, stages.base_loss(config), config.train_base),
+    )
+    for name, state, frozen, loss, train in jobs:
+        batch_size = settings.batch_size or train.batch_size
+        batch = {
+            "image": rng.integers(0, 256, (batch_size, size, size, 3)).astype(np.uint8),
+            "label": rng.integers(0, classes, batch_size).astype(np.int32),
+        }
+        began = time.perf_counter()
+        step = make_step(loss, make_optimizer(train), train, seed=0).lower((frozen, batch), state).compile()
+        compiled = time.perf_counter() - began
+        product = _matmul(train.dtype)
+        for _ in range(2):
+            state, _ = jax.block_until_ready(step((frozen, batch), state))
+        seconds, peaks = [], []
+        for _ in range(settings.repeats):
+            peaks.append(product())
+            began = time.perf_counter()
+            state, _ = jax.block_until_ready(step((frozen, batch), state))
+            seconds.append(time.perf_counter() - began)
+        median, peak = statistics.median(seconds), statistics.median(peaks)
+        analysis = step.compiled.memory_analysis()
+        results[name] = {
+            "batch_size": batch_size,
+            "step_ms": 1e3 * median,
+            "step_ms_range": [1e3 * min(seconds), 1e3 * max(seconds)],
+            "images_per_s": batch_size / median,
+            "compile_s": compiled,
+            "memory_mib": (analysis.temp_size_in_bytes + analysis.argument_size_in_bytes) / 2**20,
+            "gflops_per_image": flops[name] / 1e9,
+            "achieved_gflop_per_s": flops[name] * batch_size / median / 1e9,
+            "matmul_gflop_per_s": peak / 1e9,
+            "share_of_matmul": flops[name] * batch_size / median / peak,
+        }
+    return results
+
+
+def _matmul(dtype: str, size: int = 2048):
+    """Times one size³ matrix product; returns its FLOP/s."""
+    import jax
+    import jax.numpy as jnp
+
+    a = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.matmul).lower(a, a).compile()
+    jax.block_until_ready(product(a, a))
+
+    def speed() -> float:
+        began = time.perf_counter()
+        jax.block_until_ready(product(a, a))
+        return 2 * size**3 / (time.perf_counter() - began)
+
+    return speed
+
+
+def main() -> None:
+    import tyro
+
+    settings = tyro.cli(Settings, description=__doc__)
+    results = measure(settings)
+    for stage in ("stage1", "stage2"):
+        print(stage)
+        for name, value in results[stage].items():
+            shown = [round(v, 1) for v in value] if isinstance(value, list) else round(value, 3)
+            print(f"  {name:22} {shown}")
+    if settings.out:
+        Path(settings.out).write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

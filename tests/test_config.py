@@ -1,0 +1,121 @@
+"""Settings: to JSON and back, what is refused, what is warned of."""
+
+import dataclasses
+import sys
+
+import pytest
+from openmoji import PRESETS
+
+from ulx import runs, weightings
+from ulx.command_line import parse, run_command
+from ulx.config import Config, SampleConfig, TrainConfig, differences, from_json, to_json
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_survive_json(preset):
+    assert from_json(to_json(PRESETS[preset])) == PRESETS[preset]
+
+
+def test_unknown_field_in_a_file_gets_a_suggestion():
+    with pytest.raises(ValueError, match=r"unknown field train.learning_rates; did you mean learning_rate\?"):
+        from_json('{"train": {"learning_rates": 0.1}}')
+
+
+def test_differences_are_named_by_their_path():
+    old = PRESETS["tiny"]
+    new = dataclasses.replace(old, loss_factor=1.7, train=dataclasses.replace(old.train, steps=5), name="other")
+    assert differences(old, new, ignore=("name",)) == ["loss_factor: 2.0 -> 1.7", "train.steps: 900 -> 5"]
+
+
+def test_bias_follows_the_resolution_unless_it_is_set():
+    tiny = PRESETS["tiny"]
+    assert tiny.decoder_weighting == weightings.sigmoid(bias=weightings.sigmoid_bias(32), factor=2.0)
+    assert dataclasses.replace(tiny, sigmoid_bias=1.0).decoder_weighting.bias == 1.0
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_a_loss_factor_that_must_collapse_is_warned_of(factor):
+    with pytest.warns(UserWarning, match="must collapse"):
+        Config(loss_factor=factor)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TrainConfig(steps=0), "steps must be at least 1, got 0"),
+        (lambda: TrainConfig(batch_size=0), "batch_size must be at least 1"),
+        (lambda: TrainConfig(learning_rate=float("nan")), "learning_rate must be positive"),
+        (lambda: TrainConfig(ema_decay=1.0), r"ema_decay must be in \[0, 1\)"),
+        (lambda: SampleConfig(num_steps=0), "num_steps must be at least 1"),
+        (lambda: Config(label_dropout=2.0), r"label_dropout must be in \[0, 1\]"),
+        (lambda: Config(prior_warmup=(5, 5)), "first < last"),
+        (lambda: Config(name="a/b"), "that of a folder inside"),
+    ],
+)
+def test_values_out_of_range_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def command_line(*args):
+    return parse(Config, PRESETS, default="tiny", description="", args=args)
+
+
+def test_command_line_changes_one_thing_of_a_preset():
+    config = command_line("--preset", "smoke", "--loss-factor", "1.7", "--train.steps", "3")
+    expected = dataclasses.replace(
+        PRESETS["smoke"], loss_factor=1.7, train=dataclasses.replace(PRESETS["smoke"].train, steps=3)
+    )
+    assert config == expected
+    assert command_line() == PRESETS["tiny"]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("--los-factor", "1.7"), "--loss-factor"),
+        (("--preset", "enormous"), "enormous"),
+        (("--train.steps", "0"), "steps must be at least 1, got 0"),
+        (("--data.source", "folder"), "--data.path"),
+    ],
+)
+def test_mistakes_on_the_command_line_end_in_a_clear_message(args, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command_line(*args)
+    assert stopped.value.code not in (0, None)
+    captured = capsys.readouterr()
+    assert said in captured.err + captured.out
+    assert "Traceback" not in captured.err
+
+
+def test_errors_end_in_one_line(capsys, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "unused")
+
+    def fail():
+        raise FileNotFoundError("no folder /nowhere")
+
+    with pytest.raises(SystemExit) as stopped:
+        run_command(fail)
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err == "error: no folder /nowhere\n"
+
+
+def test_run_folder_that_is_a_file(tmp_path):
+    (tmp_path / "mine").write_text("not a folder")
+    with pytest.raises(NotADirectoryError, match="mine is a file"):
+        runs.open_folder(Config(name="mine", runs=str(tmp_path)))
+
+
+def test_run_that_exists_is_not_overwritten(tmp_path):
+    config = Config(name="mine", runs=str(tmp_path))
+    runs.open_folder(config)
+    with pytest.raises(FileExistsError, match="--resume, or choose another --name"):
+        runs.open_folder(config)
+    runs.open_folder(dataclasses.replace(config, resume=True))
+
+
+def test_importing_the_package_loads_nothing(tmp_path):
+    import subprocess
+
+    code = "import sys, ulx; bad = {'jax', 'equinox', 'grain'} & set(sys.modules); sys.exit(str(bad) if bad else 0)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,258 @@
+"""The step against its formula, the loop's bookkeeping, and resuming bit for bit."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ulx import job, runs
+from ulx.checkpoint import Checkpoints
+from ulx.config import TrainConfig
+from ulx.metrics_log import MetricsLog, read_metrics
+from ulx.stages import autoencoder_loss
+from ulx.training import Interrupted, NonFiniteError, TrainState, make_optimizer, make_step
+
+
+class Line(eqx.Module):
+    """w x, with a bias that does not decay."""
+
+    weight: jax.Array
+    bias: jax.Array
+
+
+def line_loss(model, frozen, batch, draws, step):
+    error = model.weight * batch["x"] + model.bias - batch["y"]
+    loss = jnp.mean(error**2)
+    return loss, {"loss": loss}
+
+
+def bits_of(tree):
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(eqx.filter(tree, eqx.is_array))]
+
+
+def test_step_is_clipped_adamw_and_a_float32_average():
+    config = TrainConfig(steps=10, warmup_steps=2, learning_rate=0.1, clip_norm=0.5, weight_decay=0.3, ema_decay=0.9)
+    state = TrainState(Line(jnp.asarray(2.0), jnp.asarray(1.0)), make_optimizer(config))
+    step = make_step(line_loss, make_optimizer(config), config, seed=0)
+    batch = {"x": jnp.asarray([1.0, 2.0]), "y": jnp.asarray([0.0, 1.0])}
+    weight, bias = np.asarray([2.0, 1.0])
+    moment, second, average = np.zeros(2), np.zeros(2), np.asarray([2.0, 1.0])
+    for number in range(4):
+        error = weight * np.asarray([1.0, 2.0]) + bias - np.asarray([0.0, 1.0])
+        gradient = np.asarray([np.mean(2 * error * np.asarray([1.0, 2.0])), np.mean(2 * error)])
+        norm = np.linalg.norm(gradient)
+        clipped = gradient * min(1, 0.5 / norm)
+        moment = 0.9 * moment + 0.1 * clipped
+        second = config.beta2 * second + (1 - config.beta2) * clipped**2
+        rate = 0.1 * (number / 2 if number < 2 else 1e-2 + (1 - 1e-2) * (1 + np.cos(np.pi * (number - 2) / 8)) / 2)
+        update = moment / (1 - 0.9 ** (number + 1)) / (np.sqrt(second / (1 - config.beta2 ** (number + 1))) + 1e-8)
+        weight, bias = weight - rate * (update[0] + 0.3 * weight), bias - rate * update[1]
+        decay = min(0.9, (1 + number) / (10 + number))
+        average = decay * average + (1 - decay) * np.asarray([weight, bias])
+        state, metrics = step((None, batch), state)
+        assert float(metrics["gradient"]) == pytest.approx(norm, rel=1e-5)
+        assert float(metrics["gradient/weight"]) == pytest.approx(abs(gradient[0]), rel=1e-5)
+        np.testing.assert_allclose([state.model.weight, state.model.bias], [weight, bias], rtol=1e-5)
+        np.testing.assert_allclose([state.ema.weight, state.ema.bias], average, rtol=1e-5)
+    assert int(state.step) == 4
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
+    config = TrainConfig(steps=2, dtype="bfloat16", warmup_steps=0)
+    seen = []
+
+    def loss(model, frozen, batch, draws, step):
+        seen.append((model.weight.dtype, frozen.dtype))
+        return line_loss(model, frozen, batch, draws, step)
+
+    state = TrainState(Line(jnp.asarray(2.0), jnp.asarray(1.0)), make_optimizer(config))
+    batch = {"x": jnp.ones(2), "y": jnp.zeros(2)}
+    state, _ = make_step(loss, make_optimizer(config), config, seed=0)((jnp.ones(3), batch), state)
+    assert seen[0] == (jnp.bfloat16, jnp.bfloat16)
+    assert state.model.weight.dtype == state.ema.weight.dtype == jnp.float32
+
+
+def run_stage(config, dataset, on_log=lambda step, metrics: None):
+    path = runs.open_folder(config)
+    runs.remember_data(path, dataset)
+    state, loss = runs.stage1_state(config), autoencoder_loss(config)
+    return job.train_stage("stage1", state, None, loss, dataset, config, config.train, on_log)
+
+
+@pytest.fixture
+def config(small_config, tmp_path):
+    train = dataclasses.replace(small_config.train, steps=8, save_every=3)
+    return dataclasses.replace(small_config, runs=str(tmp_path), train=train)
+
+
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(config, small_dataset):
+    whole = run_stage(dataclasses.replace(config, name="whole"), small_dataset)
+
+    class Killed(Exception):
+        pass
+
+    def kill(step, metrics):
+        if step == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run_stage(dataclasses.replace(config, name="parts"), small_dataset, kill)
+    # A polite interrupt at the next opportunity saves, wherever it is.
+    politely = lambda step, metrics: os.kill(os.getpid(), signal.SIGINT) if step == 4 else None  # noqa: E731
+    with pytest.raises(Interrupted, match="--resume"):
+        run_stage(dataclasses.replace(config, name="parts", resume=True), small_dataset, politely)
+    resumed = run_stage(dataclasses.replace(config, name="parts", resume=True), small_dataset)
+    assert bits_of(resumed) == bits_of(whole)
+    # The log reads as if nothing had happened.
+    steps = [line["step"] for line in read_metrics(Path(config.runs) / "parts" / "stage1.jsonl")]
+    assert steps == list(range(1, 9))
+    losses = [
+        [line["loss"] for line in read_metrics(Path(config.runs) / name / "stage1.jsonl")]
+        for name in ("whole", "parts")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_no_step_recompiles(config, small_dataset):
+    compiled = []
+    listener = lambda name, seconds, **_: compiled.append(name) if "backend_compile" in name else None  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    counts = {}
+    try:
+        # From the second logged step on, nothing may be compiled any more.
+        run_stage(config, small_dataset, lambda step, metrics: counts.update({step: len(compiled)}))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    assert counts[1] > 0
+    between_saves = [counts[5] - counts[4], counts[2] - counts[1], counts[8] - counts[7]]
+    assert between_saves == [0, 0, 0]
+
+
+def test_non_finite_values_stop_the_run_and_say_where(config, small_dataset, tmp_path):
+    config = dataclasses.replace(config, name="nan")
+    path = runs.open_folder(config)
+    state = runs.stage1_state(config)
+    poisoned = state.model.decoder.network.project_out.bias.at[0].set(jnp.nan)
+    state = eqx.tree_at(lambda s: s.model.decoder.network.project_out.bias, state, poisoned)
+    with pytest.raises(NonFiniteError, match=r"not finite at step 1: .*decoder.*gradient/decoder") as error:
+        job.train_stage("stage1", state, None, autoencoder_loss(config), small_dataset, config, config.train)
+    assert "gradient/prior" not in str(error.value)  # the prior is innocent, and not named
+    with Checkpoints(path / "checkpoints" / "stage1") as checkpoints:
+        assert checkpoints.latest is None
+
+
+def test_checkpoint_of_another_model_is_refused(config, small_dataset):
+    run_stage(config, small_dataset)
+    wider = dataclasses.replace(config.model.prior, channels=(32,))
+    other = dataclasses.replace(config, model=dataclasses.replace(config.model, prior=wider))
+    with (
+        Checkpoints(config.path / "checkpoints" / "stage1") as checkpoints,
+        pytest.raises(ValueError, match="does not fit this model"),
+    ):
+        checkpoints.restore(runs.stage1_state(other))
+    with pytest.raises(ValueError, match=r"model.prior.channels: \(16,\) -> \(32,\)"):
+        runs.open_folder(dataclasses.replace(other, resume=True))
+
+
+def test_other_data_is_refused(config, small_dataset):
+    path = runs.open_folder(config)
+    runs.remember_data(path, small_dataset)
+    with pytest.raises(ValueError, match="other data than is there now"):
+        runs.remember_data(path, dataclasses.replace(small_dataset, fingerprint="another"))
+
+
+def test_log_drops_what_is_taken_again_and_a_torn_line(tmp_path):
+    path = tmp_path / "log.jsonl"
+    with MetricsLog(path) as log:
+        for step in (1, 2, 3):
+            log.write(step, {"loss": float(step)})
+    path.write_text(path.read_text() + '{"step": 4, "lo')
+    with MetricsLog(path, resume_step=2) as log:
+        log.write(3, {"loss": 30.0})
+    assert [(line["step"], line["loss"]) for line in read_metrics(path)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {experiments!r})
+import openmoji
+from ulx import job, presets, runs
+from ulx.command_line import use_compilation_cache
+from ulx.config import Config, TrainConfig, from_json
+from ulx.data import open_dataset
+from ulx.stages import autoencoder_loss
+use_compilation_cache()
+config = from_json(open({config!r}).read())
+path = runs.open_folder(config)
+dataset = open_dataset(config.data)
+job.train_stage("stage1", runs.stage1_state(config), None, autoencoder_loss(config), dataset, config, config.train)
+"""
+
+
+def test_killed_at_any_moment_and_resumed_is_the_same(config, tmp_path, monkeypatch):
+    """SIGKILL in the middle, no chance to tidy up; then --resume, and the weights are those of a quiet run."""
+    image = pytest.importorskip("PIL.Image")
+    from ulx.config import to_json
+
+    for i in range(12):
+        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        folder = tmp_path / "images" / str(i % 2)
+        folder.mkdir(parents=True, exist_ok=True)
+        image.fromarray(pixels).save(folder / f"{i}.png")
+    data = dataclasses.replace(
+        config.data, source="folder", path=str(tmp_path / "images"), cache_dir=str(tmp_path / "cache")
+    )
+    train = dataclasses.replace(config.train, steps=120, save_every=10)
+    environment = os.environ | {"ULX_CACHE_DIR": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
+
+    def process(name: str, resume: bool) -> subprocess.Popen:
+        file = tmp_path / f"{name}.json"
+        file.write_text(to_json(dataclasses.replace(config, name=name, resume=resume, data=data, train=train)))
+        script = SCRIPT.format(config=str(file), experiments=str(Path(__file__).parents[1] / "experiments"))
+        return subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE, text=True)
+
+    quiet = process("quiet", resume=False)
+    _, errors = quiet.communicate(timeout=300)
+    assert quiet.returncode == 0, errors
+
+    killed = process("killed", resume=False)
+    log = tmp_path / "killed" / "stage1.jsonl"
+    wanted = int(np.random.default_rng().integers(12, 100))
+    deadline = time.monotonic() + 300
+    while killed.poll() is None and time.monotonic() < deadline:
+        if log.exists() and log.read_text().count("\n") >= wanted:
+            killed.send_signal(signal.SIGKILL)
+        time.sleep(0.002)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+
+    again = process("killed", resume=True)
+    _, errors = again.communicate(timeout=300)
+    assert again.returncode == 0, errors
+    final = []
+    for name in ("quiet", "killed"):
+        with Checkpoints(tmp_path / name / "checkpoints" / "stage1") as checkpoints:
+            assert checkpoints.latest == 120
+            final.append(checkpoints.restore(runs.stage1_state(dataclasses.replace(config, train=train))))
+    assert bits_of(final[0]) == bits_of(final[1]), f"killed after step {wanted}"
+
+
+def test_only_weights_decay():
+    config = TrainConfig(steps=10, warmup_steps=0, weight_decay=1.0)
+    optimizer = make_optimizer(config)
+    params = {"model": Line(jnp.asarray(2.0), jnp.asarray(3.0))}
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zero, optimizer.init(params), params)
+    moved = optax.apply_updates(params, updates)["model"]
+    assert float(moved.weight) < 2.0
+    assert float(moved.bias) == 3.0
