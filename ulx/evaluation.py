@@ -82,7 +82,9 @@ def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Co
     labels = _labels_like(dataset.train.labels, config.evaluate.num_samples, config.seed)
     options = config.evaluate
 
-    with Progress("evaluate", total=3 * len(held_out) + 2 * options.num_samples + PICTURES, unit="images") as progress:
+    train_originals = np.stack([dataset.train[i]["image"] for i in _some(len(dataset.train), 2 * PICTURES)])
+    total = 3 * len(held_out) + min(PICTURES, len(held_out)) + 2 * options.num_samples + PICTURES
+    with Progress("evaluate", total=total + 2 * len(train_originals), unit="images") as progress:
         run = _Runner(model, config, progress)
         rate = run.rate(held_out)
         latents = run.encode(held_out)
@@ -92,7 +94,6 @@ def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Co
         base_samples, base_nfe = run.sample(base, labels, options.num_samples, seed=2)
         shown = np.arange(PICTURES, dtype=np.int32) % len(dataset.class_names)
         guided, guided_nfe = run.sample(base, shown, PICTURES, seed=3, guidance=config.sample.guidance_scale)
-        train_originals = np.stack([dataset.train[i]["image"] for i in _some(len(dataset.train), 2 * PICTURES)])
         train_copies, _ = run.decode(run.encode(train_originals), seed=1)
 
     reference = training_moments(dataset, network, config.data.cache_dir)

@@ -82,8 +82,8 @@ def base_loss(config: Config) -> Loss:
 class CollapseWatch:
     """Warns loudly, once, when the latent carries nothing: posterior collapse.
 
-    After the prior's warm-up it looks at `latent_std` against the latent's own noise σ_z(0)/α_z(0): a latent whose
-    spread over images is below its noise is lost on the decoder.
+    After the prior's warm-up it looks at `latent_std` against the latent's own noise σ_z(0)/α_z(0). At half the noise
+    a Gaussian latent could carry ½ log₂(1 + ¼) = 0.16 bits per dimension; below that there is nothing to decode.
     """
 
     def __init__(self, config: Config):
@@ -93,14 +93,14 @@ class CollapseWatch:
         self.collapsed = False
 
     def __call__(self, step: int, metrics: dict[str, Float[Array, ""] | float]) -> None:
-        if step < self.after or self.collapsed or metrics["latent_std"] >= 1.5 * self.noise:
+        if step < self.after or self.collapsed or metrics["latent_std"] >= 0.5 * self.noise:
             return
         self.collapsed = True
         weighting = self.config.decoder_weighting
         cutoff = weightings.cutoff(float(weighting.bias), float(weighting.factor))
         warnings.warn(
             f"THE LATENT HAS COLLAPSED at step {step}: its standard deviation over images, "
-            f"{float(metrics['latent_std']):.3f}, is down to that of its noise, {self.noise:.3f}, and its rate to "
+            f"{float(metrics['latent_std']):.3f}, is below half that of its noise, {self.noise:.3f}, and its rate is "
             f"{float(metrics['rate']):.4f} bits/pixel. The decoder ignores it. Raise --loss-factor (now "
             f"{weighting.factor}) or --sigmoid-bias (now {weighting.bias:.2f}; together they value detail up to a "
             f"log-SNR of {cutoff:.2f}), lengthen --prior-warmup, or use a decoder that learns faster.",
