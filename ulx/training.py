@@ -22,7 +22,7 @@ from ulx.config import TrainConfig
 from ulx.metrics_log import MetricsLog
 from ulx.precision import cast
 from ulx.progress import Progress
-from ulx.typing import PerExample
+from ulx.typing import PerExample, pytree
 
 __all__ = ["Draws", "Interrupted", "NonFiniteError", "TrainState", "fit", "make_optimizer", "make_step"]
 
@@ -50,6 +50,7 @@ class TrainState(eqx.Module):
         return eqx.combine(self.ema, self.model)
 
 
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Draws:
     """The randomness of one step: a key per example, and for each loss term its stratified times."""
@@ -112,8 +113,8 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, config: Train
         params = optax.apply_updates(params, updates)
         decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema = optax.incremental_update(params, state.ema, 1 - decay)
-        metrics |= {f"gradient/{part}": optax.global_norm(value) for part, value in _parts(grads)}
-        metrics["gradient"] = optax.global_norm(grads)
+        metrics |= {f"gradient/{part}": optax.tree.norm(value) for part, value in _parts(grads)}
+        metrics["gradient"] = optax.tree.norm(grads)
         state = eqx.tree_at(
             lambda s: (s.step, s.model, s.ema, s.opt_state),
             state,

@@ -1,0 +1,201 @@
+"""The networks composed: Alg. 1 and 2 put together by hand, gradients that go where they should, the paper's sizes."""
+
+import dataclasses
+import math
+import warnings
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ulx import diffusion, losses, presets, runs, schedules, weightings
+from ulx.config import Config, SampleConfig
+from ulx.generate import decode, example_keys, in_batches, sample_latents
+from ulx.models import UnifiedLatents
+from ulx.stages import CollapseWatch, autoencoder_loss, base_loss, drop_labels, make_base
+from ulx.training import Draws
+
+
+@pytest.fixture(scope="module")
+def model(small_config):
+    """Every weight moved off its initial value, so that nothing is hidden behind a zero gate."""
+    model = runs.stage1_state(small_config).model
+    leaves, tree = jax.tree.flatten(model)
+    rng = np.random.default_rng(0)
+    moved = [leaf + 0.1 * jnp.asarray(rng.normal(size=leaf.shape), jnp.float32) for leaf in leaves]
+    return jax.tree.unflatten(tree, moved)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return jnp.asarray(np.random.default_rng(1).uniform(-1, 1, (4, 16, 16, 3)), jnp.float32)
+
+
+def keys(count=4, seed=0):
+    return jax.random.split(jax.random.key(seed), count)
+
+
+def draws(count=4):
+    return Draws(keys=keys(count), step_key=jax.random.key(9))
+
+
+def test_the_bound_is_algorithm_1(model, images):
+    """Against its terms put together from the losses, with the same three independent noises."""
+    times = (jnp.linspace(0.1, 0.9, 4), jnp.linspace(0.9, 0.2, 4))
+    weighting = weightings.sigmoid(2.5, 1.5)
+    bound, z_clean = eqx.filter_jit(model.bound)(images, weighting, key=keys(), t=times)
+
+    @eqx.filter_jit
+    def by_hand(model):
+        z_clean = model.encoder(images)
+        z_key, prior_key, decoder_key = diffusion.split_keys(keys(), 3)
+        z_0 = losses.add_noise(z_clean, schedules.linear(5.0, -10.0), key=z_key)
+        prior = losses.prior_loss(model.prior.given(), z_clean, model.latent_schedule, key=prior_key, t=times[0])
+        decoder = losses.decoder_loss(
+            model.decoder_given(z_0), images, model.image_schedule, weighting, key=decoder_key, t=times[1]
+        )
+        return z_clean, prior, decoder
+
+    expected, prior, decoder = by_hand(model)
+    np.testing.assert_allclose(z_clean, expected, atol=1e-5)
+    # Two compilations of the same float32 sums.
+    np.testing.assert_allclose(bound.rate, prior.total, rtol=1e-4)
+    np.testing.assert_allclose(bound.total, prior.total + decoder, rtol=1e-4)
+    assert model.latent_schedule.logsnr_max == 5.0
+    assert model.image_schedule == schedules.image_schedule(16)
+
+
+def test_the_warm_up_touches_the_encoder_alone_and_no_value(small_config, model, images):
+    weighting = weightings.sigmoid(2.5, 1.5)
+    times = (jnp.linspace(0.1, 0.9, 4), jnp.linspace(0.9, 0.2, 4))
+
+    @eqx.filter_jit
+    def gradients(model, scale, decoder_weight):
+        def objective(model):
+            bound, _ = model.bound(images, weighting, key=keys(), t=times, prior_gradient=scale)
+            return jnp.sum(bound.rate + decoder_weight * bound.decoder)
+
+        return jax.value_and_grad(objective)(model)
+
+    value_0, off = gradients(model, jnp.asarray(0.0), 0.0)
+    value_1, on = gradients(model, jnp.asarray(1.0), 0.0)
+    assert float(value_0) == pytest.approx(float(value_1), rel=1e-6)
+    assert float(optax.tree.norm(off.encoder)) == 0
+    assert float(optax.tree.norm(on.encoder)) > 0
+    for a, b in zip(jax.tree.leaves(off.prior), jax.tree.leaves(on.prior), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    # The decoder's term reaches the encoder through z_0 and the prior not at all.
+    _, decoder_only = gradients(model, jnp.asarray(0.0), 1.0)
+    assert float(optax.tree.norm(decoder_only.encoder)) > 0
+
+
+def test_training_minimises_bits_per_pixel_of_the_sum(small_config, model, images):
+    batch = {"image": jnp.asarray((images + 1) * 127.5, jnp.uint8), "label": jnp.zeros(4, jnp.int32)}
+    loss = eqx.filter_jit(autoencoder_loss(small_config))
+    value, metrics = loss(model, None, batch, draws(), jnp.asarray(100))
+    assert float(value) == pytest.approx(float(metrics["rate"] + metrics["decoder"]), rel=1e-5)
+    x = batch["image"].astype(jnp.float32) / 127.5 - 1
+    bound, _ = eqx.filter_jit(model.bound)(
+        x, small_config.decoder_weighting, key=draws().keys, t=(draws().times(0), draws().times(1))
+    )
+    # One divisor for both terms: pixels · ln 2, with 16·16 pixels whatever the channels.
+    assert float(value) == pytest.approx(float(jnp.mean(bound.total)) / (256 * math.log(2)), rel=1e-4)
+
+
+def test_stage_2_leaves_the_encoder_alone_and_drops_labels(small_config, model, images):
+    base = make_base(model, small_config, 3, key=jax.random.key(1))
+    batch = {"image": jnp.asarray((images + 1) * 127.5, jnp.uint8), "label": jnp.asarray([0, 1, 2, 0])}
+
+    def objective(pair):
+        return base_loss(small_config)(pair[0], pair[1], batch, draws(), jnp.asarray(0))[0]
+
+    to_base, to_encoder = eqx.filter_jit(eqx.filter_grad(objective))((base, model))
+    assert float(optax.tree.norm(eqx.filter(to_base, eqx.is_array))) > 0
+    assert float(optax.tree.norm(eqx.filter(to_encoder, eqx.is_array))) == 0
+    labels = jnp.zeros(4000, jnp.int32)
+    dropped = drop_labels(labels, keys(4000), 0.1, null=3)
+    # The share has a standard error of 0.005.
+    assert abs(float((dropped == 3).mean()) - 0.1) < 0.02
+    assert set(np.unique(dropped)) == {0, 3}
+
+
+def test_an_example_is_the_same_in_any_batch(model):
+    """Keys belong to examples: batch sizes 3 and 8 give the same latents and images, up to float32 reassociation."""
+    config = SampleConfig(num_steps=2, decoder_num_steps=2)
+
+    def images(index, *, keys):
+        latents = sample_latents(model.prior, model.latent_schedule, config, keys=keys)
+        return decode(model, latents.z, config, keys=keys).z
+
+    rows = np.zeros(5, np.int32)
+    first, second = (in_batches(images, rows, batch_size=size, seed=7) for size in (3, 8))
+    assert first.shape == (5, 16, 16, 3)
+    np.testing.assert_allclose(first, second, atol=1e-4)
+    np.testing.assert_allclose(in_batches(images, rows[:2], batch_size=3, seed=7, start=3), first[3:], atol=1e-4)
+    assert np.abs(first[0] - first[1]).max() > 0.1
+
+
+def test_guidance_needs_a_label_and_counts_twice(small_config, model):
+    base = make_base(model, small_config, 3, key=jax.random.key(1))
+    config = SampleConfig(num_steps=3, solver="heun")
+    with pytest.raises(ValueError, match="towards a label"):
+        sample_latents(base, model.latent_schedule, config, keys=keys(), guidance_scale=2.0)
+    label = jnp.asarray([0, 1, 2, 0])
+    guided = sample_latents(base, model.latent_schedule, config, keys=keys(), label=label, guidance_scale=2.0)
+    assert int(guided.nfe) == 3 * 2 * 2
+    assert example_keys(0, 2, 1)[0] == example_keys(0, 0, 3)[2]
+
+
+def test_collapse_is_told_loudly_once_and_not_without_reason():
+    watch = CollapseWatch(Config(name="x"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        watch(10, {"latent_std": 0.01, "rate": 0.0})  # still in the warm-up
+        watch(300, {"latent_std": 0.3, "rate": 0.3})
+    with pytest.warns(UserWarning, match=r"THE LATENT HAS COLLAPSED at step 400.*--loss-factor"):
+        watch(400, {"latent_std": 0.02, "rate": 0.001})
+    assert watch.collapsed
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        watch(500, {"latent_std": 0.02, "rate": 0.001})
+
+
+@pytest.mark.parametrize(("name", "resolution"), [("tiny", 32), ("small", 64), ("imagenet512", 512)])
+def test_preset_initialises_and_takes_a_step(name, resolution):
+    """Shapes and types of a whole training step of both stages, without computing it."""
+    preset = presets.MODELS[name]
+    config = dataclasses.replace(
+        Config(name="x", model=preset), data=dataclasses.replace(Config().data, resolution=resolution)
+    )
+    batch = {
+        "image": jax.ShapeDtypeStruct((2, resolution, resolution, 3), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((2,), jnp.int32),
+    }
+
+    def steps(batch, key):
+        model = UnifiedLatents((resolution, resolution, 3), preset, key=key)
+        base = make_base(model, config, 10, key=key)
+        draws = Draws(keys=jax.random.split(key, 2), step_key=key)
+        results = []
+        for loss, trained, frozen in ((autoencoder_loss(config), model, None), (base_loss(config), base, model)):
+            params, static = eqx.partition(trained, eqx.is_inexact_array)
+
+            def objective(p):
+                return loss(eqx.combine(p, static), frozen, batch, draws, jnp.zeros((), jnp.int32))[0]  # noqa: B023
+
+            value, grads = jax.value_and_grad(objective)(params)
+            results += [value, optax.apply_updates(params, grads)]
+        return results
+
+    value_1, params_1, value_2, params_2 = jax.eval_shape(steps, batch, jax.random.key(0))
+    assert value_1.shape == value_2.shape == ()
+    counts = [sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) for params in (params_1, params_2)]
+    if name == "imagenet512":
+        # §5.1: 8 prior + 8 decoder blocks of 1024 channels hold 12 c² each in their projections alone.
+        assert counts[0] > 16 * 12 * 1024**2
+        assert counts[1] > (6 * 512**2 + 16 * 1024**2) * 12
+        encoder = eqx.filter_eval_shape(UnifiedLatents, (512, 512, 3), preset, key=jax.random.key(0)).encoder
+        assert encoder.latent_shape == (32, 32, 32)
