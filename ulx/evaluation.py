@@ -105,7 +105,7 @@ def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Co
     copies, nearest_index = _copies(dataset.train, base_samples, held_out, train_originals, train_copies)
 
     metrics: dict[str, Any] = {
-        "held_out": {"n": len(held_out), "data": dataset.name, "split": "validation, by family"},
+        "held_out": {"n": len(held_out), "data": dataset.name, "split": "validation"},
         "weights": "EMA",
         **_bits(rate, model, config),
         "psnr": _psnr(reconstructions, held_out) | {"nfe": decoder_nfe, "solver": config.sample.decoder_solver},

@@ -117,7 +117,10 @@ def load(path: str | Path) -> Run:
     for file in ("config.json", "dataset.json"):
         if not (path / file).exists():
             raise FileNotFoundError(f"{path} is not a run: it has no {file}")
-    config = from_json((path / "config.json").read_text())
+    try:
+        config = from_json((path / "config.json").read_text())
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path / 'config.json'} cannot be read: {error}") from error
     class_names = tuple(json.loads((path / "dataset.json").read_text())["class_names"])
     if not (path / "checkpoints" / "stage1").is_dir():
         raise FileNotFoundError(f"{path} has no checkpoint yet: finish stage 1 first (--resume)")
