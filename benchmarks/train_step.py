@@ -4,7 +4,8 @@
     python benchmarks/train_step.py --preset small --batch-size 16 --repeats 5
 
 The machine's own matrix-multiply speed (float32 or bfloat16, 2048³) is measured in the same run, interleaved with
-the steps, so that the share means something on a shared machine; times alone do not.
+the steps, so that the share means something on a shared machine; times alone do not. A step takes its batch from the
+data pipeline; `input_share` is the part of the time that it waits for it.
 """
 
 import dataclasses
@@ -35,24 +36,24 @@ class Settings:
 def measure(settings: Settings) -> dict:
     import jax
     import jax.numpy as jnp
-    import numpy as np
     from openmoji import PRESETS
 
     from ulx import job, runs, stages
+    from ulx.data import open_dataset
+    from ulx.data.pipeline import train_batches
     from ulx.flops import TRAINING
     from ulx.training import make_optimizer, make_step
 
     config = PRESETS[settings.preset]
-    size, classes = config.data.resolution, 10
+    dataset = open_dataset(config.data)
     state = runs.stage1_state(config)
     model = jax.tree.map(lambda leaf: jnp.array(leaf) if hasattr(leaf, "shape") else leaf, state.model)
-    base_state = runs.stage2_state(config, model, classes)
+    base_state = runs.stage2_state(config, model, len(dataset.class_names))
     cost = job.cost(model, base_state.model, config)["forward_flops_per_image"]
     flops = {
         "stage1": TRAINING * (cost["encoder"] + cost["prior"] + cost["decoder"]),
         "stage2": TRAINING * cost["base"] + cost["encoder"],
     }
-    rng = np.random.default_rng(0)
     results: dict = {"preset": settings.preset, "device": jax.devices()[0].device_kind, "machine": platform.machine()}
     jobs = (
         ("stage1", state, None, stages.autoencoder_loss(config), config.train),
@@ -60,20 +61,20 @@ def measure(settings: Settings) -> dict:
     )
     for name, state, frozen, loss, train in jobs:
         batch_size = settings.batch_size or train.batch_size
-        batch = {
-            "image": rng.integers(0, 256, (batch_size, size, size, 3)).astype(np.uint8),
-            "label": rng.integers(0, classes, batch_size).astype(np.int32),
-        }
+        batches = train_batches(dataset, batch_size=batch_size, seed=0, flip=config.data.flip)
+        batch = next(batches)
         began = time.perf_counter()
         step = make_step(loss, make_optimizer(train), train, seed=0).lower((frozen, batch), state).compile()
         compiled = time.perf_counter() - began
         product = _matmul(train.dtype)
         for _ in range(2):
             state, _ = jax.block_until_ready(step((frozen, batch), state))
-        seconds, peaks = [], []
+        seconds, peaks, waits = [], [], []
         for _ in range(settings.repeats):
             peaks.append(product())
             began = time.perf_counter()
+            batch = next(batches)
+            waits.append(time.perf_counter() - began)
             state, _ = jax.block_until_ready(step((frozen, batch), state))
             seconds.append(time.perf_counter() - began)
         median, peak = statistics.median(seconds), statistics.median(peaks)
@@ -83,6 +84,7 @@ def measure(settings: Settings) -> dict:
             "step_ms": 1e3 * median,
             "step_ms_range": [1e3 * min(seconds), 1e3 * max(seconds)],
             "images_per_s": batch_size / median,
+            "input_share": sum(waits) / sum(seconds),
             "compile_s": compiled,
             "memory_mib": (analysis.temp_size_in_bytes + analysis.argument_size_in_bytes) / 2**20,
             "gflops_per_image": flops[name] / 1e9,
