@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import equinox as eqx
 import jax
@@ -125,7 +126,11 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(config, small_
 
 def test_no_step_recompiles(config, small_dataset):
     compiled = []
-    listener = lambda name, seconds, **_: compiled.append(name) if "backend_compile" in name else None  # noqa: E731
+
+    def listener(name: str, seconds: float, **_: str | int) -> None:
+        if "backend_compile" in name:
+            compiled.append(name)
+
     jax.monitoring.register_event_duration_secs_listener(listener)
     counts = {}
     try:
@@ -250,9 +255,9 @@ def test_killed_at_any_moment_and_resumed_is_the_same(config, tmp_path, monkeypa
 def test_only_weights_decay():
     config = TrainConfig(steps=10, warmup_steps=0, weight_decay=1.0)
     optimizer = make_optimizer(config)
-    params = {"model": Line(jnp.asarray(2.0), jnp.asarray(3.0))}
+    params: Any = {"model": Line(jnp.asarray(2.0), jnp.asarray(3.0))}
     zero = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(zero, optimizer.init(params), params)
-    moved = optax.apply_updates(params, updates)["model"]
+    moved = cast(Any, optax.apply_updates(params, updates))["model"]
     assert float(moved.weight) < 2.0
     assert float(moved.bias) == 3.0
