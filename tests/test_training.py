@@ -127,9 +127,9 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(config, small_
 def test_no_step_recompiles(config, small_dataset):
     compiled = []
 
-    def listener(name: str, seconds: float, **_: str | int) -> None:
-        if "backend_compile" in name:
-            compiled.append(name)
+    def listener(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if "backend_compile" in event:
+            compiled.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(listener)
     counts = {}
