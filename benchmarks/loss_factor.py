@@ -1,6 +1,6 @@
 """Bits and PSNR against the loss factor c_lf (the first two columns of the paper's Tab. 2), on OpenMoji at 32×32.
 
-    python benchmarks/loss_factor.py                              three factors, stage 1 only
+    python benchmarks/loss_factor.py                              three factors, stage 1 alone
     python benchmarks/loss_factor.py --factors 1.3 1.5 1.7 --steps 800
 
 Each point is a run of its own under runs/; a point that is in the results file already, with the same settings, is not
@@ -26,7 +26,7 @@ class Settings:
     factors: tuple[float, ...] = (1.3, 1.7, 2.5)
     """The loss factors to train with."""
     steps: int = 400
-    """Stage-1 steps of each run, of 48 images each."""
+    """Stage-1 steps of each run, of 32 images each."""
     seed: int = 0
     """Seed of every run."""
     results: str = str(RESULTS)

@@ -2,7 +2,7 @@
 
     python experiments/openmoji.py                                      the default run, 32×32 pixels
     python experiments/openmoji.py --preset smoke                       everything, small, in about two minutes
-    python experiments/openmoji.py --loss-factor 1.7 --name lf17        change one thing
+    python experiments/openmoji.py --loss-factor 3 --name lf3           change one thing
     python experiments/openmoji.py --resume                             continue after an interruption
     python experiments/openmoji.py --data.source folder --data.path DIR --name mine      your own images
 

@@ -23,8 +23,8 @@ def test_unknown_field_in_a_file_gets_a_suggestion():
 
 def test_differences_are_named_by_their_path():
     old = PRESETS["tiny"]
-    new = dataclasses.replace(old, loss_factor=1.7, train=dataclasses.replace(old.train, steps=5), name="other")
-    assert differences(old, new, ignore=("name",)) == ["loss_factor: 2.0 -> 1.7", "train.steps: 900 -> 5"]
+    new = dataclasses.replace(old, loss_factor=1.7, train=dataclasses.replace(old.train, steps=500), name="other")
+    assert differences(old, new, ignore=("name",)) == ["loss_factor: 2.0 -> 1.7", "train.steps: 900 -> 500"]
 
 
 def test_bias_follows_the_resolution_unless_it_is_set():
@@ -49,6 +49,8 @@ def test_a_loss_factor_that_must_collapse_is_warned_of(factor):
         (lambda: SampleConfig(num_steps=0), "num_steps must be at least 1"),
         (lambda: Config(label_dropout=2.0), r"label_dropout must be in \[0, 1\]"),
         (lambda: Config(prior_warmup=(5, 5)), "first < last"),
+        (lambda: Config(train=TrainConfig(steps=250)), "never reach the paper's objective"),
+        (lambda: Config(seed=-1), "seed must not be negative"),
         (lambda: Config(name="a/b"), "that of a folder inside"),
     ],
 )
@@ -62,9 +64,9 @@ def command_line(*args):
 
 
 def test_command_line_changes_one_thing_of_a_preset():
-    config = command_line("--preset", "smoke", "--loss-factor", "1.7", "--train.steps", "3")
+    config = command_line("--preset", "smoke", "--loss-factor", "1.7", "--train.steps", "60")
     expected = dataclasses.replace(
-        PRESETS["smoke"], loss_factor=1.7, train=dataclasses.replace(PRESETS["smoke"].train, steps=3)
+        PRESETS["smoke"], loss_factor=1.7, train=dataclasses.replace(PRESETS["smoke"].train, steps=60)
     )
     assert config == expected
     assert command_line() == PRESETS["tiny"]

@@ -19,14 +19,17 @@ from ulx.stages import CollapseWatch, autoencoder_loss, base_loss, drop_labels, 
 from ulx.training import Draws
 
 
-@pytest.fixture(scope="module")
-def model(small_config):
-    """Every weight moved off its initial value, so that nothing is hidden behind a zero gate."""
-    model = runs.stage1_state(small_config).model
+def shaken(model):
     leaves, tree = jax.tree.flatten(model)
     rng = np.random.default_rng(0)
     moved = [leaf + 0.1 * jnp.asarray(rng.normal(size=leaf.shape), jnp.float32) for leaf in leaves]
     return jax.tree.unflatten(tree, moved)
+
+
+@pytest.fixture(scope="module")
+def model(small_config):
+    """Every weight moved off its initial value, so that nothing is hidden behind a zero gate."""
+    return shaken(runs.stage1_state(small_config).model)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +69,28 @@ def test_the_bound_is_algorithm_1(model, images):
     np.testing.assert_allclose(bound.total, prior.total + decoder, rtol=1e-4)
     assert model.latent_schedule.logsnr_max == 5.0
     assert model.image_schedule == schedules.image_schedule(16)
+
+
+def test_the_bound_drops_out_only_when_it_is_told_to(small_config, images):
+    """Dropout belongs to training; a bound that is measured has none, whatever the networks were built with."""
+    wet = lambda network: dataclasses.replace(network, block=dataclasses.replace(network.block, dropout=0.5))  # noqa: E731
+    config = dataclasses.replace(
+        small_config.model, prior=wet(small_config.model.prior), decoder=wet(small_config.model.decoder)
+    )
+    dry, wet_model = (
+        shaken(UnifiedLatents((16, 16, 3), c, key=jax.random.key(0))) for c in (small_config.model, config)
+    )
+    times = (jnp.linspace(0.1, 0.9, 4), jnp.linspace(0.9, 0.2, 4))
+
+    @eqx.filter_jit
+    def terms(model, dropout):
+        bound, _ = model.bound(images, weightings.sigmoid(2.5, 1.5), key=keys(), t=times, dropout=dropout)
+        return bound.rate, bound.decoder
+
+    measured, expected, trained = terms(wet_model, False), terms(dry, False), terms(wet_model, True)
+    for a, b, c in zip(measured, expected, trained, strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert np.all(a != c)
 
 
 def test_the_warm_up_touches_the_encoder_alone_and_no_value(small_config, model, images):

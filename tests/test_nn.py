@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ulx import diffusion
 from ulx.nn import layers
 from ulx.nn.encoder import Encoder, EncoderConfig
 from ulx.nn.resnet import ResBlock
@@ -99,6 +100,22 @@ def test_dropout_belongs_to_the_example():
     assert abs(float((dropped == 0).mean()) - 0.25) < 0.03
     np.testing.assert_allclose(dropped[dropped != 0], 1 / 0.75)
     assert dropout(x, None) is x
+
+
+def test_blocks_of_a_stack_drop_out_independently_and_only_with_a_key():
+    """Two equal blocks: were their masks the same, running the first one twice with one key would be the stack."""
+    stack = shaken(Stack(2, 16, BlockConfig(head_size=8, dropout=0.5), cond_size=12, key=KEY))
+    same = jax.tree.map(lambda leaf: jnp.stack([leaf[0], leaf[0]]), stack.blocks)
+    stack = eqx.tree_at(lambda s: s.blocks, stack, same)
+    block = jax.tree.map(lambda leaf: leaf[0], stack.blocks)
+    x, cond, keys = normal(2, 5, 16), normal(2, 12, seed=1), jax.random.split(KEY, 2)
+    dropped, quiet = stack(x, cond, keys), stack(x, cond)
+    assert np.abs(dropped - quiet).max() > 1e-2
+    masks = diffusion.split_keys(keys, 2)
+    modulated = jax.nn.silu(cond)
+    expected = block(block(x, modulated, masks[0]), modulated, masks[1])
+    np.testing.assert_allclose(dropped, expected, atol=1e-5)
+    assert np.abs(dropped - block(block(x, modulated, masks[0]), modulated, masks[0])).max() > 1e-2
 
 
 @pytest.mark.parametrize("remat", ["none", "block"])

@@ -140,6 +140,13 @@ class Config:
             raise ValueError(f"label_dropout must be in [0, 1], got {self.label_dropout}")
         if not 0 <= self.prior_warmup[0] < self.prior_warmup[1]:
             raise ValueError(f"prior_warmup is (first step, last step) with first < last, got {self.prior_warmup}")
+        if self.prior_warmup[1] >= self.train.steps:
+            raise ValueError(
+                f"prior_warmup={self.prior_warmup} ends at or after the last step of stage 1 ({self.train.steps}): the "
+                "run would never reach the paper's objective; end it earlier, or train longer"
+            )
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
         if not self.name or Path(self.name).name != self.name:
             raise ValueError(f"name is that of a folder inside {self.runs}/, got {self.name!r}")
 
@@ -182,11 +189,11 @@ def _build(cls: type[Dataclass], values: dict[str, Any], where: str) -> Dataclas
 
 
 def differences(old: Config, new: Config, ignore: tuple[str, ...] = ()) -> list[str]:
-    """The fields in which two configurations differ, as `field: old -> new`; `ignore` names top-level fields."""
+    """The fields in which two configurations differ, as `field: old -> new`; `ignore` names fields or groups."""
     return [
         f"{path}: {before!r} -> {after!r}"
         for (path, before), (_, after) in zip(_leaves(old), _leaves(new), strict=True)
-        if before != after and path.split(".")[0] not in ignore
+        if before != after and not any(path == name or path.startswith(name + ".") for name in ignore)
     ]
 
 

@@ -14,28 +14,29 @@ from ulx.data import open_dataset
 from ulx.data.pipeline import train_batches
 from ulx.data.source import Dataset
 from ulx.evaluation import evaluate
-from ulx.metrics_log import MetricsLog
+from ulx.metrics import efficientnet
+from ulx.metrics_log import MetricsLog, read_metrics
+from ulx.models import Denoiser, UnifiedLatents
 from ulx.progress import duration
-from ulx.stages import CollapseWatch, autoencoder_loss, base_loss
+from ulx.stages import CollapseWatch, autoencoder_loss, base_loss, collapsed
 from ulx.training import Loss, TrainState, fit, make_optimizer, make_step
 
-__all__ = ["run"]
+__all__ = ["cost", "measure", "run", "train_stage"]
 
 
 def run(config: Config) -> Path:
     """Train, evaluate and report; returns the path of the report. With `config.resume`, continue where it stopped."""
-    from ulx import report
-
     began = time.monotonic()
-    path = runs.open_folder(config)
+    # Whatever can be refused is refused before the folder is taken, let alone after hours of training.
+    efficientnet.load()
     dataset = open_dataset(config.data)
+    state = runs.stage1_state(config)
+    path = runs.open_folder(config)
     runs.remember_data(path, dataset)
     print(f"{dataset.name}: {len(dataset.train)} training and {len(dataset.validation)} held-out images -> {path}")
 
     watch = CollapseWatch(config)
-    model = train_stage(
-        "stage1", runs.stage1_state(config), None, autoencoder_loss(config), dataset, config, config.train, watch
-    ).ema_model
+    model = train_stage("stage1", state, None, autoencoder_loss(config), dataset, config, config.train, watch).ema_model
     base = train_stage(
         "stage2",
         runs.stage2_state(config, model, len(dataset.class_names)),
@@ -45,19 +46,27 @@ def run(config: Config) -> Path:
         config,
         config.train_base,
     ).ema_model
-    trained = time.monotonic()
+    written = measure(path, model, base, dataset, config)
+    print(f"{duration(time.monotonic() - began)} in all -> {written}")
+    return written
 
+
+def measure(path: Path, model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Config) -> Path:
+    """Evaluate a trained run and write its report; returns the report's path."""
+    from ulx import report
+
+    began = time.monotonic()
     evaluation = evaluate(model, base, dataset, config)
-    evaluation.metrics["collapsed"] = watch.collapsed
+    logs = {stage: read_metrics(path / f"{stage}.jsonl") for stage in ("stage1", "stage2")}
+    evaluation.metrics["collapsed"] = collapsed(config, logs["stage1"])
     evaluation.metrics["cost"] = cost(model, base, config) | {
-        "seconds_this_process": round(time.monotonic() - began),
-        "seconds_training": round(trained - began),
+        "seconds_stage1": logs["stage1"][-1]["time"],
+        "seconds_stage2": logs["stage2"][-1]["time"],
+        "seconds_evaluation": round(time.monotonic() - began),
         "device": jax.devices()[0].device_kind,
     }
     evaluation.save(path / "evaluation")
-    written = report.write(path)
-    print(f"{duration(time.monotonic() - began)} in all -> {written}")
-    return written
+    return report.write(path)
 
 
 def train_stage(

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import json
 import shlex
-import warnings
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
@@ -29,7 +28,7 @@ from ulx.metrics.images import psnr
 from ulx.metrics_log import read_metrics
 from ulx.progress import duration
 from ulx.report_text import number, plus_minus, si
-from ulx.stages import CollapseWatch
+from ulx.stages import collapsed
 
 __all__ = ["write"]
 
@@ -80,12 +79,7 @@ class _Run:
         lines = [line for line in self.logs.get("stage1", []) if {"latent_std", "rate"} <= line.keys()]
         if not lines:
             return None
-        watch = CollapseWatch(self.config)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for line in lines:
-                watch(int(line["step"]), line)
-        return watch.collapsed
+        return collapsed(self.config, lines)
 
     def labels(self, name: str) -> list[str]:
         assert self.evaluation is not None
@@ -331,8 +325,8 @@ def _cost(run: _Run) -> str:
         ["One sample", f"{si(sample)}FLOP", f"base NFE {latent_nfe}, decoder NFE {decoder_nfe}"],
         [
             "Whole job",
-            duration(cost["seconds_this_process"]),
-            f"evaluation included, in the last process; {cost['device']}",
+            duration(cost["seconds_stage1"] + cost["seconds_stage2"] + cost["seconds_evaluation"]),
+            f"both stages and the evaluation; {cost['device']}",
         ],
     ]
     networks = [[part, si(count), f"{si(forward[part])}FLOP"] for part, count in parameters.items()]

@@ -22,10 +22,20 @@ from ulx.models import Denoiser, UnifiedLatents
 from ulx.stages import make_base
 from ulx.training import TrainState, make_optimizer
 
-__all__ = ["Run", "load", "open_folder", "stage1_state", "stage2_state"]
+__all__ = ["Run", "load", "open_folder", "read_config", "remember_data", "stage1_state", "stage2_state"]
 
-HARMLESS = ("resume", "runs", "name", "sample", "evaluate")
-"""Fields that may change between the parts of an interrupted run: they do not touch training."""
+HARMLESS = (
+    "resume",
+    "runs",
+    "name",
+    "sample",
+    "evaluate",
+    "data.path",  # the data itself is known by its fingerprint
+    "data.cache_dir",
+    "data.workers",
+    *(f"{stage}.{field}" for stage in ("train", "train_base") for field in ("log_every", "save_every")),
+)
+"""Fields that may change between the parts of an interrupted run: they do not touch what is trained."""
 
 
 def open_folder(config: Config) -> Path:
@@ -45,7 +55,7 @@ def open_folder(config: Config) -> Path:
     if written.exists():
         if not config.resume:
             raise FileExistsError(f"{path} already holds a run: continue it with --resume, or choose another --name")
-        changed = differences(from_json(written.read_text()), config, ignore=HARMLESS)
+        changed = differences(read_config(path), config, ignore=HARMLESS)
         if changed:
             raise ValueError(
                 f"{path} was started with other settings, so its checkpoints do not belong to this run:\n  "
@@ -57,6 +67,14 @@ def open_folder(config: Config) -> Path:
     aside.write_text(to_json(config))
     aside.replace(written)
     return path
+
+
+def read_config(path: Path) -> Config:
+    """The settings of a run. Raises ValueError, naming the file, if they cannot be read."""
+    try:
+        return from_json((path / "config.json").read_text())
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path / 'config.json'} cannot be read: {error}") from error
 
 
 def remember_data(path: Path, dataset: Dataset) -> None:
@@ -78,7 +96,9 @@ def remember_data(path: Path, dataset: Dataset) -> None:
                 f"{path} was trained on other data than is there now ({before['train']} training images then, "
                 f"{len(dataset.train)} now): restore the data, or choose another --name"
             )
-    file.write_text(json.dumps(facts, indent=2) + "\n")
+    aside = file.with_suffix(".tmp")
+    aside.write_text(json.dumps(facts, indent=2) + "\n")
+    aside.replace(file)
 
 
 def stage1_state(config: Config) -> TrainState:
@@ -117,10 +137,7 @@ def load(path: str | Path) -> Run:
     for file in ("config.json", "dataset.json"):
         if not (path / file).exists():
             raise FileNotFoundError(f"{path} is not a run: it has no {file}")
-    try:
-        config = from_json((path / "config.json").read_text())
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path / 'config.json'} cannot be read: {error}") from error
+    config = read_config(path)
     class_names = tuple(json.loads((path / "dataset.json").read_text())["class_names"])
     if not (path / "checkpoints" / "stage1").is_dir():
         raise FileNotFoundError(f"{path} has no checkpoint yet: finish stage 1 first (--resume)")

@@ -1,10 +1,11 @@
 """The two training losses: stage 1 (Alg. 1) and stage 2 (§3.3), in the form that `training.make_step` takes."""
 
 import warnings
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Int, Key
 
 from ulx import diffusion, losses, weightings
 from ulx.config import Config
@@ -13,7 +14,7 @@ from ulx.models import Denoiser, UnifiedLatents
 from ulx.nn.uvit import UViT
 from ulx.training import Batch, Draws, Loss
 
-__all__ = ["CollapseWatch", "autoencoder_loss", "base_loss", "drop_labels", "make_base"]
+__all__ = ["CollapseWatch", "autoencoder_loss", "base_loss", "collapsed", "drop_labels", "make_base"]
 
 
 def autoencoder_loss(config: Config) -> Loss:
@@ -92,7 +93,7 @@ class CollapseWatch:
         self.config = config
         self.collapsed = False
 
-    def __call__(self, step: int, metrics: dict[str, Float[Array, ""] | float]) -> None:
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
         if step < self.after or self.collapsed or metrics["latent_std"] >= 0.5 * self.noise:
             return
         self.collapsed = True
@@ -100,9 +101,19 @@ class CollapseWatch:
         cutoff = weightings.cutoff(float(weighting.bias), float(weighting.factor))
         warnings.warn(
             f"THE LATENT HAS COLLAPSED at step {step}: its standard deviation over images, "
-            f"{float(metrics['latent_std']):.3f}, is below half that of its noise, {self.noise:.3f}, and its rate is "
-            f"{float(metrics['rate']):.4f} bits/pixel. The decoder ignores it. Raise --loss-factor (now "
+            f"{metrics['latent_std']:.3f}, is below half that of its noise, {self.noise:.3f}, and its rate is "
+            f"{metrics['rate']:.4f} bits/pixel. The decoder ignores it. Raise --loss-factor (now "
             f"{weighting.factor}) or --sigmoid-bias (now {weighting.bias:.2f}; together they value detail up to a "
             f"log-SNR of {cutoff:.2f}), lengthen --prior-warmup, or use a decoder that learns faster.",
             stacklevel=2,
         )
+
+
+def collapsed(config: Config, log: Sequence[Mapping[str, float]]) -> bool:
+    """Whether the latent collapsed at any time, from the whole stage-1 log: a resumed process saw only its own part."""
+    watch = CollapseWatch(config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for line in log:
+            watch(int(line["step"]), line)
+    return watch.collapsed

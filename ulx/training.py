@@ -106,7 +106,7 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, config: Train
 
         def objective(params: PyTree):
             model = eqx.combine(cast(params, config.dtype), static)
-            return loss(model, cast(frozen, config.dtype), batch, draws, state.step)
+            return loss(model, frozen, batch, draws, state.step)
 
         grads, metrics = jax.grad(objective, has_aux=True)(params)
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
@@ -179,11 +179,12 @@ def fit(
                 _check_and_log(*previous, config, log, progress, on_log)
             previous = (number, metrics)
             progress.advance()
-            if number == config.steps or number % config.save_every == 0 or stop:
+            stopping = bool(stop)  # read once: a signal may come at any moment
+            if number == config.steps or number % config.save_every == 0 or stopping:
                 _check_and_log(*previous, config, log, progress, on_log)
                 previous = None
-                checkpoints.save(number, state, batches, wait=bool(stop) or number == config.steps)
-            if stop:
+                checkpoints.save(number, state, batches, wait=stopping or number == config.steps)
+            if stopping:
                 raise Interrupted(f"stopped after step {number}, which is saved; --resume continues from it")
     return state
 
