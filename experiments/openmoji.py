@@ -1,7 +1,7 @@
 """Unified Latents on OpenMoji: the main job, end to end, on two CPU cores.
 
     python experiments/openmoji.py                                      the default run, 32×32 pixels
-    python experiments/openmoji.py --preset smoke                       everything, small, in about two minutes
+    python experiments/openmoji.py --preset smoke                       everything, small, in a minute or two
     python experiments/openmoji.py --loss-factor 3 --name lf3           change one thing
     python experiments/openmoji.py --resume                             continue after an interruption
     python experiments/openmoji.py --data.source folder --data.path DIR --name mine      your own images
