@@ -109,6 +109,7 @@ def plot(points: list[dict], path: Path) -> None:
     for p, b, q in zip(points, bits, psnr, strict=True):
         axis.annotate(f"c_lf {p['loss_factor']:g}", (b["value"], q["value"]), (6, -12), textcoords="offset points")
     axis.set(xlabel="held-out bits/pixel", ylabel="held-out PSNR (dB)", title="Loss factor, OpenMoji 32×32")
+    axis.margins(x=0.2, y=0.1)
     figure.savefig(path, dpi=150)
 
 
