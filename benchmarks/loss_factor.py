@@ -13,6 +13,10 @@ import json
 import platform
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ulx.config import Config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 
@@ -35,18 +39,13 @@ class Settings:
     """Folder of the runs."""
 
 
-def point(factor: float, settings: Settings) -> dict:
-    """Train stage 1 with this loss factor and measure it."""
+def config_of(factor: float, settings: Settings) -> "Config":
+    """The run of one point: the `tiny` preset with this loss factor, and fewer steps."""
     from openmoji import PRESETS
-
-    from ulx import job, runs
-    from ulx.data import open_dataset
-    from ulx.evaluation import evaluate_autoencoder
-    from ulx.stages import CollapseWatch, autoencoder_loss
 
     tiny = PRESETS["tiny"]
     name = f"loss_factor_{factor:g}_{settings.steps}_{settings.seed}"
-    config = dataclasses.replace(
+    return dataclasses.replace(
         tiny,
         name=name,
         runs=settings.runs,
@@ -55,6 +54,15 @@ def point(factor: float, settings: Settings) -> dict:
         loss_factor=factor,
         train=dataclasses.replace(tiny.train, steps=settings.steps),
     )
+
+
+def point(config: "Config") -> dict:
+    """Train stage 1 with these settings and measure it."""
+    from ulx import job, runs
+    from ulx.data import open_dataset
+    from ulx.evaluation import evaluate_autoencoder
+    from ulx.stages import CollapseWatch, autoencoder_loss
+
     path = runs.open_folder(config)
     dataset = open_dataset(config.data)
     runs.remember_data(path, dataset)
@@ -64,9 +72,10 @@ def point(factor: float, settings: Settings) -> dict:
     )
     measured = evaluate_autoencoder(state.ema_model, dataset, config)
     return {
-        "loss_factor": factor,
-        "steps": settings.steps,
-        "seed": settings.seed,
+        "loss_factor": config.loss_factor,
+        "steps": config.train.steps,
+        "seed": config.seed,
+        "settings": identity(config),
         "bits_per_pixel": measured["bits_per_pixel"],
         "psnr": measured["psnr"],
         "collapsed": watch.collapsed,
@@ -74,6 +83,13 @@ def point(factor: float, settings: Settings) -> dict:
         "machine": f"{platform.processor() or platform.machine()}, CPU",
         "date": datetime.date.today().isoformat(),
     }
+
+
+def identity(config: "Config") -> str:
+    """What makes a measured point this one: everything that it was trained and measured with."""
+    from ulx.config import fingerprint
+
+    return fingerprint(config, ignore=("name", "runs", "resume", "data.cache_dir", "data.workers"))
 
 
 def table(points: list[dict]) -> str:
@@ -123,14 +139,13 @@ def main() -> None:
         file = Path(settings.results) / "loss_factor.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         points = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-        wanted = [(factor, settings.steps, settings.seed) for factor in settings.factors]
-        have = lambda p: (p["loss_factor"], p["steps"], p["seed"])  # noqa: E731
-        for want in wanted:
-            if want not in [have(p) for p in points]:
-                points.append(point(want[0], settings))
+        wanted = {identity(config): config for config in (config_of(f, settings) for f in settings.factors)}
+        for name, config in wanted.items():
+            if name not in [p.get("settings") for p in points]:
+                points.append(point(config))
                 with file.open("a") as out:
                     out.write(json.dumps(points[-1]) + "\n")
-        shown = sorted((p for p in points if have(p) in wanted), key=lambda p: p["loss_factor"])
+        shown = sorted((p for p in points if p.get("settings") in wanted), key=lambda p: p["loss_factor"])
         text = table(shown)
         (file.parent / "loss_factor.md").write_text(
             "Measured by `python benchmarks/loss_factor.py`: stage 1 of the `tiny` preset, EMA weights, held-out "

@@ -1,5 +1,6 @@
 """`ulx.sample`, `ulx.reconstruct`, `ulx.encode` on a run whose weights are drawn, against the mathematics by hand."""
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from ulx import encode, reconstruct, runs, sample
 from ulx.config import from_json
 from ulx.image_files import ImageFolder, contact_sheet, png_names
+from ulx.seeding import root_key
 
 LEVEL = 1  # of 255: another batch shape rounds differently, and a value between two levels may go either way
 
@@ -104,7 +106,7 @@ def guided(trained_run, tmp_path_factory) -> sample.Options:
 class TestSample:
     def test_is_ddim_of_the_averaged_base_model_then_of_the_decoder(self, run, guided):
         """Image 5, of the second batch: its own keys, its label, guidance, λ from −10 to 5 and no further."""
-        latent_key, decoder_key = jax.random.split(jax.random.fold_in(jax.random.key(3), 5))
+        latent_key, decoder_key = jax.random.split(jax.random.fold_in(root_key(3, "sample"), 5))
 
         def denoise(z, logsnr):
             x_label, x_none = (call(run.base, z, logsnr, label=jnp.array([index])) for index in (0, 3))
@@ -174,6 +176,13 @@ class TestSample:
     def test_a_folder_that_is_no_run(self, tmp_path, capsys):
         assert "is not a run: it has no config.json" in fails(sample.main, [tmp_path / "nothing"], capsys)
 
+    def test_a_run_without_a_null_label_cannot_guide(self, run, trained_run, tmp_path, monkeypatch):
+        config = dataclasses.replace(run.config, label_dropout=0.0)
+        monkeypatch.setattr(runs, "load", lambda path: dataclasses.replace(run, config=config))
+        with pytest.raises(ValueError, match="trained with label_dropout=0"):
+            sample.sample(sample.Options(trained_run, tmp_path / "out", num=2, guidance_scale=2.0))
+        assert not (tmp_path / "out").exists()
+
     def test_a_run_without_stage_2(self, run, trained_run, tmp_path, monkeypatch):
         monkeypatch.setattr(
             runs, "load", lambda path: runs.Run(path, run.config, run.class_names, run.model, None, (6, 0))
@@ -192,7 +201,7 @@ class TestReconstruct:
         """The last image, of the second batch; it is the fifth, since the file that is none does not count."""
         ((names, stack),) = ImageFolder(images, 16).batches(9)
         assert names[4] == "large.png"
-        latent_key, decoder_key = jax.random.split(jax.random.fold_in(jax.random.key(0), 4))
+        latent_key, decoder_key = jax.random.split(jax.random.fold_in(root_key(0, "reconstruct"), 4))
         z_clean = call(run.model.encoder, jnp.asarray(stack[4:]) / 127.5 - 1)
         alpha, sigma = jax.nn.sigmoid(5.0) ** 0.5, jax.nn.sigmoid(-5.0) ** 0.5
         z_0 = alpha * z_clean + sigma * jax.random.normal(latent_key, z_clean.shape[1:])

@@ -41,10 +41,10 @@ class Runner:
     def encode(self, images):
         return images.astype(np.float32)
 
-    def decode(self, latents, *, seed):
+    def decode(self, latents, purpose):
         return (latents + SHIFT).astype(np.uint8), 2
 
-    def sample(self, denoiser, label, count, *, seed, guidance=1.0):
+    def sample(self, denoiser, label, count, purpose, *, guidance=1.0):
         level = np.full(count, 120) if label is None else 40 + 50 * label
         level = level + 20 * (guidance != 1) + np.arange(count) % 7
         return np.broadcast_to(level[:, None, None, None], (count, 16, 16, 3)).astype(np.uint8), 4
@@ -365,6 +365,19 @@ class TestIncomplete:
         assert "swap test" not in "".join(sections(html))
         assert "nan" not in text(html)
         assert "counted at the end of training" in text(html)
+
+    def test_a_run_that_cannot_guide_has_no_guided_samples(self, finished, small_config, copy_of):
+        assert small_config.can_guide
+        off = dataclasses.replace(small_config.sample, guidance_scale=1.0)
+        assert not dataclasses.replace(small_config, label_dropout=0.0).can_guide
+        assert not dataclasses.replace(small_config, sample=off).can_guide
+        path = copy_of(finished)
+        found = evaluation.Evaluation.load(path / "evaluation")
+        del found.metrics["guided_samples"], found.pictures["guided_samples"], found.pictures["guided_labels"]
+        found.save(path / "evaluation")
+        titles = sections(report.write(path).read_text())
+        assert "Samples of the base model" in titles
+        assert not any("guidance" in title for title in titles)
 
     def test_large_pictures_are_fewer(self, finished, copy_of):
         path = copy_of(finished)

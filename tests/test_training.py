@@ -44,7 +44,7 @@ def bits_of(tree):
 def test_step_is_clipped_adamw_and_a_float32_average():
     config = TrainConfig(steps=10, warmup_steps=2, learning_rate=0.1, clip_norm=0.5, weight_decay=0.3, ema_decay=0.9)
     state = TrainState(Line(jnp.asarray(2.0), jnp.asarray(1.0)), make_optimizer(config))
-    step = make_step(line_loss, make_optimizer(config), config, seed=0)
+    step = make_step(line_loss, make_optimizer(config), config, key=jax.random.key(0))
     batch = {"x": jnp.asarray([1.0, 2.0]), "y": jnp.asarray([0.0, 1.0])}
     weight, bias = np.asarray([2.0, 1.0])
     moment, second, average = np.zeros(2), np.zeros(2), np.asarray([2.0, 1.0])
@@ -78,7 +78,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
 
     state = TrainState(Line(jnp.asarray(2.0), jnp.asarray(1.0)), make_optimizer(config))
     batch = {"x": jnp.ones(2), "y": jnp.zeros(2)}
-    state, _ = make_step(loss, make_optimizer(config), config, seed=0)((jnp.ones(3), batch), state)
+    state, _ = make_step(loss, make_optimizer(config), config, key=jax.random.key(0))((jnp.ones(3), batch), state)
     assert seen[0] == (jnp.bfloat16, jnp.float32)
     assert state.model.weight.dtype == state.ema.weight.dtype == jnp.float32
 

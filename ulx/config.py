@@ -5,6 +5,7 @@ Every field is an option of the command line (`experiments/`), with its docstrin
 
 import dataclasses
 import difflib
+import hashlib
 import json
 import math
 import typing
@@ -18,7 +19,16 @@ from ulx.models import ModelConfig
 from ulx.precision import Dtype
 from ulx.samplers import Solver
 
-__all__ = ["Config", "EvaluateConfig", "SampleConfig", "TrainConfig", "differences", "from_json", "to_json"]
+__all__ = [
+    "Config",
+    "EvaluateConfig",
+    "SampleConfig",
+    "TrainConfig",
+    "differences",
+    "fingerprint",
+    "from_json",
+    "to_json",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +128,8 @@ class Config:
     itself always trains at weight 1, and afterwards the objective is exactly the paper's."""
     base_bias: float = 0.0
     """b of the base model's sigmoid weighting on latents."""
+    cache_latents: bool = True
+    """Encode the training images once before stage 2 and keep their latents in memory; off: encode every batch."""
     label_dropout: float = 0.1
     """How often the base model is trained without its class label, for classifier-free guidance."""
     data: DataConfig = DataConfig()
@@ -156,6 +168,11 @@ class Config:
         return weightings.sigmoid(bias=bias, factor=self.loss_factor)
 
     @property
+    def can_guide(self) -> bool:
+        """Whether there are guided samples: a scale that does something, and a null label that was trained."""
+        return self.sample.guidance_scale != 1 and self.label_dropout > 0
+
+    @property
     def path(self) -> Path:
         return Path(self.runs) / self.name
 
@@ -168,7 +185,10 @@ Dataclass = TypeVar("Dataclass")
 
 
 def from_json(text: str, cls: type[Dataclass] = Config) -> Dataclass:
-    """The inverse of `to_json`. Raises ValueError for a field that `cls` does not have, with the nearest name."""
+    """The inverse of `to_json`.
+
+    Raises ValueError for a field that `cls` does not have, with the nearest name, and for a choice that is none.
+    """
     return _build(cls, json.loads(text), "")
 
 
@@ -184,6 +204,9 @@ def _build(cls: type[Dataclass], values: dict[str, Any], where: str) -> Dataclas
             value = _build(hints[name], value, f"{where}{name}.")
         elif isinstance(value, list):
             value = tuple(value)
+        elif typing.get_origin(hints[name]) is typing.Literal and value not in typing.get_args(hints[name]):
+            choices = ", ".join(map(repr, typing.get_args(hints[name])))
+            raise ValueError(f"{where}{name}={value!r} is none of {choices}")
         arguments[name] = value
     return cls(**arguments)
 
@@ -193,8 +216,18 @@ def differences(old: Config, new: Config, ignore: tuple[str, ...] = ()) -> list[
     return [
         f"{path}: {before!r} -> {after!r}"
         for (path, before), (_, after) in zip(_leaves(old), _leaves(new), strict=True)
-        if before != after and not any(path == name or path.startswith(name + ".") for name in ignore)
+        if before != after and not _is_in(path, ignore)
     ]
+
+
+def fingerprint(config: Config, ignore: tuple[str, ...] = ()) -> str:
+    """16 hex digits that tell configurations apart, but for the fields or groups that `ignore` names."""
+    kept = [(path, repr(value)) for path, value in _leaves(config) if not _is_in(path, ignore)]
+    return hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:16]
+
+
+def _is_in(path: str, names: tuple[str, ...]) -> bool:
+    return any(path == name or path.startswith(name + ".") for name in names)
 
 
 def _leaves(config: Any, where: str = "") -> list[tuple[str, Any]]:

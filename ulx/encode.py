@@ -20,15 +20,12 @@ Decoder, prior and base model work on z_0, not on z_clean. It is left to the rea
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key, PyTree, UInt8
+from jaxtyping import Array, Float, Key, UInt8
 
 from ulx import runs
 from ulx.command_line import parse_arguments, run_command
@@ -36,10 +33,11 @@ from ulx.config import to_json
 from ulx.data.pixels import to_float
 from ulx.generate import in_batches
 from ulx.image_files import ImageFolder
-from ulx.models import UnifiedLatents
+from ulx.latents import weights_hash, z_clean
 from ulx.progress import Progress
+from ulx.seeding import root_key
 
-__all__ = ["Options", "encode", "weights_hash"]
+__all__ = ["Options", "encode"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,24 +72,24 @@ def encode(options: Options) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
 
     def latents(x: UInt8[np.ndarray, "b h w c"], *, keys: Key[Array, " b"]) -> Float[Array, "b *latent k"]:
-        return _z_clean(run.model, jnp.asarray(to_float(x)))  # deterministic: the keys are not needed
+        return z_clean(run.model, jnp.asarray(to_float(x)))  # deterministic: the keys are not needed
 
     size = min(options.batch_size or run.config.evaluate.batch_size, len(folder.names))
     names: list[str] = []
     parts: list[np.ndarray] = []
     with Progress("encode", total=len(folder.names), unit="images") as progress:
         for part, images in folder.batches(size):
-            parts.append(in_batches(latents, images, batch_size=size, seed=0))
+            parts.append(in_batches(latents, images, batch_size=size, key=root_key(0, "encode")))
             names += part
             progress.total = len(folder.names) - len(folder.skipped)
             progress.advance(len(part))
 
-    z_clean = np.concatenate(parts)
+    found = np.concatenate(parts)
     aside = out.with_name(f"{out.stem}.aside.npz")
     np.savez(
         aside,
         allow_pickle=False,
-        z_clean=z_clean,
+        z_clean=found,
         names=np.array(names),
         logsnr_0=np.float32(run.model.latent_schedule.logsnr_max),
         run=np.array(str(options.run)),
@@ -101,24 +99,8 @@ def encode(options: Options) -> Path:
     )
     aside.replace(out)
     print(folder.summary())
-    print(
-        f"z_clean {' × '.join(map(str, z_clean.shape))}, standard deviation {z_clean.std(axis=0).mean():.3f} -> {out}"
-    )
+    print(f"z_clean {' × '.join(map(str, found.shape))}, standard deviation {found.std(axis=0).mean():.3f} -> {out}")
     return out
-
-
-@eqx.filter_jit
-def _z_clean(model: UnifiedLatents, x: Float[Array, "b *space c"]) -> Float[Array, "b *latent k"]:
-    return model.z_clean(x)
-
-
-def weights_hash(module: PyTree) -> str:
-    """sha256 of the arrays of a module, in their order."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(eqx.filter(module, eqx.is_array)):
-        array = np.asarray(leaf)
-        digest.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
-    return digest.hexdigest()
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -28,9 +28,12 @@ from ulx.metrics.images import nearest, psnr
 from ulx.metrics.reference import training_moments
 from ulx.models import Denoiser, UnifiedLatents
 from ulx.progress import Progress
+from ulx.seeding import root_int, root_key
 
 __all__ = ["Evaluation", "evaluate", "evaluate_autoencoder"]
 
+RECONSTRUCT, SAMPLE = "reconstruct", "sample"
+"""Purposes of noise. Reconstructions, swapped or not, share theirs; so do the samples of all models, row by row."""
 PICTURES = 64
 """Images of each kind that the report shows."""
 NEAREST_AMONG = 50_000
@@ -71,7 +74,7 @@ def evaluate_autoencoder(model: UnifiedLatents, dataset: Dataset, config: Config
     with Progress("evaluate", total=3 * len(held_out), unit="images") as progress:
         run = _Runner(model, config, progress)
         rate = run.rate(held_out)
-        reconstructions, nfe = run.decode(run.encode(held_out), seed=1)
+        reconstructions, nfe = run.decode(run.encode(held_out), RECONSTRUCT)
     return {**_bits(rate, model, config), "psnr": _psnr(reconstructions, held_out) | {"nfe": nfe}}
 
 
@@ -79,7 +82,7 @@ def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Co
     """Evaluate a run. `model` and `base` hold the averaged weights; validation images are those of `dataset`."""
     network = efficientnet.load()
     held_out = _images(dataset.validation)
-    labels = _labels_like(dataset.train.labels, config.evaluate.num_samples, config.seed)
+    labels = _labels_like(dataset.train.labels, config.evaluate.num_samples, root_int(config.seed, "evaluation labels"))
     options = config.evaluate
 
     train_originals = np.stack([dataset.train[i]["image"] for i in _some(len(dataset.train), 2 * PICTURES)])
@@ -88,13 +91,16 @@ def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Co
         run = _Runner(model, config, progress)
         rate = run.rate(held_out)
         latents = run.encode(held_out)
-        reconstructions, decoder_nfe = run.decode(latents, seed=1)
-        swapped, _ = run.decode(np.roll(latents, 1, axis=0)[:PICTURES], seed=1)
-        prior_samples, prior_nfe = run.sample(model.prior, None, options.num_samples, seed=2)
-        base_samples, base_nfe = run.sample(base, labels, options.num_samples, seed=2)
-        shown = np.arange(PICTURES, dtype=np.int32) % len(dataset.class_names)
-        guided, guided_nfe = run.sample(base, shown, PICTURES, seed=3, guidance=config.sample.guidance_scale)
-        train_copies, _ = run.decode(run.encode(train_originals), seed=1)
+        reconstructions, decoder_nfe = run.decode(latents, RECONSTRUCT)
+        swapped, _ = run.decode(np.roll(latents, 1, axis=0)[:PICTURES], RECONSTRUCT)
+        prior_samples, prior_nfe = run.sample(model.prior, None, options.num_samples, SAMPLE)
+        base_samples, base_nfe = run.sample(base, labels, options.num_samples, SAMPLE)
+        guided = None
+        if config.can_guide:  # for the eye: the classes in turn
+            turn = np.arange(PICTURES, dtype=np.int32) % len(dataset.class_names)
+            images, nfe = run.sample(base, turn, PICTURES, SAMPLE, guidance=config.sample.guidance_scale)
+            guided = images, turn, nfe
+        train_copies, _ = run.decode(run.encode(train_originals), RECONSTRUCT)
 
     reference = training_moments(dataset, network, config.data.cache_dir)
     seen = lambda images, what: features(network, images, description=f"features of {what}")  # noqa: E731
@@ -127,7 +133,6 @@ def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Co
             "guidance_scale": 1.0,
             "labels": "as frequent as in the training set",
         },
-        "guided_samples": {"nfe": guided_nfe, "guidance_scale": config.sample.guidance_scale},
         "copies": copies,
     }
     train_images = [dataset.train[int(i)]["image"] for i in nearest_index[:PICTURES]]
@@ -139,9 +144,11 @@ def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Co
         "base_samples": base_samples[:PICTURES],
         "base_labels": labels[:PICTURES],
         "nearest": np.stack(train_images),
-        "guided_samples": guided,
-        "guided_labels": shown,
     }
+    if guided is not None:
+        images, turn, nfe = guided
+        pictures |= {"guided_samples": images, "guided_labels": turn}
+        metrics["guided_samples"] = {"nfe": nfe, "guidance_scale": config.sample.guidance_scale}
     return Evaluation(metrics, pictures)
 
 
@@ -153,33 +160,32 @@ class _Runner:
     config: Config
     progress: Progress
 
-    def _run(self, function, *arrays, seed: int):
-        options = self.config.evaluate
-        return in_batches(
-            function,
-            *arrays,
-            batch_size=options.batch_size,
-            seed=self.config.seed * 1000 + seed,
-            on_batch=self.progress.advance,
-        )
+    def _run(self, function, *arrays, purpose: str, on_batch=lambda done: None):
+        size, key = self.config.evaluate.batch_size, root_key(self.config.seed, f"evaluation {purpose}")
+        return in_batches(function, *arrays, batch_size=size, key=key, on_batch=on_batch)
 
     def rate(self, images: Images) -> RateEstimate:
         """`draws` independent estimates per image, averaged; by_level is `images levels`."""
         options = self.config.evaluate
-        rate = self._run(
-            lambda x, *, keys: _rate(self.model, to_float(x), keys, options.levels, options.draws), images, seed=0
-        )
+
+        def measure(x, *, keys):
+            return _rate(self.model, to_float(x), keys, options.levels, options.draws)
+
+        rate = self._run(measure, images, purpose="rate", on_batch=self.progress.advance)
         return dataclasses.replace(rate, logsnr_edges=rate.logsnr_edges[0])
 
     def encode(self, images: Images) -> Float[np.ndarray, "n *latent k"]:
-        return self._run(lambda x, *, keys: encode(self.model, jnp.asarray(to_float(x)), keys=keys), images, seed=4)
+        def latents(x, *, keys):
+            return encode(self.model, jnp.asarray(to_float(x)), keys=keys)
 
-    def decode(self, latents: np.ndarray, *, seed: int) -> tuple[Images, int]:
+        return self._run(latents, images, purpose="encode", on_batch=self.progress.advance)
+
+    def decode(self, latents: np.ndarray, purpose: str) -> tuple[Images, int]:
         def images(z_0, *, keys):
             sample = decode(self.model, jnp.asarray(z_0), self.config.sample, keys=keys)
             return to_uint8(sample.z), jnp.broadcast_to(sample.nfe, len(z_0))
 
-        pixels, nfe = self._run(images, latents, seed=seed)
+        pixels, nfe = self._run(images, latents, purpose=f"{purpose}, decoder", on_batch=self.progress.advance)
         return pixels, int(nfe[0])
 
     def sample(
@@ -187,8 +193,8 @@ class _Runner:
         denoiser: Denoiser,
         label: Int32[np.ndarray, " n"] | None,
         count: int,
+        purpose: str,
         *,
-        seed: int,
         guidance: float = 1.0,
     ) -> tuple[Images, int]:
         """Images and the NFE of the latent sampler (the decoder's comes on top)."""
@@ -205,10 +211,8 @@ class _Runner:
             return sample.z, jnp.broadcast_to(sample.nfe, len(index))
 
         rows = np.zeros(count, np.int32) if label is None else label
-        z_0, nfe = in_batches(
-            latents, rows, batch_size=self.config.evaluate.batch_size, seed=self.config.seed * 1000 + seed
-        )
-        return self.decode(z_0, seed=seed + 100)[0], int(nfe[0])
+        z_0, nfe = self._run(latents, rows, purpose=purpose)
+        return self.decode(z_0, purpose)[0], int(nfe[0])
 
 
 @eqx.filter_jit

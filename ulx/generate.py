@@ -18,9 +18,8 @@ from ulx.typing import Denoise
 __all__ = ["decode", "encode", "example_keys", "in_batches", "sample_latents"]
 
 
-def example_keys(seed: int, start: int, count: int) -> Key[Array, " b"]:
+def example_keys(key: Key[Array, ""], start: int, count: int) -> Key[Array, " b"]:
     """The keys of examples start … start + count − 1: example i is the same whatever batch it is drawn in."""
-    key = jax.random.key(seed)
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(start, start + count))
 
 
@@ -77,7 +76,7 @@ def in_batches(
     function: Callable[..., PyTree],
     *arrays: np.ndarray | Array,
     batch_size: int,
-    seed: int,
+    key: Key[Array, ""],
     start: int = 0,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> Any:
@@ -90,7 +89,7 @@ def in_batches(
     results = []
     for begin in range(0, total, batch_size):
         rows = np.minimum(np.arange(begin, begin + batch_size), total - 1)
-        keys = example_keys(seed, start + begin, batch_size)
+        keys = example_keys(key, start + begin, batch_size)
         result = function(*(array[rows] for array in arrays), keys=keys)
         results.append(jax.tree.map(lambda leaf: np.asarray(leaf)[: total - begin], result))  # noqa: B023
         on_batch(min(batch_size, total - begin))

@@ -14,10 +14,12 @@ from ulx.data import open_dataset
 from ulx.data.pipeline import train_batches
 from ulx.data.source import Dataset
 from ulx.evaluation import evaluate
+from ulx.latents import encoded
 from ulx.metrics import efficientnet
 from ulx.metrics_log import MetricsLog, read_metrics
 from ulx.models import Denoiser, UnifiedLatents
 from ulx.progress import duration
+from ulx.seeding import root_int, root_key
 from ulx.stages import CollapseWatch, autoencoder_loss, base_loss, collapsed
 from ulx.training import Loss, TrainState, fit, make_optimizer, make_step
 
@@ -37,15 +39,11 @@ def run(config: Config) -> Path:
 
     watch = CollapseWatch(config)
     model = train_stage("stage1", state, None, autoencoder_loss(config), dataset, config, config.train, watch).ema_model
-    base = train_stage(
-        "stage2",
-        runs.stage2_state(config, model, len(dataset.class_names)),
-        model,
-        base_loss(config),
-        dataset,
-        config,
-        config.train_base,
-    ).ema_model
+    untrained = runs.stage2_state(config, model, len(dataset.class_names))
+    examples = dataset
+    if config.cache_latents:
+        examples = encoded(dataset, model, batch_size=config.evaluate.batch_size, flip=config.data.flip)
+    base = train_stage("stage2", untrained, model, base_loss(config), examples, config, config.train_base).ema_model
     written = measure(path, model, base, dataset, config)
     print(f"{duration(time.monotonic() - began)} in all -> {written}")
     return written
@@ -80,13 +78,13 @@ def train_stage(
     on_log=lambda step, metrics: None,
 ) -> TrainState:
     """One stage: restore its newest checkpoint if there is one, train what is left."""
-    stage = {"stage1": 1, "stage2": 2}[name]
+    are_images = "image" in dataset.train[0]  # latents come mirrored already, and from memory
     batches = train_batches(
         dataset,
         batch_size=train.batch_size,
-        seed=config.seed + stage,
-        flip=config.data.flip,
-        workers=config.data.workers,
+        seed=root_int(config.seed, f"{name} data"),
+        flip=config.data.flip and are_images,
+        workers=config.data.workers if are_images else 0,
     )
     with Checkpoints(config.path / "checkpoints" / name) as checkpoints:
         if checkpoints.latest is not None:
@@ -94,7 +92,7 @@ def train_stage(
         with MetricsLog(config.path / f"{name}.jsonl", resume_step=int(state.step)) as log:
             return fit(
                 state,
-                make_step(loss, make_optimizer(train), train, seed=config.seed + stage),
+                make_step(loss, make_optimizer(train), train, key=root_key(config.seed, f"{name} steps")),
                 frozen,
                 batches,
                 train,
@@ -117,8 +115,8 @@ def cost(model, base, config: Config) -> dict[str, Any]:
         "base": flops.forward_flops(base, z, level),
     }
     stage1 = forward["encoder"] + forward["prior"] + forward["decoder"]
-    # Stage 2 runs the frozen encoder forward only.
-    stage2 = flops.TRAINING * forward["base"] + forward["encoder"]
+    # Cached latents are encoded once, which does not count; otherwise the frozen encoder runs forward only.
+    stage2 = flops.TRAINING * forward["base"] + (0 if config.cache_latents else forward["encoder"])
     parameters = {
         part: sum(leaf.size for leaf in jax.tree.leaves(module) if hasattr(leaf, "size"))
         for part, module in (

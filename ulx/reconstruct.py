@@ -27,6 +27,7 @@ from ulx.metrics.images import psnr
 from ulx.progress import Progress
 from ulx.sample import DecoderOptions
 from ulx.samplers import network_calls
+from ulx.seeding import root_key
 
 __all__ = ["Options", "reconstruct"]
 
@@ -72,12 +73,13 @@ def reconstruct(options: Options) -> float:
         z_0 = encode(run.model, jnp.asarray(to_float(x)), keys=latent_keys)
         return to_uint8(decode(run.model, z_0, config, keys=decoder_keys).z)
 
+    key = root_key(options.seed, "reconstruct")
     size = min(options.batch_size or run.config.evaluate.batch_size, len(folder.names))
     shown: list[tuple[np.ndarray, np.ndarray]] = []
     decibels: list[float] = []
     with Progress("reconstruct", total=len(folder.names), unit="images") as progress:
         for part, originals in folder.batches(size):
-            images = in_batches(rebuilt, originals, batch_size=size, seed=options.seed, start=len(decibels))
+            images = in_batches(rebuilt, originals, batch_size=size, key=key, start=len(decibels))
             for name, image in zip(part, images, strict=True):
                 write_png(out / file_of[name], image)
             decibels += np.asarray(psnr(to_float(images), to_float(originals))).tolist()

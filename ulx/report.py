@@ -178,7 +178,7 @@ def _evaluated(run: _Run) -> list[str]:
     if run.evaluation is None:
         return []
     metrics, pictures = run.evaluation.metrics, run.evaluation.pictures
-    sampler, guided = metrics["sampler"], metrics["guided_samples"]
+    sampler = metrics["sampler"]
     steps = f"{sampler['latent']}, {sampler['latent_steps']} steps"
     decibels = [
         f"{value:.1f} dB"
@@ -187,8 +187,6 @@ def _evaluated(run: _Run) -> list[str]:
     nfe = f"NFE {metrics['fd_efflite0']['base']['nfe']}"
     # The first image got the latent of the last one, which need not be among the pictures.
     swap = [pictures["originals"][1:], pictures["originals"][:-1], pictures["swapped"][1:]]
-    by_class = np.argsort(pictures["guided_labels"], kind="stable")
-    labels = run.labels("guided_labels")
     return [
         page.section(
             "Reconstructions",
@@ -201,11 +199,7 @@ def _evaluated(run: _Run) -> list[str]:
             "training. These are what fd_efflite0 measures.</p>",
             _pictures(run, "base_samples", [pictures["base_samples"]], run.labels("base_labels")),
         ),
-        page.section(
-            f"Samples with guidance {guided['guidance_scale']:g}",
-            f"<p>The classes in turn, NFE {guided['nfe']}.</p>",
-            _pictures(run, "guided_samples", [pictures["guided_samples"][by_class]], [labels[i] for i in by_class]),
-        ),
+        _guided(run, metrics["guided_samples"]) if "guided_samples" in metrics else "",
         page.section(
             "Samples of the raw prior",
             f"<p>The stage-1 prior measures bits; it is not meant to generate. NFE "
@@ -232,6 +226,17 @@ def _pictures(run: _Run, name: str, stacked: Sequence[np.ndarray], captions: Seq
     write_png(run.path / "figures" / f"{name}.png", contact_sheet(*stacked, captions=captions))
     words = name.replace("_", " ")
     return page.tiles(*stacked, captions=captions, alt=[words, f"beside {words}", f"with {words}"][: len(stacked)])
+
+
+def _guided(run: _Run, guided: Metrics) -> str:
+    assert run.evaluation is not None
+    pictures, labels = run.evaluation.pictures, run.labels("guided_labels")
+    by_class = np.argsort(pictures["guided_labels"], kind="stable")
+    return page.section(
+        f"Samples with guidance {guided['guidance_scale']:g}",
+        f"<p>The classes in turn, NFE {guided['nfe']}.</p>",
+        _pictures(run, "guided_samples", [pictures["guided_samples"][by_class]], [labels[i] for i in by_class]),
+    )
 
 
 def _swap(run: _Run, swap: Metrics, stacked: Sequence[np.ndarray]) -> str:

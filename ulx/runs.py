@@ -13,12 +13,11 @@ import dataclasses
 import json
 from pathlib import Path
 
-import jax
-
 from ulx.checkpoint import Checkpoints
 from ulx.config import Config, differences, from_json, to_json
 from ulx.data.source import Dataset
 from ulx.models import Denoiser, UnifiedLatents
+from ulx.seeding import root_key
 from ulx.stages import make_base
 from ulx.training import TrainState, make_optimizer
 
@@ -104,13 +103,13 @@ def remember_data(path: Path, dataset: Dataset) -> None:
 def stage1_state(config: Config) -> TrainState:
     """Untrained encoder, prior and decoder with their optimizer."""
     shape = (config.data.resolution, config.data.resolution, 3)
-    model = UnifiedLatents(shape, config.model, key=jax.random.key(config.seed))
+    model = UnifiedLatents(shape, config.model, key=root_key(config.seed, "stage1 weights"))
     return TrainState(model, make_optimizer(config.train))
 
 
 def stage2_state(config: Config, model: UnifiedLatents, num_classes: int) -> TrainState:
     """Untrained base model with its optimizer."""
-    base = make_base(model, config, num_classes, key=jax.random.key(config.seed + 1))
+    base = make_base(model, config, num_classes, key=root_key(config.seed, "stage2 weights"))
     return TrainState(base, make_optimizer(config.train_base))
 
 

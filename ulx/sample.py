@@ -29,6 +29,7 @@ from ulx.generate import decode, in_batches, sample_latents
 from ulx.image_files import claim, contact_sheet, write_png
 from ulx.progress import Progress
 from ulx.samplers import Solver, network_calls
+from ulx.seeding import root_key
 
 __all__ = ["DecoderOptions", "Options", "SamplerOptions", "sample"]
 
@@ -97,6 +98,11 @@ def sample(options: Options) -> Path:
         raise FileNotFoundError(
             f"{options.run} has no base model: finish stage 2 first (--resume), or sample the raw prior with --prior"
         )
+    if options.guidance_scale != 1 and run.config.label_dropout == 0:
+        raise ValueError(
+            f"{options.run} was trained with label_dropout=0, so its base model has no prediction without a label to "
+            "move away from: sample it with --guidance-scale 1"
+        )
     labels = None if options.prior else labels_in_turn(options.label, run.class_names, options.num)
     config = options.sample.over(run.config.sample)
     kind = "prior" if options.prior else "base"
@@ -123,7 +129,7 @@ def sample(options: Options) -> Path:
     with Progress("sample", total=options.num, unit="images") as progress:
         for begin in range(0, options.num, size):  # written as they come: an interruption loses one batch
             part = slice(begin, begin + size)
-            batch = in_batches(images, rows[part], batch_size=size, seed=options.seed, start=begin)
+            batch = in_batches(images, rows[part], batch_size=size, key=root_key(options.seed, "sample"), start=begin)
             for name, image in zip(files[part], batch, strict=True):
                 write_png(out / name, image)
             shown += list(batch[: SHEET - len(shown)])

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
-from ulx import diffusion, losses, weightings
+from ulx import diffusion, losses, schedules, weightings
 from ulx.config import Config
 from ulx.data.pixels import to_float
 from ulx.models import Denoiser, UnifiedLatents
 from ulx.nn.uvit import UViT
 from ulx.training import Batch, Draws, Loss
 
-__all__ = ["CollapseWatch", "autoencoder_loss", "base_loss", "collapsed", "drop_labels", "make_base"]
+__all__ = ["CollapseWatch", "autoencoder_loss", "base_loss", "base_schedule", "collapsed", "drop_labels", "make_base"]
 
 
 def autoencoder_loss(config: Config) -> Loss:
@@ -53,6 +53,15 @@ def make_base(model: UnifiedLatents, config: Config, num_classes: int, *, key: K
     return Denoiser(UViT(model.latent_shape, config.model.base, num_classes=num_classes, key=key))
 
 
+def base_schedule(config: Config) -> schedules.Cosine:
+    """Where stage 2 looks: from λ_z(0) to λ_z(1), most often at the levels that its weighting is about.
+
+    A cosine's log-SNRs have the density sech((λ − shift)/2), and w(λ) times a Gaussian latent's ε-error falls off
+    at the same rate on both sides of λ ≈ b. The expected loss is any schedule's; its variance is lower here.
+    """
+    return schedules.cosine(config.model.logsnr_0, config.model.logsnr_1, shift=config.base_bias)
+
+
 def drop_labels(label: Int[Array, " b"], keys: Key[Array, " b"], rate: float, null: int) -> Int[Array, " b"]:
     """Each label replaced by the null label with probability `rate`."""
     dropped = jax.vmap(lambda key: jax.random.bernoulli(key, rate))(keys)
@@ -62,19 +71,22 @@ def drop_labels(label: Int[Array, " b"], keys: Key[Array, " b"], rate: float, nu
 def base_loss(config: Config) -> Loss:
     """Stage 2: the base model on z_clean of the frozen encoder, with sigmoid weighting, in (weighted) bits per pixel.
 
-    It regresses on z_clean, which has the lower variance, over the same noise levels as the prior: it ends at λ_z(0).
+    It regresses on z_clean, which has the lower variance, between the prior's end points: it ends at λ_z(0). A batch
+    holds latents (`z_clean`, see `ulx.latents`) or images that the frozen encoder turns into them.
     """
     weighting = weightings.sigmoid(bias=config.base_bias)
+    schedule = base_schedule(config)
+    pixels = config.data.resolution**2
 
     def loss(base: Denoiser, frozen: UnifiedLatents, batch: Batch, draws: Draws, step: Int[Array, ""]):
-        x = to_float(batch["image"])
-        z_clean = jax.lax.stop_gradient(frozen.z_clean(x))
+        z_clean = batch["z_clean"] if "z_clean" in batch else frozen.z_clean(to_float(batch["image"]))
+        z_clean = jax.lax.stop_gradient(z_clean)
         label_keys, loss_keys = diffusion.split_keys(draws.keys, 2)
         label = drop_labels(batch["label"], label_keys, config.label_dropout, base.network.num_classes)
         nats = losses.diffusion_loss(
-            base.given(label=label), z_clean, frozen.latent_schedule, weighting, key=loss_keys, t=draws.times(0)
+            base.given(label=label), z_clean, schedule, weighting, key=loss_keys, t=draws.times(0)
         )
-        total = losses.bits_per_pixel(nats, num_pixels=x[0, ..., 0].size).mean()
+        total = losses.bits_per_pixel(nats, num_pixels=pixels).mean()
         return total, {"loss": total}
 
     return loss

@@ -89,7 +89,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     )
 
 
-def make_step(loss: Loss, optimizer: optax.GradientTransformation, config: TrainConfig, seed: int):
+def make_step(loss: Loss, optimizer: optax.GradientTransformation, config: TrainConfig, *, key: Key[Array, ""]):
     """The jitted step ((frozen, batch), state) -> (state, metrics). It donates the state.
 
     `metrics` holds what the loss logs, the gradient norm of each part of the model, and their global norm.
@@ -99,7 +99,7 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, config: Train
     @eqx.filter_jit(donate="all-except-first")
     def step(given: tuple[Any, Batch], state: TrainState) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
         frozen, batch = given
-        step_key = jax.random.fold_in(jax.random.key(seed), state.step)
+        step_key = jax.random.fold_in(key, state.step)
         size = next(iter(batch.values())).shape[0]
         draws = Draws(keys=diffusion.per_example_keys(step_key, size), step_key=jax.random.fold_in(step_key, size))
         params, static = eqx.partition(state.model, eqx.is_inexact_array)

@@ -1,0 +1,79 @@
+"""The latents that stage 2 reads are those that it would have encoded."""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ulx import runs
+from ulx.data.pixels import to_float
+from ulx.latents import encoded
+from ulx.stages import base_loss, make_base
+from ulx.training import Draws
+
+
+@pytest.fixture(scope="module")
+def model(small_config):
+    return runs.stage1_state(small_config).model
+
+
+@pytest.fixture(scope="module")
+def latents(model, small_dataset):
+    return encoded(small_dataset, model, batch_size=5, flip=False)
+
+
+def test_loss_and_gradient_are_those_of_encoding_the_batch(small_config, small_dataset, model, latents):
+    rng = np.random.default_rng(0)
+    move = lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape).astype(np.float32)  # noqa: E731
+    base = jax.tree.map(move, make_base(model, small_config, 3, key=jax.random.key(1)))
+    rows = [3, 11, 0, 7]
+    examples = [
+        {name: np.stack([data.train[i][name] for i in rows]) for name in data.train[0]}
+        for data in (small_dataset, latents)
+    ]
+    draws = Draws(keys=jax.random.split(jax.random.key(2), 4), step_key=jax.random.key(3))
+
+    @eqx.filter_jit
+    def value_and_grad(batch):
+        loss = lambda base: base_loss(small_config)(base, model, batch, draws, jnp.asarray(0))[0]  # noqa: E731
+        return eqx.filter_value_and_grad(loss)(base)
+
+    (online, online_grad), (cached, cached_grad) = map(value_and_grad, examples)
+    assert set(examples[1]) == {"z_clean", "label"}
+    # Batches of 5 and of 4 round differently in float32.
+    assert float(cached) == pytest.approx(float(online), rel=1e-5)
+    for a, b in zip(jax.tree.leaves(cached_grad), jax.tree.leaves(online_grad), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_every_image_is_there_once_in_order(small_dataset, model, latents):
+    """12 images in batches of 5: the last batch is filled up, and the filling is gone."""
+    images = np.stack([example["image"] for example in small_dataset.train])
+    found = np.stack([example["z_clean"] for example in latents.train])
+    np.testing.assert_allclose(found, model.z_clean(jnp.asarray(to_float(images))), atol=1e-5)
+    np.testing.assert_array_equal(latents.train.labels, small_dataset.train.labels)
+    assert latents.validation is small_dataset.validation
+
+
+def test_flipped_images_are_encoded_not_flipped_latents(small_dataset, model, latents):
+    both = encoded(small_dataset, model, batch_size=5, flip=True)
+    assert len(both.train) == 24
+    images = np.stack([example["image"][:, ::-1] for example in small_dataset.train])
+    mirrored = np.stack([both.train[12 + i]["z_clean"] for i in range(12)])
+    np.testing.assert_allclose(mirrored, model.z_clean(jnp.asarray(to_float(images))), atol=1e-5)
+    np.testing.assert_array_equal(both.train[3]["z_clean"], latents.train[3]["z_clean"])
+    assert both.train[15]["label"] == both.train[3]["label"]
+    assert both.fingerprint != latents.fingerprint
+
+
+def test_the_fingerprint_knows_data_and_encoder(small_dataset, model, latents):
+    """So that a checkpoint's position in one encoder's latents is refused in another's."""
+    other_data = encoded(dataclasses.replace(small_dataset, fingerprint="other"), model, batch_size=12, flip=False)
+    moved = eqx.tree_at(lambda m: m.encoder.project_out.bias, model, replace_fn=lambda bias: bias + 1e-3)
+    other_encoder = encoded(small_dataset, moved, batch_size=12, flip=False)
+    same = encoded(small_dataset, model, batch_size=12, flip=False)
+    assert same.fingerprint == latents.fingerprint
+    assert len({same.fingerprint, other_data.fingerprint, other_encoder.fingerprint}) == 3
