@@ -182,10 +182,13 @@ def _build(cls: type[Dataclass], values: dict[str, Any], where: str) -> Dataclas
             raise ValueError(f"unknown field {where}{name}" + (f"; did you mean {close[0]}?" if close else ""))
         if dataclasses.is_dataclass(hints[name]):
             value = _build(hints[name], value, f"{where}{name}.")
-        elif isinstance(value, list):
-            value = tuple(value)
-        arguments[name] = value
+        arguments[name] = _tuples(value)
     return cls(**arguments)
+
+
+def _tuples(value: Any) -> Any:
+    """JSON has lists where a frozen dataclass has tuples, however deep."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def differences(old: Config, new: Config, ignore: tuple[str, ...] = ()) -> list[str]:
