@@ -9,11 +9,18 @@ from openmoji import PRESETS
 from ulx import runs, weightings
 from ulx.command_line import parse, run_command
 from ulx.config import Config, SampleConfig, TrainConfig, differences, fingerprint, from_json, to_json
+from ulx.presets import PAPER
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_survive_json(preset):
     assert from_json(to_json(PRESETS[preset])) == PRESETS[preset]
+
+
+def test_steps_per_axis_survive_json():
+    config = Config(model=PAPER["kinetics600-small"].model)
+    assert from_json(to_json(config)) == config
+    assert config.model.encoder.down == ((1, 2, 2), (2, 2, 2), (2, 1, 1))
 
 
 def test_unknown_field_in_a_file_gets_a_suggestion():

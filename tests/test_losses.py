@@ -2,6 +2,7 @@ import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -308,18 +309,42 @@ class TestBadInput:
             losses.diffusion_loss(flat, X, self.schedule, key=KEY)
 
 
+def python_examples(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
 def test_the_objective_in_the_docstring_runs():
-    """The module's example, with stubs for the networks: one number of bits."""
-    example = re.search(r"```python\n(.*?)```", losses.__doc__ or "", re.DOTALL)
-    assert example is not None
+    """The module's example, with stand-ins for the networks: bits that can be minimised."""
+    (example,) = python_examples(losses.__doc__ or "")
     names = {
         "encode": lambda params, x: params * x.reshape(-1, 8, 4, 8, 4, 3).mean(axis=(2, 4)),
-        "denoise_latent": lambda params: zero,
-        "denoise_given": lambda params, z_0: lambda z_t, logsnr, key=None: jnp.full_like(z_t, z_0.mean()),
+        "denoise_latent": lambda params: lambda z_t, logsnr, key=None: params * z_t,
+        "denoise_given": lambda params, z_0: lambda x_t, logsnr, key=None: params * jnp.full_like(x_t, z_0.mean()),
     }
-    exec(example.group(1), names)
-    bits = jax.eval_shape(names["objective"], jnp.ones(()), jnp.ones((4, 32, 32, 3)), KEY)
+    exec(example, names)
+    x = jnp.linspace(-1.0, 1.0, 4 * 32 * 32 * 3).reshape(4, 32, 32, 3)
+    bits, slope = jax.jit(jax.value_and_grad(names["objective"]))(jnp.ones(()), x, KEY)
     assert bits.shape == ()
+    assert bits > 0
+    assert abs(slope) > 1e-3
+
+
+def test_the_example_in_the_readme_runs():
+    (example,) = python_examples((Path(__file__).parents[1] / "README.md").read_text())
+
+    @jax.jit
+    def run(x, z_clean):
+        names = {"key": KEY, "denoise": zero, "denoise_given_z_0": zero, "x": x, "z_clean": z_clean}
+        exec(example, names)
+        return names["terms"], names["nats"], names["bits"]
+
+    x, z_clean = jnp.full((4, 32, 32, 3), 0.5), jnp.ones((4, 8, 8, 4))
+    terms, nats, bits = run(x, z_clean)
+    # What its comments promise: nats per example, and bits per pixel of 32×32.
+    assert terms.diffusion.shape == terms.terminal.shape == nats.shape == (4,)
+    np.testing.assert_allclose(terms.terminal, losses.terminal_kl(z_clean, -10.0), rtol=1e-6)  # float32
+    np.testing.assert_allclose(bits, terms.total / (1024 * math.log(2)), rtol=1e-6)
+    assert np.all(nats > 0)
 
 
 def test_importing_the_losses_loads_no_other_library():

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from ulx import diffusion
-from ulx.nn import layers
+from ulx.nn import grid, layers
 from ulx.nn.encoder import Encoder, EncoderConfig
 from ulx.nn.resnet import ResBlock
 from ulx.nn.transformer import Attention, BlockConfig, Stack
-from ulx.nn.uvit import UViT, UViTConfig, fit_grid
+from ulx.nn.uvit import UViT, UViTConfig
 
 KEY = jax.random.key(0)
 SMALL = BlockConfig(head_size=8)
@@ -76,19 +76,19 @@ def test_attention_with_normalised_queries_and_keys():
 @pytest.mark.parametrize(("space", "patch"), [((4, 6), 2), ((4, 6), (2, 3)), ((2, 4, 4), (1, 2, 2)), ((8,), 4)])
 def test_patches_hold_their_pixels_and_come_back(space, patch):
     x = normal(2, *space, 3)
-    patched = layers.patchify(x, patch)
-    sizes = layers.per_axis(patch, len(space))
+    patched = grid.patchify(x, patch)
+    sizes = grid.per_axis(patch, len(space))
     for position in np.ndindex(*patched.shape[1:-1]):
         window = tuple(slice(p * n, (p + 1) * n) for p, n in zip(position, sizes, strict=True))
         np.testing.assert_array_equal(patched[(slice(None), *position)], x[(slice(None), *window)].reshape(2, -1))
-    np.testing.assert_array_equal(layers.unpatchify(patched, patch), x)
+    np.testing.assert_array_equal(grid.unpatchify(patched, patch), x)
 
 
 def test_bad_patches_are_named():
     with pytest.raises(ValueError, match=r"\(5, 4\) does not divide into patches of \(2, 2\)"):
-        layers.patchify(normal(1, 5, 4, 3), 2)
+        grid.patchify(normal(1, 5, 4, 3), 2)
     with pytest.raises(ValueError, match="one number per spatial axis"):
-        layers.patchify(normal(1, 4, 4, 3), (2, 2, 2))
+        grid.patchify(normal(1, 4, 4, 3), (2, 2, 2))
 
 
 def test_dropout_belongs_to_the_example():
@@ -148,7 +148,15 @@ CONFIGS = {
     "coarser context": ((8, 8, 3), UViTConfig(patch=1, channels=(16, 16), blocks=(2, 1), block=SMALL), (2, 2, 2)),
     "video": (
         (4, 8, 8, 3),
-        UViTConfig(patch=2, conv_channels=(16,), conv_blocks=1, channels=(16,), blocks=(1,), block=SMALL),
+        UViTConfig(
+            patch=(1, 2, 2),
+            conv_channels=(16,),
+            conv_blocks=1,
+            channels=(16,),
+            blocks=(1,),
+            down=((2, 1, 1),),
+            block=SMALL,
+        ),
         (1, 2, 2, 6),
     ),
 }
@@ -194,10 +202,10 @@ def test_no_label_is_the_null_label_and_a_new_network_predicts_zero():
 
 def test_grids_are_fitted():
     z = normal(1, 4, 4, 2)
-    np.testing.assert_array_equal(fit_grid(z, (2, 2)), layers.patchify(z, 2))
-    np.testing.assert_array_equal(fit_grid(z, (8, 4))[:, ::2], z)
+    np.testing.assert_array_equal(grid.fit_grid(z, (2, 2)), grid.patchify(z, 2))
+    np.testing.assert_array_equal(grid.fit_grid(z, (8, 4))[:, ::2], z)
     with pytest.raises(ValueError, match=r"a latent grid of \(4, 4\) does not fit a token grid of \(3, 4\)"):
-        fit_grid(z, (3, 4))
+        grid.fit_grid(z, (3, 4))
 
 
 def test_mistakes_are_caught_at_construction():
@@ -207,8 +215,14 @@ def test_mistakes_are_caught_at_construction():
         UViTConfig(channels=(16, 32), blocks=(2,))
     with pytest.raises(ValueError, match="multiple of head_size"):
         UViT((8, 8, 3), UViTConfig(channels=(20,), blocks=(1,), block=SMALL), key=KEY)
-    with pytest.raises(ValueError, match="reduces each axis by 4"):
+    with pytest.raises(ValueError, match=r"reduces its grid by \(4, 4\), which does not divide \(10, 8\)"):
         Encoder((10, 8, 3), EncoderConfig(channels=(16, 16)), key=KEY)
+    with pytest.raises(ValueError, match=r"one entry per step between two stages \(1\), got down=\(2, 2\)"):
+        EncoderConfig(channels=(16, 16), down=(2, 2))
+    with pytest.raises(ValueError, match=r"factors of at least 1, got patch=1, down=\(\(1, 0, 2\),\)"):
+        UViTConfig(patch=1, channels=(16, 16), blocks=(2, 1), down=((1, 0, 2),))
+    with pytest.raises(ValueError, match=r"one number per spatial axis \(2\), got \(1, 2, 2\)"):
+        UViT((8, 8, 3), UViTConfig(patch=(1, 2, 2)), key=KEY)
 
 
 def test_mistakes_are_caught_at_the_call():
@@ -228,3 +242,59 @@ def test_encoder_reduces_and_every_parameter_counts():
     assert encoder(x).shape == (2, *encoder.latent_shape) == (2, 4, 4, 8)
     grads = jax.jit(jax.grad(lambda encoder: jnp.sum(encoder(x) * normal(2, 4, 4, 8, seed=3))))(encoder)
     assert all(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(grads))
+
+
+def inflated(image, video):
+    """The weights of `image` as those of the video network `video` that does the same to every frame of a still.
+
+    Kernels act in the middle of their three frames, tables repeat, a step over two frames takes or gives them alike.
+    """
+
+    def inflate(a, b):
+        if a.shape == b.shape:
+            return a
+        if a.ndim == b.ndim - 1 and b.shape[0] == 3 and a.ndim == 4:
+            return jnp.zeros_like(b).at[1].set(a)
+        if a.ndim == b.ndim - 1:
+            return jnp.broadcast_to(a, b.shape)
+        if b.shape[0] == 2 * a.shape[0] and a.ndim == 2:
+            return jnp.concatenate([a, a]) / 2
+        return jnp.concatenate([a, a], axis=-1)
+
+    return jax.tree.unflatten(
+        jax.tree.structure(video),
+        [inflate(a, b) for a, b in zip(jax.tree.leaves(image), jax.tree.leaves(video), strict=True)],
+    )
+
+
+def still(image, frames):
+    return jnp.repeat(image[:, None], frames, axis=1)
+
+
+def test_encoder_of_a_still_video_is_the_image_encoder():
+    """Patches and steps per axis: height and width shrink as in the image, two frames become one where asked."""
+    sizes = {"channels": (16, 16, 16), "blocks": 1, "last_blocks": 1, "latent_channels": 4}
+    image = shaken(Encoder((8, 8, 3), EncoderConfig(patch=2, down=(2, 1), **sizes), key=KEY))
+    video = Encoder((4, 8, 8, 3), EncoderConfig(patch=(1, 2, 2), down=((1, 2, 2), (2, 1, 1)), **sizes), key=KEY)
+    assert (image.latent_shape, video.latent_shape) == ((2, 2, 4), (2, 2, 2, 4))
+    x = normal(2, 8, 8, 3)
+    # The temporal kernel sees zeros beyond the ends but is itself zero there; sums of a few hundred float32 terms.
+    np.testing.assert_allclose(
+        eqx.filter_jit(inflated(image, video))(still(x, 4)), still(eqx.filter_jit(image)(x), 2), atol=1e-5
+    )
+
+
+def test_network_of_a_still_video_is_the_image_network():
+    """The same through a convolution stage, a transformer level on every frame and one on half of them.
+
+    Attention is over all frames at once: repeated keys and values do not change it.
+    """
+    sizes = {"conv_channels": (16,), "conv_blocks": 1, "channels": (16, 16), "blocks": (2, 1), "block": SMALL}
+    build = lambda shape, context, **steps: UViT(shape, UViTConfig(**sizes, **steps), context_shape=context, key=KEY)  # noqa: E731
+    image = shaken(build((8, 8, 3), (4, 4, 5), patch=2, down=(2, 1)))
+    video = build((4, 8, 8, 3), (2, 4, 4, 5), patch=(1, 2, 2), down=((1, 2, 2), (2, 1, 1)))
+    z, logsnr, z_0 = normal(2, 8, 8, 3), jnp.asarray([-3.0, 2.0]), normal(2, 4, 4, 5, seed=1)
+    expected = eqx.filter_jit(image)(z, logsnr, context=z_0)
+    out = eqx.filter_jit(inflated(image, video))(still(z, 4), logsnr, context=still(z_0, 2))
+    np.testing.assert_allclose(out, still(expected, 4), atol=1e-5)
+    assert np.abs(expected).max() > 0.1

@@ -202,13 +202,16 @@ def _build(cls: type[Dataclass], values: dict[str, Any], where: str) -> Dataclas
             raise ValueError(f"unknown field {where}{name}" + (f"; did you mean {close[0]}?" if close else ""))
         if dataclasses.is_dataclass(hints[name]):
             value = _build(hints[name], value, f"{where}{name}.")
-        elif isinstance(value, list):
-            value = tuple(value)
         elif typing.get_origin(hints[name]) is typing.Literal and value not in typing.get_args(hints[name]):
             choices = ", ".join(map(repr, typing.get_args(hints[name])))
             raise ValueError(f"{where}{name}={value!r} is none of {choices}")
-        arguments[name] = value
+        arguments[name] = _tuples(value)
     return cls(**arguments)
+
+
+def _tuples(value: Any) -> Any:
+    """JSON has lists where a frozen dataclass has tuples, however deep."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def differences(old: Config, new: Config, ignore: tuple[str, ...] = ()) -> list[str]:

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from ulx import flops, runs
+from ulx import runs
 from ulx.checkpoint import Checkpoints
 from ulx.config import Config, TrainConfig
+from ulx.cost import network_costs
 from ulx.data import open_dataset
 from ulx.data.pipeline import train_batches
 from ulx.data.source import Dataset
@@ -105,30 +105,13 @@ def train_stage(
 
 def cost(model, base, config: Config) -> dict[str, Any]:
     """Forward FLOPs per image of each network, and of the whole training (3 × forward, the paper's convention)."""
-    x = jax.ShapeDtypeStruct((1, *model.encoder.shape), jnp.float32)
-    z = jax.ShapeDtypeStruct((1, *model.latent_shape), jnp.float32)
-    level = jax.ShapeDtypeStruct((1,), jnp.float32)
-    forward = {
-        "encoder": flops.forward_flops(model.z_clean, x),
-        "prior": flops.forward_flops(model.prior, z, level),
-        "decoder": flops.forward_flops(lambda x, level, z: model.decoder(x, level, context=z), x, level, z),
-        "base": flops.forward_flops(base, z, level),
-    }
-    stage1 = forward["encoder"] + forward["prior"] + forward["decoder"]
+    costs = network_costs(model, base)
+    stage1 = sum(costs[name].training_flops for name in ("encoder", "prior", "decoder"))
     # Cached latents are encoded once, which does not count; otherwise the frozen encoder runs forward only.
-    stage2 = flops.TRAINING * forward["base"] + (0 if config.cache_latents else forward["encoder"])
-    parameters = {
-        part: sum(leaf.size for leaf in jax.tree.leaves(module) if hasattr(leaf, "size"))
-        for part, module in (
-            ("encoder", model.encoder),
-            ("prior", model.prior),
-            ("decoder", model.decoder),
-            ("base", base),
-        )
-    }
+    stage2 = costs["base"].training_flops + (0 if config.cache_latents else costs["encoder"].forward_flops)
     return {
-        "parameters": parameters,
-        "forward_flops_per_image": forward,
-        "training_flops_stage1": flops.TRAINING * stage1 * config.train.steps * config.train.batch_size,
+        "parameters": {name: cost.parameters for name, cost in costs.items()},
+        "forward_flops_per_image": {name: cost.forward_flops for name, cost in costs.items()},
+        "training_flops_stage1": stage1 * config.train.steps * config.train.batch_size,
         "training_flops_stage2": stage2 * config.train_base.steps * config.train_base.batch_size,
     }

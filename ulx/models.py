@@ -70,7 +70,7 @@ class UnifiedLatents(eqx.Module):
     image_schedule: Schedule
 
     def __init__(self, shape: tuple[int, ...], config: ModelConfig, *, key: Key[Array, ""]):
-        """`shape` is that of one image, `(h, w, c)`."""
+        """`shape` is that of one image or video, `(h, w, c)` or `(t, h, w, c)`."""
         encoder_key, prior_key, decoder_key = jax.random.split(key, 3)
         self.encoder = Encoder(shape, config.encoder, key=encoder_key)
         latent_shape = self.encoder.latent_shape

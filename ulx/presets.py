@@ -1,23 +1,27 @@
-"""Model sizes: `tiny` and `small` for 32 and 64 pixels on a CPU, and the paper's own for ImageNet-512 (§5.1).
+"""Model sizes: `MODELS` for 32 and 64 pixels on a CPU, and `PAPER`, the paper's own (§5.1).
 
 The small ones lean on the transformer: their decoder has no convolution stages and sees 4×4 patches, with z_0 added
 token by token. It learns to use the latent within some hundred steps, before the prior can squeeze it out; a small
 convolutional U-Net does not (see the README on posterior collapse).
+
+What `PAPER` adds to what the paper states (heads of 64, MLP ratio 4, the medium base, the video's steps, the widths
+of the text-to-image bases) is ours: the list is in ulx/README.md, sizes and FLOPs in benchmarks/results/.
 """
+
+import dataclasses
 
 from ulx.models import ModelConfig
 from ulx.nn.encoder import EncoderConfig
+from ulx.nn.grid import PerStep
 from ulx.nn.transformer import BlockConfig
 from ulx.nn.uvit import UViTConfig
 
-__all__ = ["MODELS"]
+__all__ = ["MODELS", "PAPER", "PaperPreset"]
 
 
 def _plain(width: int, blocks: int, patch: int = 1, **block) -> UViTConfig:
     return UViTConfig(patch=patch, channels=(width,), blocks=(blocks,), block=BlockConfig(**block))
 
-
-_IMAGENET_BLOCK = BlockConfig(dropout=0.1)
 
 MODELS: dict[str, ModelConfig] = {
     # 32 px: 8×8×8 latents, 64 tokens everywhere.
@@ -40,14 +44,64 @@ MODELS: dict[str, ModelConfig] = {
         decoder=_plain(256, 8, patch=4),
         base=UViTConfig(patch=1, channels=(192, 384), blocks=(4, 8), block=BlockConfig(dropout=0.1)),
     ),
-    # The paper's: 512 px, 32×32×32 latents. Heads of 64, MLP ratio 4 and the 3 + 3 split of the outer level's
-    # 6 blocks are ours; the paper does not state them.
-    "imagenet512": ModelConfig(
-        encoder=EncoderConfig(channels=(128, 256, 512, 512), blocks=2, last_blocks=3, latent_channels=32),
-        prior=UViTConfig(patch=1, channels=(1024,), blocks=(8,)),
-        decoder=UViTConfig(
-            patch=2, conv_channels=(128, 256, 512), conv_blocks=2, channels=(1024,), blocks=(8,), block=_IMAGENET_BLOCK
-        ),
-        base=UViTConfig(patch=1, channels=(512, 1024), blocks=(6, 16), block=_IMAGENET_BLOCK),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PaperPreset:
+    """The networks of one of the paper's experiments and what they are built for."""
+
+    model: ModelConfig
+    shape: tuple[int, ...]
+    """Of one example, `h w c` or `t h w c`."""
+    num_classes: int = 0
+    """Classes that the base model is conditioned on."""
+    paper_base_gflops: float | None = None
+    """Forward GFLOPs of the base model that the paper names."""
+
+
+_DROPOUT = BlockConfig(dropout=0.1)
+
+
+def _base(width: int, blocks: tuple[int, int] = (6, 16), down: PerStep = 2) -> UViTConfig:
+    """The paper's two-level ViT: the inner level is twice as wide on a coarser grid."""
+    return UViTConfig(patch=1, channels=(width, 2 * width), blocks=blocks, down=down, block=_DROPOUT)
+
+
+# 512×512 pixels, 32×32×32 latents; the base sees 32×32 and 16×16 tokens.
+_IMAGES = ModelConfig(
+    encoder=EncoderConfig(channels=(128, 256, 512, 512), blocks=2, last_blocks=3, latent_channels=32),
+    prior=_plain(1024, 8),
+    decoder=UViTConfig(
+        patch=2, conv_channels=(128, 256, 512), conv_blocks=2, channels=(1024,), blocks=(8,), block=_DROPOUT
+    ),
+    base=_base(512),
+)
+
+# 16 frames of 128×128 pixels, as many as 512×512, and 4×16×16×32 latents. The images' stages with kernels over time;
+# frames are halved in the two inner steps. The base sees 4×16×16 and 4×8×8 tokens, all frames at once.
+_VIDEO_STEPS = ((1, 2, 2), (2, 2, 2), (2, 1, 1))
+_VIDEO = ModelConfig(
+    encoder=dataclasses.replace(_IMAGES.encoder, patch=(1, 2, 2), down=_VIDEO_STEPS),
+    prior=_IMAGES.prior,
+    decoder=dataclasses.replace(_IMAGES.decoder, patch=(1, 2, 2), down=_VIDEO_STEPS),
+    base=_base(512, down=((1, 2, 2),)),
+)
+
+PAPER: dict[str, PaperPreset] = {
+    "imagenet512-small": PaperPreset(_IMAGES, (512, 512, 3), 1000),
+    "imagenet512-medium": PaperPreset(dataclasses.replace(_IMAGES, base=_base(768)), (512, 512, 3), 1000),
+    "kinetics600-small": PaperPreset(_VIDEO, (16, 128, 128, 3)),
+    "kinetics600-medium": PaperPreset(
+        dataclasses.replace(_VIDEO, base=_base(768, down=((1, 2, 2),))), (16, 128, 128, 3)
+    ),
+    "text-to-image-100": PaperPreset(
+        dataclasses.replace(_IMAGES, base=_base(384, (6, 18))), (512, 512, 3), paper_base_gflops=100
+    ),
+    "text-to-image-300": PaperPreset(
+        dataclasses.replace(_IMAGES, base=_base(704)), (512, 512, 3), paper_base_gflops=300
+    ),
+    "text-to-image-970": PaperPreset(
+        dataclasses.replace(_IMAGES, base=_base(1280, (6, 17))), (512, 512, 3), paper_base_gflops=970
     ),
 }

@@ -1,4 +1,4 @@
-"""The smallest parts: linear, convolution, normalisation, dropout, embeddings, patches."""
+"""The smallest parts: linear, convolution, normalisation, dropout, embeddings."""
 
 import math
 from functools import partial
@@ -18,9 +18,7 @@ __all__ = [
     "LogSNREmbedding",
     "draw",
     "layer_norm",
-    "patchify",
     "rms_norm",
-    "unpatchify",
 ]
 
 
@@ -175,46 +173,3 @@ class LogSNREmbedding(eqx.Module):
         angles = logsnr[:, None] * jnp.asarray(self.frequencies)
         features = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1) * math.sqrt(2)
         return self.second(jax.nn.silu(self.first(features.astype(self.first.weight.dtype))))
-
-
-def per_axis(value: int | tuple[int, ...], rank: int) -> tuple[int, ...]:
-    """2 -> (2, 2) for images; a tuple must have one entry per spatial axis."""
-    values = (value,) * rank if isinstance(value, int) else tuple(value)
-    if len(values) != rank:
-        raise ValueError(f"expected one number per spatial axis ({rank}), got {values}")
-    return values
-
-
-def patchify(x: Float[Array, "b *space c"], patch: int | tuple[int, ...]) -> Float[Array, "b *grid p"]:
-    """Space to channels: each patch of p₁ × … × p_r positions becomes one position with p₁⋯p_r·c channels.
-
-    Raises ValueError if an axis is not a multiple of its patch.
-    """
-    *space, channels = x.shape[1:]
-    patches = per_axis(patch, len(space))
-    if any(size % p for size, p in zip(space, patches, strict=True)):
-        raise ValueError(f"a grid of {tuple(space)} does not divide into patches of {patches}")
-    if all(p == 1 for p in patches):
-        return x
-    split = [n for size, p in zip(space, patches, strict=True) for n in (size // p, p)]
-    rank = len(space)
-    x = x.reshape(x.shape[0], *split, channels)
-    order = (0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2), 2 * rank + 1)
-    grid = [size // p for size, p in zip(space, patches, strict=True)]
-    return x.transpose(order).reshape(x.shape[0], *grid, math.prod(patches) * channels)
-
-
-def unpatchify(x: Float[Array, "b *grid p"], patch: int | tuple[int, ...]) -> Float[Array, "b *space c"]:
-    """The inverse of `patchify`."""
-    *grid, packed = x.shape[1:]
-    patches = per_axis(patch, len(grid))
-    if all(p == 1 for p in patches):
-        return x
-    channels, rest = divmod(packed, math.prod(patches))
-    if rest:
-        raise ValueError(f"{packed} channels are not patches of {patches}")
-    rank = len(grid)
-    x = x.reshape(x.shape[0], *grid, *patches, channels)
-    order = (0, *(axis for i in range(rank) for axis in (1 + i, 1 + rank + i)), 1 + 2 * rank)
-    space = [size * p for size, p in zip(grid, patches, strict=True)]
-    return x.transpose(order).reshape(x.shape[0], *space, channels)

@@ -5,6 +5,7 @@ around one level, conditioned on z_0): they differ by their `UViTConfig`.
 """
 
 import dataclasses
+import math
 
 import equinox as eqx
 import jax
@@ -12,7 +13,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from ulx.diffusion import per_example_keys, split_keys
-from ulx.nn.layers import Linear, LogSNREmbedding, draw, layer_norm, patchify, unpatchify
+from ulx.nn.grid import (
+    Down,
+    PerAxis,
+    PerStep,
+    Up,
+    check_factors,
+    factors,
+    fit_grid,
+    patchify,
+    reduction,
+    shrunk,
+    unpatchify,
+)
+from ulx.nn.layers import Linear, LogSNREmbedding, draw, layer_norm
 from ulx.nn.resnet import ResBlock
 from ulx.nn.transformer import BlockConfig, Stack
 from ulx.typing import Keys, PerExample
@@ -22,16 +36,19 @@ __all__ = ["UViT", "UViTConfig"]
 
 @dataclasses.dataclass(frozen=True)
 class UViTConfig:
-    patch: int = 2
+    patch: PerAxis = 2
     """Pixels (or latent positions) per patch and axis, taken into channels before anything else."""
     conv_channels: tuple[int, ...] = ()
-    """Widths of the convolution stages, outermost first; each halves the grid. Empty: a plain ViT."""
+    """Widths of the convolution stages, outermost first; after each the grid shrinks. Empty: a plain ViT."""
     conv_blocks: int = 2
     """Residual blocks of a convolution stage, on the way down and again on the way up."""
     channels: tuple[int, ...] = (192,)
-    """Widths of the transformer levels, outermost first; each but the last halves the grid."""
+    """Widths of the transformer levels, outermost first; after each but the last the grid shrinks."""
     blocks: tuple[int, ...] = (6,)
     """Transformer blocks per level. An outer level runs half of them on the way down and half on the way up."""
+    down: PerStep = 2
+    """By how much the grid shrinks between stages and levels: a number, or one entry per step, each one number or one
+    per axis."""
     block: BlockConfig = BlockConfig()
 
     def __post_init__(self):
@@ -39,35 +56,16 @@ class UViTConfig:
             raise ValueError(f"channels={self.channels} and blocks={self.blocks} need one entry per level")
         if any(blocks < 2 for blocks in self.blocks[:-1]):
             raise ValueError(f"an outer level runs blocks down and up, so at least 2; got blocks={self.blocks}")
+        check_factors(self.patch, self.down, self.steps)
 
     @property
-    def reduction(self) -> int:
-        """Input positions per axis under one position of the innermost grid."""
-        return self.patch * 2 ** (len(self.conv_channels) + len(self.channels) - 1)
+    def steps(self) -> int:
+        """How often the grid shrinks after the patches."""
+        return len(self.conv_channels) + len(self.channels) - 1
 
-
-class Down(eqx.Module):
-    """Halve the grid: 2 × … × 2 positions into channels, then linear."""
-
-    project: Linear
-
-    def __init__(self, rank: int, in_size: int, out_size: int, *, key: Key[Array, ""]):
-        self.project = Linear(2**rank * in_size, out_size, key=key)
-
-    def __call__(self, x: Float[Array, "b *space c"]) -> Float[Array, "b *half d"]:
-        return self.project(patchify(x, 2))
-
-
-class Up(eqx.Module):
-    """Double the grid: linear, then channels into 2 × … × 2 positions."""
-
-    project: Linear
-
-    def __init__(self, rank: int, in_size: int, out_size: int, *, key: Key[Array, ""]):
-        self.project = Linear(in_size, 2**rank * out_size, key=key)
-
-    def __call__(self, x: Float[Array, "b *half c"]) -> Float[Array, "b *space d"]:
-        return unpatchify(self.project(x), 2)
+    def reduction(self, rank: int) -> tuple[int, ...]:
+        """Input positions, per axis, under one position of the innermost grid."""
+        return reduction(self.patch, self.down, self.steps, rank)
 
 
 class ConvStage(eqx.Module):
@@ -80,7 +78,7 @@ class ConvStage(eqx.Module):
 
     def __init__(
         self,
-        rank: int,
+        factor: tuple[int, ...],
         width: int,
         inner: int,
         *,
@@ -90,10 +88,10 @@ class ConvStage(eqx.Module):
         key: Key[Array, ""],
     ):
         keys = iter(jax.random.split(key, 2 * blocks + 2))
-        make = lambda: ResBlock(rank, width, width, cond_size=cond_size, dropout=dropout, key=next(keys))  # noqa: E731
+        make = lambda: ResBlock(len(factor), width, width, cond_size=cond_size, dropout=dropout, key=next(keys))  # noqa: E731
         self.before = [make() for _ in range(blocks)]
-        self.down = Down(rank, width, inner, key=next(keys))
-        self.up = Up(rank, inner, width, key=next(keys))
+        self.down = Down(factor, width, inner, key=next(keys))
+        self.up = Up(factor, inner, width, key=next(keys))
         self.after = [make() for _ in range(blocks)]
 
     def go_in(self, x: Float[Array, "b *space c"], cond: Float[Array, "b k"], key) -> Float[Array, "b *space c"]:
@@ -121,6 +119,7 @@ class TransformerStage(eqx.Module):
     def __init__(
         self,
         grid: tuple[int, ...],
+        factor: tuple[int, ...],
         width: int,
         inner: int,
         depth: int,
@@ -132,8 +131,8 @@ class TransformerStage(eqx.Module):
         keys = jax.random.split(key, 5)
         self.position = draw(keys[0], (*grid, width), 0.02)
         self.before = Stack(depth - depth // 2, width, config, cond_size=cond_size, key=keys[1])
-        self.down = Down(len(grid), width, inner, key=keys[2])
-        self.up = Up(len(grid), inner, width, key=keys[3])
+        self.down = Down(factor, width, inner, key=keys[2])
+        self.up = Up(factor, inner, width, key=keys[3])
         self.after = Stack(depth // 2, width, config, cond_size=cond_size, key=keys[4])
 
     def go_in(self, x: Float[Array, "b *grid c"], cond: Float[Array, "b k"], key) -> Float[Array, "b *grid c"]:
@@ -180,24 +179,27 @@ class UViT(eqx.Module):
         """`shape` is that of one z_t, `(*space, c)`; `context_shape` that of one context, or None for none."""
         *space, channels = shape
         rank = len(space)
-        if any(size % config.reduction for size in space):
+        total = config.reduction(rank)
+        if any(size % factor for size, factor in zip(space, total, strict=True)):
             raise ValueError(
-                f"the network halves its grid down to 1/{config.reduction}, which does not divide {tuple(space)}: "
-                f"change the resolution, patch={config.patch}, or the number of stages"
+                f"the network reduces its grid by {total}, which does not divide {tuple(space)}: "
+                f"change the resolution, patch={config.patch}, down={config.down} or the number of stages"
             )
         keys = iter(jax.random.split(key, 16 + len(config.conv_channels) + len(config.channels)))
         widths = (*config.conv_channels, *config.channels)
         cond_size = config.channels[-1]
-        grid = tuple(size // config.patch for size in space)
+        patch, *downs = factors(config.patch, config.down, config.steps, rank)
+        grid = shrunk(tuple(space), patch)
         self.shape, self.config, self.num_classes = tuple(shape), config, num_classes
-        self.project_in = Linear(config.patch**rank * channels, widths[0], key=next(keys))
+        self.project_in = Linear(math.prod(patch) * channels, widths[0], key=next(keys))
         self.logsnr = LogSNREmbedding(cond_size, key=next(keys))
         self.labels = draw(next(keys), (num_classes + 1, cond_size), 0.02) if num_classes else None
         self.stages = []
-        for width, inner in zip(config.conv_channels, widths[1:], strict=False):
+        conv_downs, vit_downs = downs[: len(config.conv_channels)], downs[len(config.conv_channels) :]
+        for factor, width, inner in zip(conv_downs, config.conv_channels, widths[1:], strict=False):
             self.stages.append(
                 ConvStage(
-                    rank,
+                    factor,
                     width,
                     inner,
                     blocks=config.conv_blocks,
@@ -206,20 +208,21 @@ class UViT(eqx.Module):
                     key=next(keys),
                 )
             )
-            grid = tuple(size // 2 for size in grid)
+            grid = shrunk(grid, factor)
         self.context = None
         if context_shape is not None:
             fitted = jax.eval_shape(lambda c: fit_grid(c, grid), jax.ShapeDtypeStruct((1, *context_shape), jnp.float32))
             self.context = Linear(fitted.shape[-1], config.channels[0], key=next(keys))
-        for width, inner, depth in zip(config.channels, config.channels[1:], config.blocks, strict=False):
+        levels = zip(vit_downs, config.channels, config.channels[1:], config.blocks, strict=False)
+        for factor, width, inner, depth in levels:
             self.stages.append(
-                TransformerStage(grid, width, inner, depth, config.block, cond_size=cond_size, key=next(keys))
+                TransformerStage(grid, factor, width, inner, depth, config.block, cond_size=cond_size, key=next(keys))
             )
-            grid = tuple(size // 2 for size in grid)
+            grid = shrunk(grid, factor)
         self.position = draw(next(keys), (*grid, config.channels[-1]), 0.02)
         self.middle = Stack(config.blocks[-1], config.channels[-1], config.block, cond_size=cond_size, key=next(keys))
         self.modulation = Linear(cond_size, 2 * widths[0], gain=0.0, key=next(keys))
-        self.project_out = Linear(widths[0], config.patch**rank * channels, gain=0.0, key=next(keys))
+        self.project_out = Linear(widths[0], math.prod(patch) * channels, gain=0.0, key=next(keys))
 
     def __call__(
         self,
@@ -266,23 +269,6 @@ class UViT(eqx.Module):
         if self.context is None or context is None:
             return x
         return x + self.context(fit_grid(context.astype(x.dtype), x.shape[1:-1]))
-
-
-def fit_grid(x: Float[Array, "b *space c"], grid: tuple[int, ...]) -> Float[Array, "b *grid d"]:
-    """Bring a latent to another grid: finer axes are patched into channels, coarser ones repeated.
-
-    Raises ValueError where neither size is a multiple of the other.
-    """
-    space = x.shape[1:-1]
-    if any(max(a, b) % min(a, b) for a, b in zip(space, grid, strict=True)):
-        raise ValueError(
-            f"a latent grid of {space} does not fit a token grid of {grid}: "
-            "per axis one must be a multiple of the other; change the decoder's patch or stages"
-        )
-    x = patchify(x, tuple(max(a // b, 1) for a, b in zip(space, grid, strict=True)))
-    for axis, size in enumerate(grid, start=1):
-        x = jnp.repeat(x, size // x.shape[axis], axis=axis)
-    return x
 
 
 def _keys(key: Key[Array, " b"] | None, num: int) -> tuple[Key[Array, " b"] | None, ...]:

@@ -1,0 +1,178 @@
+"""Which equation, algorithm, figure and table of the paper is which code, under which test; what is missing.
+
+    python benchmarks/paper_items.py
+
+Writes the table of the README. tests/test_paper_items.py checks that everything it names exists and that the README
+holds it as it is here.
+"""
+
+import dataclasses
+from pathlib import Path
+
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- python benchmarks/paper_items.py writes this table -->\n", "<!-- end of the table -->\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    paper: str
+    """Its number in the paper."""
+    what: str
+    code: tuple[str, ...] = ()
+    """Names under `ulx`, an option as the field of its configuration, or a file of the repository."""
+    tests: tuple[str, ...] = ()
+    """`file::name` under tests/."""
+    missing: str = ""
+    """What is not built yet."""
+
+    def row(self) -> str:
+        def names(items: tuple[str, ...]) -> str:
+            return "<br>".join(f"`{item}`" for item in items)
+
+        return f"| {self.paper} | {self.what} | {names(self.code)} | {names(self.tests)} | {self.missing} |"
+
+
+ITEMS = (
+    Item(
+        "Eq. 1",
+        "the VAE bound: decoder plus rate",
+        ("bound.Bound",),
+        ("test_models.py::test_the_bound_is_algorithm_1", "test_bound.py::test_bound_adds_its_terms"),
+    ),
+    Item(
+        "Eq. 2",
+        "the diffusion bound, the same for every schedule",
+        ("losses.diffusion_loss", "schedules.Schedule", "bound.estimate_rate"),
+        ("test_losses.py::TestDiffusionLossAgainstItsIntegral", "test_bound.py::TestRate"),
+    ),
+    Item(
+        "Eq. 3",
+        "L_z: unweighted, with the terminal KL",
+        ("losses.prior_loss", "losses.terminal_kl"),
+        ("test_losses.py::TestTerminalKl", "test_losses.py::TestDiffusionLossAgainstItsIntegral"),
+    ),
+    Item(
+        "Eq. 4",
+        "L_x, w = c_lf sigmoid(b − λ)",
+        ("losses.decoder_loss", "weightings.Sigmoid"),
+        ("test_losses.py::TestDiffusionLossAgainstItsIntegral", "test_weightings.py::TestSigmoid"),
+    ),
+    Item("Eq. 5", "an encoder of mean and variance", missing="the encoder's variance and L_e"),
+    Item(
+        "Alg. 1",
+        "stage 1: encoder, prior and decoder together",
+        ("models.UnifiedLatents.bound", "stages.autoencoder_loss"),
+        (
+            "test_models.py::test_the_bound_is_algorithm_1",
+            "test_models.py::test_training_minimises_bits_per_pixel_of_the_sum",
+        ),
+    ),
+    Item(
+        "§3.3",
+        "stage 2: the base model on the frozen latents",
+        ("stages.base_loss", "config.Config.base_bias"),
+        ("test_models.py::test_stage_2_leaves_the_encoder_alone_and_drops_labels",),
+    ),
+    Item(
+        "Alg. 2",
+        "sampling, which stops at λ_z(0)",
+        ("samplers.sample", "generate.sample_latents", "generate.decode"),
+        ("test_samplers.py::test_stops_at_the_grid_s_last_noise_level", "test_samplers.py::test_order_of_convergence"),
+    ),
+    Item(
+        "Fig. 3",
+        "the weighting on the ε-loss",
+        ("weightings.Sigmoid",),
+        (
+            "test_weightings.py::TestSigmoid",
+            "test_losses.py::test_same_loss_whatever_the_network_predicts",
+        ),
+        missing="the figure",
+    ),
+    Item(
+        "§5.1",
+        "architectures",
+        ("presets.PAPER", "nn.encoder.Encoder", "nn.uvit.UViT", "benchmarks/architectures.py"),
+        (
+            "test_presets.py::test_networks_are_those_of_section_5_1",
+            "test_presets.py::test_preset_initialises_and_takes_a_step",
+            "test_nn.py::test_network_of_a_still_video_is_the_image_network",
+        ),
+        missing="conditioning on frames and on text",
+    ),
+    Item(
+        "§5.2",
+        "FLOPs; PSNR; Fréchet distances",
+        ("flops.forward_flops", "cost.network_costs", "metrics.images.psnr", "metrics.frechet.frechet_distance"),
+        (
+            "test_flops.py::test_transformer_block_forward_and_backward",
+            "test_presets.py::test_base_flops",
+            "metrics/test_images.py::test_psnr_of_a_known_error",
+            "metrics/test_frechet.py::test_other_gaussians_against_scipy",
+        ),
+        missing="InceptionV3 (FID) and I3D (FVD)",
+    ),
+    Item(
+        "Tab. 1, Fig. 6",
+        "text-to-image",
+        ("presets.PAPER",),
+        ("test_presets.py::test_base_flops",),
+        missing="all but the sizes of the networks",
+    ),
+    Item(
+        "Tab. 2",
+        "loss factor",
+        ("config.Config.loss_factor", "benchmarks/loss_factor.py"),
+        missing="rFID, gFID, ImageNet",
+    ),
+    Item(
+        "Tab. 3",
+        "channels of the latent",
+        ("nn.encoder.EncoderConfig.latent_channels",),
+        ("test_nn.py::test_encoder_reduces_and_every_parameter_counts",),
+        missing="the benchmark",
+    ),
+    Item(
+        "Tab. 4",
+        "shape of the latent",
+        ("nn.encoder.EncoderConfig.patch", "nn.encoder.EncoderConfig.down"),
+        ("test_nn.py::test_encoder_of_a_still_video_is_the_image_encoder",),
+        missing="the benchmark",
+    ),
+    Item("Tab. 5", "MSE autoencoder, N(0, I) prior", missing="both variants"),
+    Item(
+        "Tab. 6",
+        "ablations; B is λ_z(0)",
+        ("models.ModelConfig.logsnr_0",),
+        missing="A, C, D, the benchmark",
+    ),
+    Item("App. B", "a single stage", missing="both forms"),
+    Item(
+        "Fig. 8",
+        "b against c_lf",
+        ("config.Config.sigmoid_bias", "config.Config.loss_factor", "weightings.cutoff"),
+        ("test_weightings.py::test_cutoff_is_where_the_weight_is_one",),
+        missing="the benchmark",
+    ),
+)
+
+
+def table() -> str:
+    header = "| paper | what | here | test | not built yet |\n|---|---|---|---|---|\n"
+    return header + "".join(item.row() + "\n" for item in ITEMS)
+
+
+def with_table(text: str) -> str:
+    """A README's text with the table between its two marks."""
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return before + BEGIN + table() + END + after
+
+
+def main() -> None:
+    README.write_text(with_table(README.read_text()))
+    print(table())
+
+
+if __name__ == "__main__":
+    main()
