@@ -121,13 +121,21 @@ def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Co
         "sampler": {
             "latent": config.sample.solver,
             "latent_steps": config.sample.num_steps,
+            "latent_churn": config.sample.churn,
+            "latent_tolerance": config.sample.tolerance,
             "decoder": config.sample.decoder_solver,
             "decoder_steps": config.sample.decoder_num_steps,
+            "decoder_churn": config.sample.decoder_churn,
+            "decoder_tolerance": config.sample.decoder_tolerance,
             "decoder_nfe": decoder_nfe,
             "guidance_scale": 1.0,
             "labels": "as frequent as in the training set",
         },
-        "guided_samples": {"nfe": guided_nfe, "guidance_scale": config.sample.guidance_scale},
+        "guided_samples": {
+            "nfe": guided_nfe,
+            "guidance_scale": config.sample.guidance_scale,
+            "guidance_interval": config.sample.guidance_interval,
+        },
         "copies": copies,
     }
     train_images = [dataset.train[int(i)]["image"] for i in nearest_index[:PICTURES]]
@@ -180,7 +188,7 @@ class _Runner:
             return to_uint8(sample.z), jnp.broadcast_to(sample.nfe, len(z_0))
 
         pixels, nfe = self._run(images, latents, seed=seed)
-        return pixels, int(nfe[0])
+        return pixels, round(nfe.mean())
 
     def sample(
         self,
@@ -191,7 +199,7 @@ class _Runner:
         seed: int,
         guidance: float = 1.0,
     ) -> tuple[Images, int]:
-        """Images and the NFE of the latent sampler (the decoder's comes on top)."""
+        """Images and the latent sampler's mean NFE (the decoder's comes on top)."""
 
         def latents(index, *, keys):
             sample = sample_latents(
@@ -208,7 +216,7 @@ class _Runner:
         z_0, nfe = in_batches(
             latents, rows, batch_size=self.config.evaluate.batch_size, seed=self.config.seed * 1000 + seed
         )
-        return self.decode(z_0, seed=seed + 100)[0], int(nfe[0])
+        return self.decode(z_0, seed=seed + 100)[0], round(nfe.mean())
 
 
 @eqx.filter_jit
