@@ -24,6 +24,7 @@ _SUBMODULES = (
     "runs",
     "samplers",
     "schedules",
+    "solvers",
     "training",
     "weightings",
 )

@@ -101,15 +101,12 @@ class _Within:
 
     def __call__(self, z_t: Batch, logsnr: PerExample, *, key: Keys | None = None) -> Batch:
         inside = self._inside(logsnr)
-        mixed = lambda: jnp.where(  # noqa: E731
-            expand(inside, z_t), self.guided(z_t, logsnr, key=key), self.otherwise(z_t, logsnr, key=key)
-        )
-        # A sampler's batch has one λ: then one of the two runs. A branch that is not taken costs nothing.
+        guided = lambda: self.guided(z_t, logsnr, key=key)  # noqa: E731
+        otherwise = lambda: self.otherwise(z_t, logsnr, key=key)  # noqa: E731
+        mixed = lambda: jax.vmap(jnp.where)(inside, guided(), otherwise())  # noqa: E731
+        # A sampler's batch has one λ, so that one of the two runs.
         case = jnp.where(inside.all(), 2, jnp.where(inside.any(), 1, 0))
-        return jax.lax.switch(
-            case,
-            [lambda: self.otherwise(z_t, logsnr, key=key), mixed, lambda: self.guided(z_t, logsnr, key=key)],
-        )
+        return jax.lax.switch(case, [otherwise, mixed, guided])
 
     def network_calls(self, logsnr: Float[Array, ""]) -> Int[Array, ""]:
         calls = network_calls(self.guided, logsnr), network_calls(self.otherwise, logsnr)

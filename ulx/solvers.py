@@ -91,9 +91,11 @@ class Churned(_FixedStep):
     def init(self, terms, t0, t1, y0, args):
         return jnp.zeros((), jnp.int32)
 
-    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+    def step(self, terms, t0: Any, t1: Any, y0, args, solver_state, made_jump):
         t_hat = churned(t0, t1, self.churn, self.start)
-        y_hat = y0 + jnp.sqrt(t_hat**2 - t0**2) * _noise(self.keys, solver_state, y0)
+        # At the grid's start t0 and `start` are one number, but may be rounded differently.
+        variance = jnp.maximum(t_hat**2 - t0**2, 0)
+        y_hat = y0 + jnp.sqrt(variance) * _noise(self.keys, solver_state, y0)
         y1, _, _, _, result = self.solver.step(terms, t_hat, t1, y_hat, args, None, made_jump)
         return y1, None, {"y0": y0, "y1": y1}, solver_state + 1, result
 
@@ -128,7 +130,9 @@ class Counted(diffrax.AbstractStepSizeController):
         first, state = self.controller.init(terms, t0, t1, y0, dt0, args, func, error_order)
         return first, (state, jnp.zeros((), jnp.int32))
 
-    def adapt_step_size(self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state) -> Any:
+    def adapt_step_size(
+        self, t0: Any, t1: Any, y0, y1_candidate, args, y_error, error_order, controller_state
+    ) -> tuple[Any, ...]:
         state, count = controller_state
         *decided, state, result = self.controller.adapt_step_size(
             t0, t1, y0, y1_candidate, args, y_error, error_order, state
