@@ -80,6 +80,18 @@ ITEMS = (
         ("test_samplers.py::test_stops_at_the_grid_s_last_noise_level", "test_samplers.py::test_order_of_convergence"),
     ),
     Item(
+        "beyond it",
+        "DDIM, Heun, DPM-Solver++(2M), Tsit5, ancestral, reverse SDE",
+        ("samplers.sample", "solvers", "benchmarks/solver_orders.py"),
+        ("test_samplers.py::test_order_of_convergence", "test_samplers.py::TestStochastic"),
+    ),
+    Item(
+        "beyond it",
+        "guidance: classifier-free, within an interval, by a weaker model",
+        ("guidance.classifier_free", "guidance.within", "guidance.autoguidance"),
+        ("test_guidance.py::TestInterval", "test_guidance.py::TestAutoguidance"),
+    ),
+    Item(
         "Fig. 3",
         "the weighting on the ε-loss",
         ("weightings.Sigmoid",),

@@ -67,6 +67,10 @@ def test_a_loss_factor_that_must_collapse_is_warned_of(factor):
         (lambda: TrainConfig(learning_rate=float("nan")), "learning_rate must be positive"),
         (lambda: TrainConfig(ema_decay=1.0), r"ema_decay must be in \[0, 1\)"),
         (lambda: SampleConfig(num_steps=0), "num_steps must be at least 1"),
+        (lambda: SampleConfig(solver="dpmpp_2m", churn=0.5), "'dpmpp_2m' takes no churn"),
+        (lambda: SampleConfig(decoder_solver="ancestral", decoder_churn=0.5), "'ancestral' takes no churn"),
+        (lambda: SampleConfig(decoder_tolerance=-1.0), "tolerance must be positive"),
+        (lambda: SampleConfig(guidance_interval=(2.0, -1.0)), "lowest < highest"),
         (lambda: Config(label_dropout=2.0), r"label_dropout must be in \[0, 1\]"),
         (lambda: Config(prior_warmup=(5, 5)), "first < last"),
         (lambda: Config(train=TrainConfig(steps=250)), "never reach the paper's objective"),
@@ -90,6 +94,15 @@ def test_command_line_changes_one_thing_of_a_preset():
     )
     assert config == expected
     assert command_line() == PRESETS["tiny"]
+
+
+def test_sampler_options_come_through_the_command_line_and_json():
+    given = ("--sample.solver", "heun", "--sample.churn", "0.5", "--sample.guidance-interval", "-2.5", "3")
+    config = command_line(*given, "--sample.decoder-solver", "tsit5", "--sample.decoder-tolerance", "1e-2")
+    sampler = config.sample
+    assert (sampler.solver, sampler.churn, sampler.guidance_interval) == ("heun", 0.5, (-2.5, 3.0))
+    assert (sampler.decoder_solver, sampler.decoder_tolerance) == ("tsit5", 0.01)
+    assert from_json(to_json(config)) == config
 
 
 @pytest.mark.parametrize(

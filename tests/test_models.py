@@ -150,8 +150,9 @@ def test_stage_2_leaves_the_encoder_alone_and_drops_labels(small_config, model, 
 
 
 def test_an_example_is_the_same_in_any_batch(model):
-    """Keys belong to examples: batch sizes 3 and 8 give the same latents and images, up to float32 reassociation."""
-    config = SampleConfig(num_steps=2, decoder_num_steps=2)
+    """Keys belong to examples, noise on the way included: batch sizes 3 and 8 give the same latents and
+    images, up to float32 reassociation."""
+    config = SampleConfig(num_steps=2, solver="ancestral", decoder_num_steps=2, decoder_churn=1.0)
 
     def images(index, *, keys):
         latents = sample_latents(model.prior, model.latent_schedule, config, keys=keys)
@@ -175,6 +176,10 @@ def test_guidance_needs_a_label_and_counts_twice(small_config, model):
     label = jnp.asarray([0, 1, 2, 0])
     guided = sample_latents(base, model.latent_schedule, config, keys=keys(), label=label, guidance_scale=2.0)
     assert int(guided.nfe) == 3 * 2 * 2
+    # Within [−1, 5] of a grid −10, −5, 0, 5: at 0 from both sides and at 5.
+    limited = dataclasses.replace(config, guidance_interval=(-1.0, 5.0))
+    part = sample_latents(base, model.latent_schedule, limited, keys=keys(), label=label, guidance_scale=2.0)
+    assert int(part.nfe) == 3 * 2 + 3
     assert example_keys(KEY, 2, 1)[0] == example_keys(KEY, 0, 3)[2]
 
 

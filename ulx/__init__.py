@@ -25,6 +25,7 @@ _SUBMODULES = (
     "runs",
     "samplers",
     "schedules",
+    "solvers",
     "training",
     "weightings",
 )

@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 
 from ulx import weightings
 from ulx.data import DataConfig
+from ulx.guidance import check_interval
 from ulx.models import ModelConfig
 from ulx.precision import Dtype
-from ulx.samplers import Solver
+from ulx.samplers import Solver, check_solver
 
 __all__ = [
     "Config",
@@ -76,18 +77,33 @@ class SampleConfig:
     num_steps: int = 16
     """Solver steps of the latent sampler, from λ_z(1) to λ_z(0)."""
     solver: Solver = "heun"
-    """"euler" is DDIM, one network call a step; "heun" is second order with two."""
+    """"euler" is DDIM, one network call a step; "heun" is second order with two, "dpmpp_2m" with one; "tsit5" chooses
+    its steps by `tolerance`, whatever num_steps; "ancestral" draws noise at every step."""
+    churn: float = 0.0
+    """Noise that "euler" and "heun" put back before each step, in steps: 0 is the ODE, 1 the reverse SDE."""
+    tolerance: float = 1e-3
+    """Error that "tsit5" allows itself in each step."""
     guidance_scale: float = 2.0
     """Classifier-free guidance of the guided samples; 1 is off. Reported distances are without guidance."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guide only between these two log-SNRs, which spares calls elsewhere; by default everywhere."""
     decoder_num_steps: int = 16
     """Solver steps of the decoder."""
     decoder_solver: Solver = "euler"
     """The decoder's solver."""
+    decoder_churn: float = 0.0
+    """The decoder's churn."""
+    decoder_tolerance: float = 1e-3
+    """The decoder's tolerance, for "tsit5"."""
 
     def __post_init__(self):
         for name in ("num_steps", "decoder_num_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_solver(self.solver, self.churn, self.tolerance)
+        check_solver(self.decoder_solver, self.decoder_churn, self.decoder_tolerance)
+        if self.guidance_interval is not None:
+            check_interval(self.guidance_interval)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -127,8 +127,12 @@ def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Co
         "sampler": {
             "latent": config.sample.solver,
             "latent_steps": config.sample.num_steps,
+            "latent_churn": config.sample.churn,
+            "latent_tolerance": config.sample.tolerance,
             "decoder": config.sample.decoder_solver,
             "decoder_steps": config.sample.decoder_num_steps,
+            "decoder_churn": config.sample.decoder_churn,
+            "decoder_tolerance": config.sample.decoder_tolerance,
             "decoder_nfe": decoder_nfe,
             "guidance_scale": 1.0,
             "labels": "as frequent as in the training set",
@@ -148,7 +152,11 @@ def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Co
     if guided is not None:
         images, turn, nfe = guided
         pictures |= {"guided_samples": images, "guided_labels": turn}
-        metrics["guided_samples"] = {"nfe": nfe, "guidance_scale": config.sample.guidance_scale}
+        metrics["guided_samples"] = {
+            "nfe": nfe,
+            "guidance_scale": config.sample.guidance_scale,
+            "guidance_interval": config.sample.guidance_interval,
+        }
     return Evaluation(metrics, pictures)
 
 
@@ -186,7 +194,7 @@ class _Runner:
             return to_uint8(sample.z), jnp.broadcast_to(sample.nfe, len(z_0))
 
         pixels, nfe = self._run(images, latents, purpose=f"{purpose}, decoder", on_batch=self.progress.advance)
-        return pixels, int(nfe[0])
+        return pixels, round(nfe.mean())
 
     def sample(
         self,
@@ -197,7 +205,7 @@ class _Runner:
         *,
         guidance: float = 1.0,
     ) -> tuple[Images, int]:
-        """Images and the NFE of the latent sampler (the decoder's comes on top)."""
+        """Images and the latent sampler's mean NFE (the decoder's comes on top)."""
 
         def latents(index, *, keys):
             sample = sample_latents(
@@ -212,7 +220,7 @@ class _Runner:
 
         rows = np.zeros(count, np.int32) if label is None else label
         z_0, nfe = self._run(latents, rows, purpose=purpose)
-        return self.decode(z_0, purpose)[0], int(nfe[0])
+        return self.decode(z_0, purpose)[0], round(nfe.mean())
 
 
 @eqx.filter_jit

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from ulx import guidance, samplers
 from ulx.config import SampleConfig
+from ulx.diffusion import normal, split_keys
 from ulx.models import Denoiser, UnifiedLatents
 from ulx.schedules import Schedule
 from ulx.typing import Denoise
@@ -37,17 +38,20 @@ def sample_latents(
 
     Without `label` it samples unconditionally; guidance needs a label. Raises ValueError for guidance without.
     """
-    shape = denoiser.network.shape
-    noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+    noise_keys, solver_keys = split_keys(keys, 2)
+    noise = normal(noise_keys, jnp.zeros((len(keys), *denoiser.network.shape)))
     denoise: Denoise = denoiser.given(label=label)
     if guidance_scale != 1:
         if label is None:
             raise ValueError(f"guidance_scale={guidance_scale} guides towards a label, and none was given")
         null = jnp.full_like(label, denoiser.network.num_classes)
-        denoise = guidance.classifier_free(denoiser.given(label=jnp.concatenate([label, null])), guidance_scale)
+        guided = guidance.classifier_free(denoiser.given(label=jnp.concatenate([label, null])), guidance_scale)
+        interval = config.guidance_interval
+        denoise = guided if interval is None else guidance.within(interval, guided, denoise)
     grid = samplers.logsnr_grid(config.num_steps, logsnr_min=schedule.logsnr_min, logsnr_max=schedule.logsnr_max)
-    sample = samplers.sample(denoise, noise, grid, config.solver)
-    return samplers.Sample(z=sample.z, nfe=sample.nfe * (1 if guidance_scale == 1 else 2))
+    return samplers.sample(
+        denoise, noise, grid, config.solver, churn=config.churn, tolerance=config.tolerance, key=solver_keys
+    )
 
 
 @eqx.filter_jit
@@ -59,8 +63,16 @@ def decode(
     grid = samplers.logsnr_grid(
         config.decoder_num_steps, logsnr_min=schedule.logsnr_min, logsnr_max=schedule.logsnr_max
     )
-    noise = jax.vmap(lambda key: jax.random.normal(key, model.encoder.shape))(keys)
-    sample = samplers.sample(model.decoder_given(z_0), noise, grid, config.decoder_solver)
+    noise_keys, solver_keys = split_keys(keys, 2)
+    sample = samplers.sample(
+        model.decoder_given(z_0),
+        normal(noise_keys, jnp.zeros((len(keys), *model.encoder.shape))),
+        grid,
+        config.decoder_solver,
+        churn=config.decoder_churn,
+        tolerance=config.decoder_tolerance,
+        key=solver_keys,
+    )
     return samplers.Sample(z=jnp.clip(sample.z, -1, 1), nfe=sample.nfe)
 
 

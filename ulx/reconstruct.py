@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key, UInt8
+from jaxtyping import Array, Int, Key, UInt8
 
 from ulx import runs
 from ulx.command_line import parse_arguments, run_command
@@ -26,7 +26,6 @@ from ulx.image_files import ImageFolder, claim, contact_sheet, png_names, write_
 from ulx.metrics.images import psnr
 from ulx.progress import Progress
 from ulx.sample import DecoderOptions
-from ulx.samplers import network_calls
 from ulx.seeding import root_key
 
 __all__ = ["Options", "reconstruct"]
@@ -68,20 +67,25 @@ def reconstruct(options: Options) -> float:
     claim(out, [*files, sheet], options.overwrite)
     file_of = dict(zip(folder.names, files, strict=True))
 
-    def rebuilt(x: UInt8[np.ndarray, "b h w c"], *, keys: Key[Array, " b"]) -> UInt8[Array, "b h w c"]:
+    def rebuilt(
+        x: UInt8[np.ndarray, "b h w c"], *, keys: Key[Array, " b"]
+    ) -> tuple[UInt8[Array, "b h w c"], Int[Array, " b"]]:
         latent_keys, decoder_keys = split_keys(keys, 2)
         z_0 = encode(run.model, jnp.asarray(to_float(x)), keys=latent_keys)
-        return to_uint8(decode(run.model, z_0, config, keys=decoder_keys).z)
+        decoded = decode(run.model, z_0, config, keys=decoder_keys)
+        return to_uint8(decoded.z), jnp.broadcast_to(decoded.nfe, len(x))
 
     key = root_key(options.seed, "reconstruct")
     size = min(options.batch_size or run.config.evaluate.batch_size, len(folder.names))
     shown: list[tuple[np.ndarray, np.ndarray]] = []
     decibels: list[float] = []
+    nfes: list[int] = []
     with Progress("reconstruct", total=len(folder.names), unit="images") as progress:
         for part, originals in folder.batches(size):
-            images = in_batches(rebuilt, originals, batch_size=size, key=key, start=len(decibels))
+            images, nfe = in_batches(rebuilt, originals, batch_size=size, key=key, start=len(decibels))
             for name, image in zip(part, images, strict=True):
                 write_png(out / file_of[name], image)
+            nfes += nfe.tolist()
             decibels += np.asarray(psnr(to_float(images), to_float(originals))).tolist()
             shown += list(zip(originals, images, strict=True))[: SHEET - len(shown)]
             progress.total = len(folder.names) - len(folder.skipped)
@@ -90,9 +94,8 @@ def reconstruct(options: Options) -> float:
 
     mean = float(np.mean(decibels))
     error = f" ± {np.std(decibels, ddof=1) / np.sqrt(len(decibels)):.2f}" if len(decibels) > 1 else ""
-    nfe = network_calls(config.decoder_num_steps, config.decoder_solver)
     print(folder.summary())
-    print(f"PSNR {mean:.2f}{error} dB over {len(decibels)} images, decoder NFE {nfe} -> {out}")
+    print(f"PSNR {mean:.2f}{error} dB over {len(decibels)} images, decoder NFE {np.mean(nfes):.0f} -> {out}")
     return mean
 
 

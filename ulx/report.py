@@ -27,7 +27,7 @@ from ulx.image_files import contact_sheet, write_png
 from ulx.metrics.images import psnr
 from ulx.metrics_log import read_metrics
 from ulx.progress import duration
-from ulx.report_text import number, plus_minus, si
+from ulx.report_text import number, plus_minus, si, solver_in_words
 from ulx.stages import collapsed
 
 __all__ = ["write"]
@@ -173,13 +173,18 @@ def _cards(run: _Run) -> list[str]:
     return cards
 
 
+def _interval(guided: dict[str, Any]) -> str:
+    interval = guided.get("guidance_interval")
+    return f", guided for λ from {interval[0]:g} to {interval[1]:g}" if interval else ""
+
+
 def _evaluated(run: _Run) -> list[str]:
     """The sections that stand on the evaluation."""
     if run.evaluation is None:
         return []
     metrics, pictures = run.evaluation.metrics, run.evaluation.pictures
     sampler = metrics["sampler"]
-    steps = f"{sampler['latent']}, {sampler['latent_steps']} steps"
+    steps = solver_in_words(sampler, "latent")
     decibels = [
         f"{value:.1f} dB"
         for value in np.asarray(psnr(*map(to_float, (pictures["originals"], pictures["reconstructions"]))))
@@ -234,7 +239,7 @@ def _guided(run: _Run, guided: Metrics) -> str:
     by_class = np.argsort(pictures["guided_labels"], kind="stable")
     return page.section(
         f"Samples with guidance {guided['guidance_scale']:g}",
-        f"<p>The classes in turn, NFE {guided['nfe']}.</p>",
+        f"<p>The classes in turn, NFE {guided['nfe']}{_interval(guided)}.</p>",
         _pictures(run, "guided_samples", [pictures["guided_samples"][by_class]], [labels[i] for i in by_class]),
     )
 

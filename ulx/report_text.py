@@ -9,7 +9,17 @@ from typing import Any
 from ulx import page, weightings
 from ulx.config import Config
 
-__all__ = ["METRICS_HEADER", "copies", "definitions", "metrics_rows", "number", "plus_minus", "settings", "si"]
+__all__ = [
+    "METRICS_HEADER",
+    "copies",
+    "definitions",
+    "metrics_rows",
+    "number",
+    "plus_minus",
+    "settings",
+    "si",
+    "solver_in_words",
+]
 
 Metric = Mapping[str, Any]
 
@@ -80,11 +90,19 @@ def _variance(share: float, n: int) -> float:
     return p * (1 - p) / (n + 2)
 
 
+def solver_in_words(sampler: Metric, part: str) -> str:
+    """The solver of the "latent" or the "decoder": "heun, 16 steps", "euler, 16 steps, churn 1", "tsit5, …"."""
+    if sampler[part] == "tsit5":
+        return f"tsit5, tolerance {sampler[f'{part}_tolerance']:g}"
+    churn = sampler.get(f"{part}_churn", 0)  # not in a run evaluated before there was any
+    return f"{sampler[part]}, {sampler[f'{part}_steps']} steps" + (f", churn {churn:g}" if churn else "")
+
+
 def metrics_rows(metrics: Metric) -> list[list[str]]:
     """The rows under METRICS_HEADER."""
     bits, sampler = metrics["bits_per_pixel"], metrics["sampler"]
     measured = f"L_z, {bits['weighting']}, {bits['levels']} noise levels × {bits['draws']} draws per image"
-    decoder = f"decoder: {sampler['decoder']}, {sampler['decoder_steps']} steps"
+    decoder = f"decoder: {solver_in_words(sampler, 'decoder')}"
     swap = metrics["swap"]
     rows = [
         _row("bits/pixel, held out", bits, measured),

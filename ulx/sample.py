@@ -28,7 +28,7 @@ from ulx.diffusion import split_keys
 from ulx.generate import decode, in_batches, sample_latents
 from ulx.image_files import claim, contact_sheet, write_png
 from ulx.progress import Progress
-from ulx.samplers import Solver, network_calls
+from ulx.samplers import Solver
 from ulx.seeding import root_key
 
 __all__ = ["DecoderOptions", "Options", "SamplerOptions", "sample"]
@@ -43,6 +43,10 @@ class DecoderOptions:
     """Solver steps of the decoder; by default the run's."""
     decoder_solver: Solver | None = None
     """The decoder's solver; by default the run's."""
+    decoder_churn: float | None = None
+    """The decoder's churn, for euler and heun; by default the run's."""
+    decoder_tolerance: float | None = None
+    """The decoder's tolerance, for tsit5; by default the run's."""
 
     def over(self, config: SampleConfig) -> SampleConfig:
         """`config` with the options that were given."""
@@ -56,6 +60,12 @@ class SamplerOptions(DecoderOptions):
     """Solver steps of the latent sampler; by default the run's."""
     solver: Solver | None = None
     """The latent sampler's solver; by default the run's."""
+    churn: float | None = None
+    """Noise put back before each step of euler and heun, in steps: 0 is the ODE; by default the run's."""
+    tolerance: float | None = None
+    """Error that tsit5 allows itself in each step; by default the run's."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guide only between these two log-SNRs; by default as in the run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,25 +121,32 @@ def sample(options: Options) -> Path:
     out = options.out or options.run / "samples"
     claim(out, [*files, f"{stem}-sheet.png", f"{stem}.json"], options.overwrite)
 
-    def images(label: Int32[np.ndarray, " b"], *, keys: Key[Array, " b"]) -> UInt8[Array, "b h w c"]:
+    def images(
+        label: Int32[np.ndarray, " b"], *, keys: Key[Array, " b"]
+    ) -> tuple[UInt8[Array, "b h w c"], Int32[np.ndarray, "b 2"]]:
         latent_keys, decoder_keys = split_keys(keys, 2)
-        z_0 = sample_latents(
+        latents = sample_latents(
             denoiser,
             run.model.latent_schedule,
             config,
             keys=latent_keys,
             label=None if labels is None else jnp.asarray(label),
             guidance_scale=options.guidance_scale,
-        ).z
-        return to_uint8(decode(run.model, z_0, config, keys=decoder_keys).z)
+        )
+        decoded = decode(run.model, latents.z, config, keys=decoder_keys)
+        return to_uint8(decoded.z), np.tile(np.array([latents.nfe, decoded.nfe], np.int32), (len(label), 1))
 
     size = min(options.batch_size or run.config.evaluate.batch_size, options.num)
     rows = np.zeros(options.num, np.int32) if labels is None else labels
     shown: list[np.ndarray] = []
+    nfes: list[np.ndarray] = []
     with Progress("sample", total=options.num, unit="images") as progress:
         for begin in range(0, options.num, size):  # written as they come: an interruption loses one batch
             part = slice(begin, begin + size)
-            batch = in_batches(images, rows[part], batch_size=size, key=root_key(options.seed, "sample"), start=begin)
+            batch, nfe = in_batches(
+                images, rows[part], batch_size=size, key=root_key(options.seed, "sample"), start=begin
+            )
+            nfes.append(nfe)
             for name, image in zip(files[part], batch, strict=True):
                 write_png(out / name, image)
             shown += list(batch[: SHEET - len(shown)])
@@ -138,8 +155,7 @@ def sample(options: Options) -> Path:
     names = [""] * options.num if labels is None else [run.class_names[label] for label in labels]
     captions = [] if labels is None else names[: len(shown)]
     write_png(out / f"{stem}-sheet.png", contact_sheet(np.stack(shown), captions=captions))
-    nfe = network_calls(config.num_steps, config.solver, guided=options.guidance_scale != 1)
-    decoder_nfe = network_calls(config.decoder_num_steps, config.decoder_solver)
+    nfe, decoder_nfe = np.concatenate(nfes).mean(axis=0).round().astype(int).tolist()
     facts = {
         "run": str(options.run),
         "steps": run.step,

@@ -1,25 +1,47 @@
-"""Sampling: a time grid × a solver, on diffrax, over any denoiser.
+"""Sampling: a grid of log-SNRs × a solver, on diffrax, over any denoiser.
 
 The probability-flow ODE in u = z/α over s = σ/α is du/ds = (u − x̂)/s. There an Euler step is a DDIM step and Heun
 is EDM's second-order sampler. The grid ends at a finite λ: for latents at λ_z(0), because what the base model hands
 to the decoder is the noisy z_0, never a denoised latent; for images where the noise is invisible.
+
+| solver | what | order | calls a step | noise |
+|---|---|---|---|---|
+| "euler" | DDIM (Song et al. 2021) | 1 | 1 | with churn |
+| "heun" | EDM (Karras et al. 2022) | 2 | 2 | with churn |
+| "dpmpp_2m" | DPM-Solver++(2M) (Lu et al. 2022), multistep | 2 | 1 | |
+| "tsit5" | Runge–Kutta (Tsitouras 2011), steps chosen by a tolerance | 5 | 6 | |
+| "ancestral" | DDPM's posterior (Ho et al. 2020) | 1, weak | 1 | always |
+
+With `churn` c > 0, "euler" and "heun" solve a reverse SDE: before a step of length h in λ, noise is put back for a
+length of c·h (not past the grid's start), and the ODE is solved from there. c = 0 is the ODE, c = 1 in the limit of
+short steps the reverse SDE that undoes the forward process. With the exact denoiser every c has the same marginals; the
+order above is then that of expectations (weak).
 """
 
 import dataclasses
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, get_args
 
 import diffrax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Key
 
-from ulx.diffusion import alpha, edm_sigma, expand
-from ulx.typing import Batch, Denoise, pytree
+from ulx.diffusion import alpha, edm_sigma, expand, per_example_keys
+from ulx.guidance import network_calls
+from ulx.solvers import Ancestral, Churned, Counted, Multistep, Time, churned
+from ulx.typing import Batch, Denoise, Keys, pytree
 
-__all__ = ["Sample", "Solver", "logsnr_grid", "network_calls", "sample"]
+__all__ = ["Sample", "Solver", "check_solver", "logsnr_grid", "sample"]
 
-Solver = Literal["euler", "heun"]
-STAGES = {"euler": 1, "heun": 2}
+Solver = Literal["euler", "heun", "dpmpp_2m", "tsit5", "ancestral"]
+CHURNED = ("euler", "heun")
+NODES = {"euler": (0.0,), "heun": (0.0, 1.0), "dpmpp_2m": (0.0,), "ancestral": (0.0,)}
+"""Where in a step, from 0 to 1 in s, the denoiser is called."""
+TSIT5_NODES = tuple(float(c) for c in diffrax.Tsit5.tableau.c)
+"""The same in λ: the last call is at the end of the step, and the next step's first."""
+MAX_STEPS = 4096
+"""Of tsit5, tried ones included, after which diffrax gives up."""
 
 
 @pytree
@@ -27,8 +49,8 @@ STAGES = {"euler": 1, "heun": 2}
 class Sample:
     z: Batch
     """The sample at the end of the grid, z = α x + σ ε with the λ of the grid's last point."""
-    nfe: Array
-    """Calls of the denoiser: solver steps × stages, as diffrax counted them. A guided denoiser counts once here."""
+    nfe: Int[Array, ""]
+    """Network calls per sample: every call of the denoiser, rejected steps included, times the networks behind it."""
 
 
 def logsnr_grid(num_steps: int, *, logsnr_min: float, logsnr_max: float) -> Float[Array, " points"]:
@@ -45,49 +67,134 @@ def logsnr_grid(num_steps: int, *, logsnr_min: float, logsnr_max: float) -> Floa
     return jnp.linspace(logsnr_min, logsnr_max, num_steps + 1)
 
 
-def network_calls(num_steps: int, solver: Solver, guided: bool = False) -> int:
-    """NFE of `sample` with that grid and solver; guidance doubles it."""
-    return num_steps * STAGES[solver] * (2 if guided else 1)
+def check_solver(solver: Solver, churn: float = 0.0, tolerance: float = 1e-3) -> None:
+    """Raises ValueError for an unknown solver, and for a churn or a tolerance that `sample` could not honour."""
+    if solver not in get_args(Solver):
+        raise ValueError(f"unknown solver {solver!r}: use one of {', '.join(get_args(Solver))}")
+    if not (churn >= 0 and math.isfinite(churn)):
+        raise ValueError(f"churn must be a finite number from 0 (the ODE) up, got {churn}")
+    if churn > 0 and solver not in CHURNED:
+        raise ValueError(f"solver {solver!r} takes no churn, got churn={churn}: use {' or '.join(CHURNED)}, or churn 0")
+    if not (tolerance > 0 and math.isfinite(tolerance)):
+        raise ValueError(f"tolerance must be positive, got {tolerance}")
 
 
-def sample(denoise: Denoise, noise: Batch, grid: Float[Array, " points"], solver: Solver = "heun") -> Sample:
-    """Integrate the probability-flow ODE of `denoise` from z_1 = `noise` along a grid of log-SNRs.
+def sample(
+    denoise: Denoise,
+    noise: Batch,
+    grid: Float[Array, " points"],
+    solver: Solver = "heun",
+    *,
+    churn: float = 0.0,
+    tolerance: float = 1e-3,
+    key: Keys | None = None,
+) -> Sample:
+    """From z_1 = `noise` along a grid of log-SNRs, by the probability-flow ODE of `denoise` or by a reverse SDE.
 
     `noise` is standard normal, `b *dims`; the grid is increasing in λ. Returns z at the grid's last λ: **not**
-    divided by α and not denoised once more.
+    divided by α and not denoised once more. It is computed in the precision of `noise`, at least float32.
+
+    Args:
+        churn: how much noise "euler" and "heun" put back before each step, in steps.
+        tolerance: "tsit5" alone heeds it, and of the grid only the two ends. The estimated error of a step is at most
+            tolerance · (1 + |z|), root mean square over the dimensions of every example. All examples share the
+            steps, so that a sample depends on the batch around it, about as much as the tolerance allows.
+        key: for "ancestral" and churn. An example's noise depends on its own key alone, not on the batch around it.
 
     Raises:
-        ValueError: unknown solver, or a grid of fewer than two points.
+        ValueError: what `check_solver` refuses; a grid of fewer than two points; no key where one is needed; a
+            tolerance that the precision cannot keep.
     """
-    match solver:
-        case "euler":
-            method = diffrax.Euler()
-        case "heun":
-            method = diffrax.Heun()
-        case _:
-            raise ValueError(f"unknown solver {solver!r}: use one of {', '.join(STAGES)}")
+    check_solver(solver, churn, tolerance)
     if grid.shape[0] < 2:
         raise ValueError(f"a grid has at least two points, got {grid.shape[0]}")
-    s = edm_sigma(grid.astype(jnp.float32))
-    batch = noise.shape[0]
+    dtype = jnp.promote_types(noise.dtype, jnp.float32)
+    noise, grid = noise.astype(dtype), grid.astype(dtype)
+    if solver == "tsit5":
+        if tolerance < 10 * jnp.finfo(dtype).eps:
+            raise ValueError(f"tolerance={tolerance} is less than {dtype.name} can tell: use 1e-6 or more")
+        return _adaptive(denoise, noise, grid[0], grid[-1], tolerance)
 
-    def velocity(s, u, args):
-        # Inside one step s is a float between two grid points, and λ follows from it.
-        logsnr = jnp.full(batch, -2 * jnp.log(s))
+    t, nodes = -edm_sigma(grid), jnp.asarray(NODES[solver], dtype)
+
+    def keys() -> Key[Array, " b"]:
+        if key is None:
+            raise ValueError(f"solver {solver!r} with churn={churn} draws noise: pass key=, one or one per example")
+        return per_example_keys(key, noise.shape[0])
+
+    match solver:
+        case "euler" | "heun":
+            method = diffrax.Euler() if solver == "euler" else diffrax.Heun()
+            if churn > 0:
+                method = Churned(method, keys(), churn, t[0])
+        case "dpmpp_2m":
+            method = Multistep()
+        case "ancestral":
+            method = Ancestral(keys())
+
+    def velocity(t: Time, u: Batch, args: None) -> Batch:
+        # Inside one step s = −t is a float between two grid points, and λ follows from it.
+        logsnr = jnp.full(u.shape[0], -2 * jnp.log(-t))
         x_hat = denoise(expand(alpha(logsnr), u) * u, logsnr)
-        return (u - x_hat) / s
+        return (u - x_hat) / t
 
+    def calls(t0: Time, t1: Time) -> Int[Array, ""]:
+        begin = churned(t0, t1, churn, t[0]) if churn > 0 else t0
+        return _total([network_calls(denoise, -2 * jnp.log(-(begin + node * (t1 - begin)))) for node in nodes])
+
+    u, nfe = _solve(velocity, method, diffrax.StepTo(t), calls, noise / alpha(grid[0]), t[0], t[-1], None, len(t))
+    return Sample(z=u * alpha(grid[-1]), nfe=nfe)
+
+
+def _adaptive(denoise: Denoise, noise: Batch, begin: Time, end: Time, tolerance: float) -> Sample:
+    """dz/dλ = ½ α (x̂ − α z), the same flow: over λ Tsit5 takes a third of the steps that it takes over s."""
+
+    def velocity(logsnr: Time, z: Batch, args: None) -> Batch:
+        per_example = jnp.full(z.shape[0], logsnr)
+        return 0.5 * alpha(logsnr) * (denoise(z, per_example) - alpha(logsnr) * z)
+
+    def calls(t0: Time, t1: Time) -> Int[Array, ""]:
+        made = [network_calls(denoise, t0 + node * (t1 - t0)) for node in TSIT5_NODES]
+        # Only the first step, until it is accepted, has none before it to take its first call from.
+        first = t0 - begin < 1e-5 * (end - begin)
+        return _total([*made, jnp.where(first, network_calls(denoise, t0), 0)])
+
+    def largest_error(scaled: Batch) -> Float[Array, ""]:
+        return jnp.sqrt(jnp.max(jnp.mean(scaled**2, axis=tuple(range(1, scaled.ndim)))))
+
+    controller = diffrax.PIDController(rtol=tolerance, atol=tolerance, norm=largest_error)
+    first = (end - begin) / 10
+    z, nfe = _solve(velocity, diffrax.Tsit5(), controller, calls, noise, begin, end, first, MAX_STEPS)
+    return Sample(z=z, nfe=nfe)
+
+
+def _solve(
+    velocity: Callable[..., Batch],
+    method: diffrax.AbstractSolver,
+    controller: diffrax.AbstractStepSizeController,
+    calls: Callable[[Time, Time], Int[Array, ""]],
+    y0: Batch,
+    t0: Time,
+    t1: Time,
+    dt0: Time | None,
+    max_steps: int,
+) -> tuple[Batch, Int[Array, ""]]:
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(velocity),
         method,
-        t0=s[0],
-        t1=s[-1],
-        dt0=None,
-        y0=noise / alpha(grid[0]),
-        saveat=diffrax.SaveAt(t1=True),
-        stepsize_controller=diffrax.StepTo(s),
+        t0=t0,
+        t1=t1,
+        dt0=dt0,
+        y0=y0,
+        saveat=diffrax.SaveAt(t1=True, controller_state=True),
+        stepsize_controller=Counted(controller, calls),
         adjoint=diffrax.ForwardMode(),
-        max_steps=grid.shape[0],
+        max_steps=max_steps,
     )
     assert solution.ys is not None
-    return Sample(z=solution.ys[0] * alpha(grid[-1]), nfe=solution.stats["num_steps"] * STAGES[solver])
+    assert solution.controller_state is not None
+    return solution.ys[0], solution.controller_state[1]
+
+
+def _total(calls: list[Int[Array, ""]]) -> Int[Array, ""]:
+    return sum(calls, jnp.zeros((), jnp.int32))
