@@ -30,7 +30,8 @@ class ModelConfig:
     logsnr_0: float = 5.0
     """λ_z(0), how precise the latent is: the encoder, the prior, the base model and the decoder all share it."""
     logsnr_1: float = -10.0
-    """λ_z(1), where the prior ends at N(0, I). Any value gives a bound; at −10 the terminal KL is next to nothing."""
+    """λ_z(1), where the prior ends at N(0, I). Any value gives a bound; at −10 the terminal KL is next to nothing at
+    any size, and on 8×8 latents, whose coarsest structure drowns earlier, at −7 too."""
 
 
 class Denoiser(eqx.Module):
