@@ -16,6 +16,7 @@ _SUBMODULES = (
     "flops",
     "generate",
     "guidance",
+    "likelihood",
     "losses",
     "metrics",
     "models",
@@ -24,6 +25,7 @@ _SUBMODULES = (
     "runs",
     "samplers",
     "schedules",
+    "time_sampling",
     "training",
     "weightings",
 )
