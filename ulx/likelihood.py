@@ -7,8 +7,9 @@ In u = z/α over s = σ/α the flow is du/ds = (u − x̂)/s. Along it log p(u) 
 
 where log p(z_0) = log p(u_0) − D ln α_0 and the identity in the divergence, D − tr(∂x̂/∂u), are taken in closed form.
 
-The flow is another model than the ancestral one whose rate the bound bounds. With an exact denoiser the two are one
-model, and bound − rate of the flow is the bound's gap; with a trained network it is no gap and can have either sign.
+The flow is another model than the ancestral one whose rate L_z bounds. Only with an exact denoiser is L_z less the
+flow's rate a gap of the bound, and then its mean is 0: both are I(x; z_0) + KL[q(z_1) ‖ N(0, I)], for the flow carries
+that divergence along unchanged. With a trained network it is the difference of two models and can have either sign.
 """
 
 import dataclasses
@@ -128,7 +129,7 @@ def flow_rate(
 ) -> FlowRate:
     """KL[q(z_0|x) ‖ p(z_0)] with p that of the probability flow, from one z_0 per example. Nats.
 
-    To report beside the bound L_z. The difference is the bound's gap only if the denoiser is exact: see the module.
+    To report beside the bound L_z. The difference is a gap of the bound only if the denoiser is exact: see above.
     Arguments and errors as in `log_likelihood`.
     """
     noise_key, probe_key = diffusion.split_keys(key, 2)

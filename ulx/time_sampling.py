@@ -1,7 +1,7 @@
 """Where an estimate of the bound draws its times: a placement of uniform points, and a proposal that bends them.
 
 A diffusion loss is an integral over t in [0, 1]. A **placement** says how an example's points u are spread over [0, 1);
-each of them is uniform by itself, so that every placement is unbiased. A **proposal** then maps u to t, so that more
+a random one of them is uniform, so that every placement is unbiased. A **proposal** then maps u to t, so that more
 points go where the loss is large, and gives every point the weight that undoes it. Without one t = u.
 """
 
@@ -35,7 +35,7 @@ Points = Float[Array, "b draws"]
 
 @runtime_checkable
 class Placement(Protocol):
-    """`placement(key, size, draws) -> u`: `draws` points for each of `size` examples, every one uniform in [0, 1)."""
+    """`placement(key, size, draws) -> u` in [0, 1): `draws` points for each of `size` examples, together uniform."""
 
     def __call__(self, key: Keys, size: int, draws: int) -> Points: ...
 
@@ -76,8 +76,8 @@ def low_discrepancy(key: Keys, size: int, draws: int) -> Points:
 class Proposal:
     """Importance sampling: a density over t that is constant between the times of given λ, by `proposal_from_levels`.
 
-    What it knows is λ, so that it serves every schedule with its end points. Constant in t it is, within each piece, the
-    uniform sampling that it was learned from: on that schedule its variance cannot be larger.
+    What it knows is λ, so that it serves every schedule with its end points. Being constant in t, within a piece it is
+    the uniform sampling that it was learned from: on that schedule the right masses cannot make the variance larger.
     """
 
     logsnr_edges: tuple[float, ...]
