@@ -55,6 +55,15 @@ class Mixture:
         parameters = [jnp.asarray(array, z_t.dtype) for array in (self.weights, self.means, self.variances)]
         return posterior_mean(*parameters, z_t, logsnr)
 
+    def log_density(self, z, logsnr):
+        """log of the density of z = α x + σ ε at one log-SNR, z `b *dims`: exact."""
+        alpha, sigma = alpha_sigma(logsnr)
+        variances = alpha**2 * self.variances + sigma**2
+        distance = np.asarray(z, np.float64)[:, None] - alpha * self.means
+        axes = tuple(range(2, distance.ndim))
+        exponent = -0.5 * np.sum(distance**2 / variances + np.log(2 * np.pi * variances), axis=axes)
+        return np.logaddexp.reduce(np.log(self.weights) + exponent, axis=1)
+
     # The rest is for one dimension, means and variances (k, 1).
 
     def _components(self, z, logsnr):
@@ -116,6 +125,41 @@ class Mixture:
         alpha, sigma = alpha_sigma(logsnr)
         scaled = (z - alpha * self.means) / np.sqrt(alpha**2 * self.variances + sigma**2)
         return np.sum(self.weights[:, None] * ndtr(scaled), axis=0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Product:
+    """`dims` independent coordinates, each distributed as a 1-D mixture: samples are `b dims`, and nats add up."""
+
+    coordinate: Mixture
+    dims: int
+
+    def draw(self, seed, size):
+        return self.coordinate.draw(seed, size * self.dims).reshape(size, self.dims)
+
+    def parameters(self, components):
+        """(weights, means, variances) of a coordinate; the last component split so that there are `components`."""
+        mixture = self.coordinate
+        parts = components - len(mixture.weights) + 1
+        index = [*range(len(mixture.weights) - 1), *[len(mixture.weights) - 1] * parts]
+        weights = mixture.weights[index] * np.array([1.0] * (components - parts) + [1 / parts] * parts)
+        return tuple(
+            jnp.asarray(part, jnp.float32) for part in (weights, mixture.means[index], mixture.variances[index])
+        )
+
+    def bound(self, logsnr_max, logsnr_min):
+        """L_z with the exact denoiser: the rate and KL[q(z_1) ‖ N(0, I)]."""
+        return self.dims * (self.coordinate.information(logsnr_max) + self.coordinate.kl_to_standard(logsnr_min))
+
+
+def denoise_coordinates(parameters):
+    """The denoiser of a `Product` as a function of its parameters, which may be traced: one program for all data."""
+
+    def denoise(z_t, logsnr, *, key=None):
+        one = posterior_mean(*parameters, z_t.reshape(-1, 1), jnp.repeat(logsnr, z_t.shape[1]))
+        return one.reshape(z_t.shape)
+
+    return denoise
 
 
 def gaussian(mean, variance) -> Mixture:

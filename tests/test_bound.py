@@ -5,11 +5,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import alpha_sigma, assert_mean, gaussian, gaussian_nats, mixture_1d, points
+from oracles import (
+    Product,
+    alpha_sigma,
+    assert_mean,
+    denoise_coordinates,
+    gaussian,
+    gaussian_nats,
+    mixture_1d,
+    points,
+)
 
 from ulx import losses, schedules
-from ulx.bound import Bound, estimate_rate
+from ulx.bound import Bound, DiffusionEstimate, Mean, estimate_decoder, estimate_rate
 from ulx.losses import PriorTerms
+from ulx.time_sampling import antithetic, independent, low_discrepancy, stratified
 
 LINEAR = schedules.linear(5.0, -10.0)
 COSINE = schedules.cosine(5.0, -10.0)
@@ -118,9 +128,144 @@ class TestRate:
 
         jax.eval_shape(lambda key: estimate_rate(denoise, jnp.ones((2, 3)), LINEAR, key=key).rate, jax.random.key(0))
 
-    def test_refuses_no_levels(self):
-        with pytest.raises(ValueError, match=r"levels.*0"):
-            estimate_rate(GAUSSIAN.denoise, GAUSSIAN.draw(0, 2), LINEAR, key=jax.random.key(0), levels=0)
+    @pytest.mark.parametrize("name", ["levels", "draws", "replicates"])
+    def test_refuses_none(self, name):
+        with pytest.raises(ValueError, match=rf"{name} must be at least 1, got 0"):
+            estimate_rate(GAUSSIAN.denoise, GAUSSIAN.draw(0, 2), LINEAR, key=jax.random.key(0), **{name: 0})
+
+    def test_another_denoiser_has_its_own_rate(self):
+        """Here one that takes the latent for wider than it is: more nats, each noise level's from its own error."""
+        z_clean, variance, wider = gaussian([0.0, 0.0], [0.5, 0.5]).draw(0, 2048), 0.5, 3.0
+        nodes, weights = np.polynomial.legendre.leggauss(64)
+        alpha, sigma = alpha_sigma(-2.5 + 7.5 * nodes)
+        gain = alpha * wider / (alpha**2 * wider + sigma**2)
+        error = (1 - gain * alpha) ** 2 * variance + gain**2 * sigma**2
+        nats = 2 * 7.5 * np.sum(weights * 0.5 * alpha**2 / sigma**2 * error)
+        estimate = rate_of(gaussian([0.0, 0.0], [wider, wider]), z_clean, KEYS, LINEAR, 16)
+        assert_mean(estimate.diffusion.total, nats)
+        assert nats > 1.05 * gaussian_nats(np.array([0.5, 0.5]), 5.0, -10.0)
+
+    def test_decoder_is_unweighted_and_without_the_terminal_kl(self):
+        """It ends at λ = −2 here, where x's terminal KL would be 0.6 nats."""
+        x, schedule = GAUSSIAN.draw(0, 2048), schedules.linear(8.0, -2.0)
+        estimate = jax.jit(lambda x: estimate_decoder(GAUSSIAN.denoise, x, schedule, key=KEYS))(x)
+        assert_mean(estimate.total, gaussian_nats(GAUSSIAN.variances[0], 8.0, -2.0))
+        assert losses.terminal_kl(x, -2.0).mean() > 0.5
+
+
+COMPONENTS = 3
+DATA = {
+    "gaussian": Product(gaussian([0.0], [2.0]), 16),
+    "mixture": Product(MIXTURE, 16),
+    "points": Product(POINTS, 16),
+}
+SCHEDULES = {
+    "linear": LINEAR,
+    "cosine": COSINE,
+    "shifted": schedules.cosine(8.0, -7.0).shifted(-3.0),
+}
+ESTIMATORS = {
+    "independent": (independent, False),
+    "stratified": (stratified, False),
+    "antithetic": (antithetic, False),
+    "low_discrepancy": (low_discrepancy, False),
+    "importance": (independent, True),
+    "stratified_importance": (stratified, True),
+}
+
+
+@functools.partial(jax.jit, static_argnames=("schedule", "placement", "draws", "replicates"))
+def estimate(parameters, z_clean, key, schedule, placement, proposal=None, draws=16, replicates=8):
+    return estimate_rate(
+        denoise_coordinates(parameters),
+        z_clean,
+        schedule,
+        key=key,
+        draws=draws,
+        replicates=replicates,
+        placement=placement,
+        proposal=proposal,
+    )
+
+
+@functools.cache
+def by_estimator(name, kind, schedule_name):
+    """256 examples, 16 draws each, 8 replicates. The proposal is learned from other examples with other noise."""
+    placement, learned = ESTIMATORS[name]
+    data, schedule = DATA[kind], SCHEDULES[schedule_name]
+    parameters, proposal = data.parameters(COMPONENTS), None
+    if learned:
+        pilot = estimate(parameters, data.draw(1, 256), jax.random.key(7), schedule, stratified)
+        proposal = pilot.diffusion.proposal()
+    return estimate(parameters, data.draw(0, 256), jax.random.key(3), schedule, placement, proposal)
+
+
+def noise_of(found):
+    """The standard deviation of an example's estimate about its own expectation, pooled over examples."""
+    return np.sqrt(np.var(found.diffusion.samples.sum(axis=2), axis=1, ddof=1).mean())
+
+
+class TestEstimators:
+    """Every estimator on every schedule: unbiased, and honest about its error."""
+
+    @pytest.mark.parametrize("name", ESTIMATORS)
+    @pytest.mark.parametrize("schedule", SCHEDULES)
+    def test_rate_of_exact_denoisers(self, name, schedule):
+        for kind, data in DATA.items():
+            found = by_estimator(name, kind, schedule)
+            exact, mean = data.bound(5.0, -10.0), found.mean
+            assert float(mean.value) == pytest.approx(exact, abs=3 * float(mean.standard_error))
+            assert float(mean.standard_error) < 0.03 * exact  # so that this says something
+            np.testing.assert_allclose(mean.value, found.rate.mean(), rtol=1e-5)
+
+    @pytest.mark.parametrize("schedule", SCHEDULES)
+    def test_importance_sampling_halves_the_error(self, schedule):
+        """At equal cost, of L_z of given examples. Points are hard: rare draws hold much of their variance."""
+        for kind, least in (("gaussian", 2.0), ("mixture", 2.0), ("points", 1.2)):
+            noise = {name: noise_of(by_estimator(name, kind, schedule)) for name in ESTIMATORS}
+            assert noise["independent"] > least * noise["importance"]
+            assert noise["stratified"] > 1.1 * noise["stratified_importance"]
+            assert noise["independent"] > 1.02 * noise["stratified"]
+
+    @pytest.mark.parametrize("name", ESTIMATORS)
+    def test_errors_are_honest(self, name):
+        """The mean squared error that is claimed is the variance over 512 repetitions, with new data and with the same.
+
+        15 examples with two draws each; a shared shift makes their spread say nothing of the error of their mean.
+        """
+        placement, learned = ESTIMATORS[name]
+        data = Product(gaussian([0.0], [2.0]), 2)
+        parameters, proposal = data.parameters(COMPONENTS), None
+        if learned:
+            pilot = estimate(parameters, data.draw(1, 256), jax.random.key(7), LINEAR, stratified)
+            proposal = pilot.diffusion.proposal()
+        run = lambda z, key: estimate(parameters, z, key, LINEAR, placement, proposal, draws=2, replicates=6).mean  # noqa: E731
+        z_clean, keys = data.draw(0, 512 * 15).reshape(512, 15, 2), jax.random.split(jax.random.key(0), 512)
+        repeat = jax.jit(jax.vmap(run))
+        new = repeat(z_clean, keys)
+        same = repeat(jnp.broadcast_to(z_clean[:1], z_clean.shape), keys)
+        # A variance from 512 values is known to 6 % (more with heavy tails), the mean of the claimed ones better.
+        assert np.mean(new.standard_error**2) == pytest.approx(np.var(new.value, ddof=1), rel=0.25)
+        assert np.mean(same.estimator_error**2) == pytest.approx(np.var(same.value, ddof=1), rel=0.25)
+
+    def test_an_error_needs_replicates(self):
+        with pytest.raises(ValueError, match=r"two independent replicates, got 4 and 1"):
+            Mean.of(jnp.ones((4, 1)))
+
+    def test_mean_by_hand(self):
+        """Replicate means 2 and 4; examples' means 2 and 4; replicates of one example differ by 2."""
+        found = Mean.of(jnp.array([[1.0, 3.0], [3.0, 5.0]]))
+        noise, spread = 2 / 2, 2 - 2 / 2
+        assert float(found.value) == 3
+        assert float(found.estimator_error) == pytest.approx(math.sqrt(noise))
+        assert float(found.standard_error) == pytest.approx(math.sqrt(spread / 2 + noise))
+
+    def test_proposal_is_learned_from_second_moments(self):
+        samples = jnp.array([[[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]], [[4.0, 1.0, 0.0], [0.0, 1.0, 0.0]]])
+        found = DiffusionEstimate(samples, schedules.linear(5.0, -10.0)).proposal(uniform_share=0.3)
+        rms = np.sqrt([5.0, 1.0, 1.0])
+        np.testing.assert_allclose(found.mass, 0.7 * rms / rms.sum() + 0.1, rtol=1e-6)
+        np.testing.assert_allclose(found.logsnr_edges, [5.0, 0.0, -5.0, -10.0], atol=1e-6)
 
 
 def test_bound_adds_its_terms():

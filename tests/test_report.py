@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from ulx import evaluation, figures, job, page, report, report_text, runs
-from ulx.bound import RateEstimate
+from ulx.bound import DiffusionEstimate, RateEstimate
 from ulx.image_files import contact_sheet
 from ulx.metrics.frechet import Moments
 from ulx.metrics_log import MetricsLog
@@ -32,11 +32,17 @@ class Runner:
     def __init__(self, model, config, progress):
         self.model, self.config = model, config
 
-    def rate(self, images):
-        # Nats: 1, 2, 3, 4 in the four slices and 0.5 of terminal KL, each image i with (i + 1) times that.
+    def rate(self, images, denoiser):
+        # Nats: 1, 2, 3, 4 in the four slices and 0.5 of terminal KL, each image i with (i + 1) times that; the base
+        # model (of three classes) needs twice the nats of every slice.
         times = jnp.arange(1.0, len(images) + 1)
-        edges = jnp.array([5.0, 1.25, -2.5, -6.25, -10.0])
-        return RateEstimate(times[:, None] * jnp.arange(1.0, 5.0), 0.5 * times, edges)
+        slices = jnp.arange(1.0, 5.0) * (2 if denoiser.network.num_classes else 1)
+        nats = times[:, None, None] * slices
+        return RateEstimate(DiffusionEstimate(nats, self.model.latent_schedule), 0.5 * times)
+
+    def decoder_nats(self, images):
+        nats = jnp.full((len(images), 1, 4), 25.0).at[0].set(30.0)
+        return DiffusionEstimate(nats, self.model.image_schedule)
 
     def encode(self, images):
         return images.astype(np.float32)
@@ -208,6 +214,17 @@ class TestPage:
         assert "the same held-out originals" in cells["fd_efflite0, reconstruction"][4]
         assert float(cells["fd_efflite0, reconstruction"][0]) == pytest.approx(8 * SHIFT**2)  # a shift in 8 features
         assert "L_z, w = 1, 4 noise levels × 1 draws per image" in cells["bits/pixel, held out"][4]
+        # 5 images with 20.5 (i + 1) nats under the base model, and 100 (one of them 120) nats of the decoder's.
+        base, decoder = cells["bits/pixel under the base model"], cells["decoder bits/pixel"]
+        assert float(base[0]) == pytest.approx(20.5 * 3 / 256 / math.log(2), abs=5e-4)
+        assert float(base[1]) == pytest.approx(20.5 * math.sqrt(2.5 / 5) / 256 / math.log(2), rel=0.02)
+        assert (
+            base[4] == "L_z, w = 1, 4 noise levels × 1 draws per image; labels: none: the base model&#x27;s null label"
+        )
+        assert float(decoder[0]) == pytest.approx(104 / 256 / math.log(2), abs=5e-3)
+        assert float(decoder[1]) == pytest.approx(4 / 256 / math.log(2), rel=0.05)
+        assert decoder[4].startswith("L_x, w = 1, 4 noise levels × 1 draws per image; leaves out x")
+        assert decoder[4].endswith("s terminal KL and −log p(x | x_0)")
 
     def test_cost(self, html, metrics):
         shown = text(sections(html)["Cost"])

@@ -17,6 +17,7 @@ _SUBMODULES = (
     "flops",
     "generate",
     "guidance",
+    "likelihood",
     "losses",
     "metrics",
     "models",
@@ -26,6 +27,7 @@ _SUBMODULES = (
     "samplers",
     "schedules",
     "solvers",
+    "time_sampling",
     "training",
     "weightings",
 )

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32, Key, UInt8
 
 from ulx import losses
-from ulx.bound import RateEstimate, estimate_rate
+from ulx.bound import DiffusionEstimate, RateEstimate, estimate_decoder, estimate_rate
 from ulx.config import Config
 from ulx.data.pixels import to_float, to_uint8
 from ulx.data.source import Dataset, Split
+from ulx.diffusion import split_keys
 from ulx.generate import decode, encode, in_batches, sample_latents
 from ulx.metrics import efficientnet
 from ulx.metrics.features import features
@@ -29,6 +29,7 @@ from ulx.metrics.reference import training_moments
 from ulx.models import Denoiser, UnifiedLatents
 from ulx.progress import Progress
 from ulx.seeding import root_int, root_key
+from ulx.typing import PerExample
 
 __all__ = ["Evaluation", "evaluate", "evaluate_autoencoder"]
 
@@ -73,9 +74,9 @@ def evaluate_autoencoder(model: UnifiedLatents, dataset: Dataset, config: Config
     held_out = _images(dataset.validation)
     with Progress("evaluate", total=3 * len(held_out), unit="images") as progress:
         run = _Runner(model, config, progress)
-        rate = run.rate(held_out)
+        rate = run.rate(held_out, model.prior)
         reconstructions, nfe = run.decode(run.encode(held_out), RECONSTRUCT)
-    return {**_bits(rate, model, config), "psnr": _psnr(reconstructions, held_out) | {"nfe": nfe}}
+    return {**_bits(rate, model), "psnr": _psnr(reconstructions, held_out) | {"nfe": nfe}}
 
 
 def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Config) -> Evaluation:
@@ -84,12 +85,15 @@ def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Co
     held_out = _images(dataset.validation)
     labels = _labels_like(dataset.train.labels, config.evaluate.num_samples, root_int(config.seed, "evaluation labels"))
     options = config.evaluate
+    # A base model that never saw its null label is asked about each image as one of its class.
+    own_labels = dataset.validation.labels if config.label_dropout == 0 else None
 
     train_originals = np.stack([dataset.train[i]["image"] for i in _some(len(dataset.train), 2 * PICTURES)])
-    total = 3 * len(held_out) + min(PICTURES, len(held_out)) + 2 * options.num_samples + PICTURES
+    total = 5 * len(held_out) + min(PICTURES, len(held_out)) + 2 * options.num_samples + PICTURES
     with Progress("evaluate", total=total + 2 * len(train_originals), unit="images") as progress:
         run = _Runner(model, config, progress)
-        rate = run.rate(held_out)
+        rate, base_rate = run.rate(held_out, model.prior), run.rate(held_out, base, own_labels)
+        decoder = run.decoder_nats(held_out)
         latents = run.encode(held_out)
         reconstructions, decoder_nfe = run.decode(latents, RECONSTRUCT)
         swapped, _ = run.decode(np.roll(latents, 1, axis=0)[:PICTURES], RECONSTRUCT)
@@ -113,7 +117,11 @@ def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Co
     metrics: dict[str, Any] = {
         "held_out": {"n": len(held_out), "data": dataset.name, "split": "validation"},
         "weights": "EMA",
-        **_bits(rate, model, config),
+        **_bits(rate, model),
+        "bits_per_pixel_base": _bits_per_pixel(base_rate.rate, base_rate.diffusion, model)
+        | {"labels": "none: the base model's null label" if own_labels is None else "the images' own"},
+        "decoder_bits_per_pixel": _bits_per_pixel(decoder.total, decoder, model)
+        | {"leaves_out": "x's terminal KL and -log p(x | x_0)"},
         "psnr": _psnr(reconstructions, held_out) | {"nfe": decoder_nfe, "solver": config.sample.decoder_solver},
         "psnr_of_mean_training_image": _psnr(np.broadcast_to(_mean_image(dataset), held_out.shape), held_out),
         "swap": _swap(swapped, held_out),
@@ -172,15 +180,24 @@ class _Runner:
         size, key = self.config.evaluate.batch_size, root_key(self.config.seed, f"evaluation {purpose}")
         return in_batches(function, *arrays, batch_size=size, key=key, on_batch=on_batch)
 
-    def rate(self, images: Images) -> RateEstimate:
-        """`draws` independent estimates per image, averaged; by_level is `images levels`."""
+    def rate(self, images: Images, denoiser: Denoiser, labels: Int32[np.ndarray, " n"] | None = None) -> RateEstimate:
+        """L_z under the prior or the base model, `draws` independent estimates per image."""
         options = self.config.evaluate
 
-        def measure(x, *, keys):
-            return _rate(self.model, to_float(x), keys, options.levels, options.draws)
+        def measure(x, label, *, keys):
+            label = None if labels is None else jnp.asarray(label)
+            return _rate(self.model, denoiser, to_float(x), label, keys, options.levels, options.draws)
 
-        rate = self._run(measure, images, purpose="rate", on_batch=self.progress.advance)
-        return dataclasses.replace(rate, logsnr_edges=rate.logsnr_edges[0])
+        rows = np.zeros(len(images), np.int32) if labels is None else labels
+        return self._run(measure, images, rows, purpose="rate", on_batch=self.progress.advance)
+
+    def decoder_nats(self, images: Images) -> DiffusionEstimate:
+        """L_x with w = 1. One draw of each level: the images' spread is far larger than the estimator's noise."""
+
+        def measure(x, *, keys):
+            return _decoder(self.model, to_float(x), keys, self.config.evaluate.levels)
+
+        return self._run(measure, images, purpose="decoder", on_batch=self.progress.advance)
 
     def encode(self, images: Images) -> Float[np.ndarray, "n *latent k"]:
         def latents(x, *, keys):
@@ -225,27 +242,35 @@ class _Runner:
 
 @eqx.filter_jit
 def _rate(
-    model: UnifiedLatents, x: Float[Array, "b h w c"], keys: Key[Array, " b"], levels: int, draws: int
+    model: UnifiedLatents,
+    denoiser: Denoiser,
+    x: Float[Array, "b h w c"],
+    label: Int[Array, " b"] | None,
+    keys: Key[Array, " b"],
+    levels: int,
+    draws: int,
 ) -> RateEstimate:
-    z_clean = model.z_clean(x)
-
-    def once(draw: Array) -> RateEstimate:
-        draw_keys = jax.vmap(lambda key: jax.random.fold_in(key, draw))(keys)
-        return estimate_rate(model.prior.given(), z_clean, model.latent_schedule, key=draw_keys, levels=levels)
-
-    mean = jax.tree.map(lambda leaf: leaf.mean(axis=0), jax.lax.map(once, jnp.arange(draws)))
-    edges = jnp.broadcast_to(mean.logsnr_edges, (x.shape[0], levels + 1))  # one row per example, as batches are cut
-    return RateEstimate(mean.by_level, mean.terminal, edges)
+    """Without a label, which the prior has not, the base model takes its null label."""
+    z_clean, schedule = model.z_clean(x), model.latent_schedule
+    return estimate_rate(denoiser.given(label=label), z_clean, schedule, key=keys, levels=levels, replicates=draws)
 
 
-def _bits(rate: RateEstimate, model: UnifiedLatents, config: Config) -> dict[str, Any]:
+@eqx.filter_jit
+def _decoder(
+    model: UnifiedLatents, x: Float[Array, "b h w c"], keys: Key[Array, " b"], levels: int
+) -> DiffusionEstimate:
+    z_key, decoder_key = split_keys(keys, 2)
+    denoise = model.decoder_given(model.encode(x, key=z_key))
+    return estimate_decoder(denoise, x, model.image_schedule, key=decoder_key, levels=levels)
+
+
+def _bits(rate: RateEstimate, model: UnifiedLatents) -> dict[str, Any]:
     pixels = int(np.prod(model.encoder.shape[:-1]))
     dims = int(np.prod(model.latent_shape))
-    measured = {"levels": config.evaluate.levels, "draws": config.evaluate.draws, "weighting": "w = 1"}
     by_level = np.asarray(losses.bits_per_pixel(rate.by_level, num_pixels=pixels))
     return {
-        "bits_per_pixel": _mean(losses.bits_per_pixel(rate.rate, num_pixels=pixels)) | measured,
-        "bits_per_latent_dim": _mean(losses.bits_per_latent_dim(rate.rate, num_dims=dims)) | measured,
+        "bits_per_pixel": _bits_per_pixel(rate.rate, rate.diffusion, model),
+        "bits_per_latent_dim": _mean(losses.bits_per_latent_dim(rate.rate, num_dims=dims)) | _measured(rate.diffusion),
         "terminal_bits_per_pixel": float(np.mean(losses.bits_per_pixel(rate.terminal, num_pixels=pixels))),
         "latent_shape": list(model.latent_shape),
         "rate_by_level": {
@@ -254,6 +279,16 @@ def _bits(rate: RateEstimate, model: UnifiedLatents, config: Config) -> dict[str
             "standard_error": (by_level.std(axis=0, ddof=1) / np.sqrt(len(by_level))).tolist(),
         },
     }
+
+
+def _bits_per_pixel(nats: PerExample, estimate: DiffusionEstimate, model: UnifiedLatents) -> dict[str, Any]:
+    pixels = int(np.prod(model.encoder.shape[:-1]))
+    return _mean(losses.bits_per_pixel(nats, num_pixels=pixels)) | _measured(estimate)
+
+
+def _measured(estimate: DiffusionEstimate) -> dict[str, Any]:
+    _, draws, levels = estimate.samples.shape
+    return {"levels": levels, "draws": draws, "weighting": "w = 1"}
 
 
 def _psnr(images: Images, originals: Images) -> dict[str, Any]:
