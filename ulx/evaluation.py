@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32, Key, UInt8
@@ -172,16 +173,18 @@ class _Runner:
     def rate(self, images: Images, denoiser: Denoiser) -> RateEstimate:
         """L_z under the prior or the base model, `draws` independent estimates per image."""
         options = self.config.evaluate
-        return self._run(
+        rate = self._run(
             lambda x, *, keys: _rate(self.model, denoiser, to_float(x), keys, options.levels, options.draws),
             images,
             seed=0,
         )
+        return jax.tree.map(jnp.asarray, rate)
 
     def decoder_nats(self, images: Images) -> DiffusionEstimate:
         """L_x with w = 1. One draw of each level: the images' spread is far larger than the estimator's noise."""
         levels = self.config.evaluate.levels
-        return self._run(lambda x, *, keys: _decoder(self.model, to_float(x), keys, levels), images, seed=5)
+        nats = self._run(lambda x, *, keys: _decoder(self.model, to_float(x), keys, levels), images, seed=5)
+        return jax.tree.map(jnp.asarray, nats)
 
     def encode(self, images: Images) -> Float[np.ndarray, "n *latent k"]:
         return self._run(lambda x, *, keys: encode(self.model, jnp.asarray(to_float(x)), keys=keys), images, seed=4)
