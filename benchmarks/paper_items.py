@@ -92,6 +92,22 @@ ITEMS = (
         ("test_guidance.py::TestInterval", "test_guidance.py::TestAutoguidance"),
     ),
     Item(
+        "beyond it",
+        "estimators of the bound: stratified, antithetic, low-discrepancy, learned; errors from replicates",
+        ("bound.estimate_rate", "bound.estimate_decoder", "time_sampling", "benchmarks/rate_estimators.py"),
+        (
+            "test_bound.py::TestEstimators",
+            "test_time_sampling.py::TestPlacements",
+            "test_time_sampling.py::TestProposal",
+        ),
+    ),
+    Item(
+        "beyond it",
+        "log p(z_0) by the probability flow, exact or Hutchinson trace",
+        ("likelihood.log_likelihood", "likelihood.flow_rate"),
+        ("test_likelihood.py::TestExactTrace", "test_likelihood.py::TestHutchinson"),
+    ),
+    Item(
         "Fig. 3",
         "the weighting on the ε-loss",
         ("weightings.Sigmoid",),
@@ -151,7 +167,13 @@ ITEMS = (
         ("test_nn.py::test_encoder_of_a_still_video_is_the_image_encoder",),
         missing="the benchmark",
     ),
-    Item("Tab. 5", "MSE autoencoder, N(0, I) prior", missing="both variants"),
+    Item(
+        "Tab. 5",
+        "bits under the base model; MSE autoencoder, N(0, I) prior",
+        ("bound.estimate_rate", "evaluation.evaluate"),
+        ("test_evaluation.py::test_rate_under_the_base_model_is_without_a_label",),
+        missing="both variants",
+    ),
     Item(
         "Tab. 6",
         "ablations; B is λ_z(0)",

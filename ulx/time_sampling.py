@@ -7,13 +7,14 @@ points go where the loss is large, and gives every point the weight that undoes 
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, Float
 
 from ulx.diffusion import per_example_keys
 from ulx.losses import sample_t
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 Points = Float[Array, "b draws"]
+Values = Sequence[float] | Float[Array | np.ndarray, " _n"]
 
 
 @runtime_checkable
@@ -110,9 +112,7 @@ class Proposal:
 jax.tree_util.register_dataclass(Proposal, data_fields=["mass"], meta_fields=["logsnr_edges"])
 
 
-def proposal_from_levels(
-    logsnr_edges: ArrayLike, root_mean_square: ArrayLike, *, uniform_share: float = 0.1
-) -> Proposal:
+def proposal_from_levels(logsnr_edges: Values, root_mean_square: Values, *, uniform_share: float = 0.1) -> Proposal:
     """The proposal learned from a loss that was measured level by level, in an earlier estimate or in a run's results.
 
     The variance of f/q is smallest for q ∝ sqrt(E f²), so that a piece gets a mass in proportion to the root mean

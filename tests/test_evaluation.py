@@ -1,0 +1,68 @@
+"""The evaluation's bits on a run whose weights are drawn, against the estimates by hand."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ulx import evaluation, runs
+from ulx.bound import estimate_decoder, estimate_rate
+from ulx.generate import example_keys
+from ulx.progress import Progress
+from ulx.seeding import root_key
+
+
+@pytest.fixture(scope="module")
+def run(trained_run) -> runs.Run:
+    return runs.load(trained_run)
+
+
+@pytest.fixture(scope="module")
+def images(small_dataset) -> np.ndarray:
+    return np.stack([example["image"] for example in small_dataset.validation])
+
+
+@pytest.fixture(scope="module")
+def runner(run, images) -> evaluation._Runner:
+    with Progress("evaluate", total=len(images)) as progress:
+        return evaluation._Runner(run.model, run.config, progress)
+
+
+def test_rate_under_the_base_model_is_without_a_label(run, runner, images):
+    """The null label is the one after the three classes; five images come in batches of four."""
+
+    @eqx.filter_jit
+    def by_hand(model, base, x, keys, label):
+        denoise = lambda z_t, logsnr, *, key=None: base(z_t, logsnr, label=jnp.full(len(z_t), label))  # noqa: E731
+        return estimate_rate(denoise, model.encoder(x), model.latent_schedule, key=keys, levels=4).rate
+
+    x, keys = jnp.asarray(images) / 127.5 - 1, example_keys(root_key(0, "evaluation rate"), 0, 5)
+    none, first = (by_hand(run.model, run.base, x, keys, jnp.asarray(label)) for label in (3, 0))
+    found = runner.rate(images, run.base)
+    np.testing.assert_allclose(found.rate, none, rtol=1e-4)  # another batch shape rounds differently
+    assert np.abs(found.rate / np.asarray(first) - 1).max() > 1e-3
+    # Trained without a null label, it is asked about each image as one of its class.
+    labelled = runner.rate(images, run.base, np.zeros(5, np.int32))
+    np.testing.assert_allclose(labelled.rate, first, rtol=1e-4)
+    assert found.diffusion.samples.shape == (5, 1, 4)
+    np.testing.assert_allclose(found.logsnr_edges, [5.0, 1.25, -2.5, -6.25, -10.0], atol=1e-5)
+    prior = runner.rate(images, run.model.prior)
+    assert np.abs(np.asarray(prior.rate) / np.asarray(found.rate) - 1).max() > 1e-3
+
+
+def test_decoder_nats_are_those_of_the_images_given_their_noisy_latents(run, runner, images):
+    @eqx.filter_jit
+    def by_hand(model, x, keys):
+        z_key, decoder_key = jax.vmap(jax.random.split, out_axes=1)(keys)
+        alpha, sigma = jax.nn.sigmoid(5.0) ** 0.5, jax.nn.sigmoid(-5.0) ** 0.5
+        z_0 = alpha * model.encoder(x) + sigma * jax.vmap(lambda k: jax.random.normal(k, (8, 8, 4)))(z_key)
+        denoise = lambda z_t, logsnr, *, key=None: model.decoder(z_t, logsnr, context=z_0)  # noqa: E731
+        return estimate_decoder(denoise, x, model.image_schedule, key=decoder_key, levels=4).total
+
+    found = runner.decoder_nats(images)
+    expected = by_hand(
+        run.model, jnp.asarray(images) / 127.5 - 1, example_keys(root_key(0, "evaluation decoder"), 0, 5)
+    )
+    np.testing.assert_allclose(found.total, expected, rtol=1e-4)
+    assert found.samples.shape == (5, 1, 4)
