@@ -277,6 +277,7 @@ def test_encoder_of_a_still_video_is_the_image_encoder():
     image = shaken(Encoder((8, 8, 3), EncoderConfig(patch=2, down=(2, 1), **sizes), key=KEY))
     video = Encoder((4, 8, 8, 3), EncoderConfig(patch=(1, 2, 2), down=((1, 2, 2), (2, 1, 1)), **sizes), key=KEY)
     assert (image.latent_shape, video.latent_shape) == ((2, 2, 4), (2, 2, 2, 4))
+    assert [down.factor for down in video.downs] == [(1, 2, 2), (2, 1, 1)]
     x = normal(2, 8, 8, 3)
     # The temporal kernel sees zeros beyond the ends but is itself zero there; sums of a few hundred float32 terms.
     np.testing.assert_allclose(
@@ -294,6 +295,7 @@ def test_network_of_a_still_video_is_the_image_network():
     image = shaken(build((8, 8, 3), (4, 4, 5), patch=2, down=(2, 1)))
     video = build((4, 8, 8, 3), (2, 4, 4, 5), patch=(1, 2, 2), down=((1, 2, 2), (2, 1, 1)))
     z, logsnr, z_0 = normal(2, 8, 8, 3), jnp.asarray([-3.0, 2.0]), normal(2, 4, 4, 5, seed=1)
+    assert [stage.down.factor for stage in video.stages] == [(1, 2, 2), (2, 1, 1)]
     expected = eqx.filter_jit(image)(z, logsnr, context=z_0)
     out = eqx.filter_jit(inflated(image, video))(still(z, 4), logsnr, context=still(z_0, 2))
     np.testing.assert_allclose(out, still(expected, 4), atol=1e-5)

@@ -50,7 +50,8 @@ class Denoise(Protocol):
     """`denoise(z_t, logsnr, key=None) -> x_hat`: the estimate of the clean variable, in float32.
 
     Conditioning (labels, z_0, text) is closed over. `key` is for dropout: one key per example, or None when
-    sampling and evaluating. Whatever the network predicts (x, eps or v) has been converted before it gets here.
+    sampling and evaluating. The first two are passed by position, so that they may have any names. Whatever the
+    network predicts (x, eps or v) has been converted before it gets here.
     """
 
     def __call__(self, z_t: Batch, logsnr: PerExample, /, *, key: Keys | None = None) -> Batch: ...
