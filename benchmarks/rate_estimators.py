@@ -280,8 +280,9 @@ def plot(rows: list[dict], path: Path) -> None:
         ]
         axis.bar([i + 0.12 * (index - 3) for i in range(len(groups))], relative, 0.11, label=name)
     axis.set(yscale="log", ylabel="error of one replicate / L_z", title=f"{EXAMPLES} examples, {DIMS} dimensions")
-    axis.set_xticks(range(len(groups)), [f"{data.split(',')[0]}\n{shape}" for data, shape in groups])
-    axis.legend(fontsize=8, ncols=2)
+    axis.set_xticks(range(len(groups)), [f"{data.split()[0].strip(',')}\n{shape}" for data, shape in groups])
+    axis.legend(fontsize=8, ncols=4)
+    axis.set_ylim(top=2 * axis.get_ylim()[1])
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

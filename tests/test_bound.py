@@ -236,16 +236,17 @@ class TestEstimators:
     def test_errors_are_honest(self, placement, learned):
         """The mean squared error that is claimed is the variance over 512 repetitions, with new data and with the same.
 
-        15 examples with two draws each; a shared shift makes their spread say nothing of the error of their mean.
+        15 examples with two draws each, in so many dimensions that the noise level decides the loss: where they share a
+        shift, their spread then says nothing of the error of their mean.
         """
-        data = Product(gaussian([0.0], [2.0]), 2)
+        data = Product(gaussian([0.0], [2.0]), 16)
         parameters = data.parameters(COMPONENTS)
         proposal = proposal_from_levels([5.0, 0.0, -10.0], [8.0, 2.0]) if learned else None
 
         def run(z_clean, key):
-            return estimate_untraced(parameters, z_clean, key, LINEAR, placement, proposal, draws=2, replicates=6).mean
+            return estimate_untraced(parameters, z_clean, key, LINEAR, placement, proposal, draws=2, replicates=24).mean
 
-        z_clean, keys = data.draw(0, 512 * 15).reshape(512, 15, 2), jax.random.split(jax.random.key(0), 512)
+        z_clean, keys = data.draw(0, 512 * 15).reshape(512, 15, 16), jax.random.split(jax.random.key(0), 512)
         repeat = jax.jit(jax.vmap(run), compiler_options=QUICK)
         new = repeat(z_clean, keys)
         same = repeat(jnp.broadcast_to(z_clean[:1], z_clean.shape), keys)
@@ -259,10 +260,10 @@ class TestEstimators:
             Mean.of(jnp.ones((4, 1)))
 
     def test_mean_by_hand(self):
-        """Replicate means 2 and 4; examples' means 2 and 4; replicates of one example differ by 2."""
-        found = Mean.of(jnp.array([[1.0, 3.0], [3.0, 5.0]]))
-        noise, spread = 2 / 2, 2 - 2 / 2
-        assert float(found.value) == 3
+        """Replicates' means 4 and 6, examples' means 2.5 and 7.5, and ±0.5 that neither explains."""
+        found = Mean.of(jnp.array([[1.0, 4.0], [7.0, 8.0]]))
+        noise, spread = 2 / 2, 12.5 - 4 * 0.5**2 / 2
+        assert float(found.value) == 5
         assert float(found.estimator_error) == pytest.approx(math.sqrt(noise))
         assert float(found.standard_error) == pytest.approx(math.sqrt(spread / 2 + noise))
 

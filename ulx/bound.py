@@ -55,7 +55,8 @@ class Mean:
 
     value: Float[Array, ""]
     standard_error: Float[Array, ""]
-    """As an estimate of the mean over all data: the examples' own spread and the estimator's noise together."""
+    """As an estimate of the mean over all data: the examples' own spread and the estimator's noise together. Few
+    replicates hide a small spread in the noise; it counts as 0 at least, so that the error is rather too large."""
     estimator_error: Float[Array, ""]
     """As an estimate of these examples' own mean: the standard error from independent replicates. With r replicates it
     has r − 1 degrees of freedom."""
@@ -72,9 +73,12 @@ class Mean:
             raise ValueError(
                 f"an error needs at least two examples and two independent replicates, got {examples} and {replicates}"
             )
-        noise = jnp.var(samples.mean(axis=0), ddof=1) / replicates
-        # The scatter of the examples' means, less what the noise of each adds to it: the spread of their expectations.
-        spread = jnp.var(samples.mean(axis=1), ddof=1) - jnp.mean(jnp.var(samples, axis=1, ddof=1)) / replicates
+        by_example, by_replicate = samples.mean(axis=1, keepdims=True), samples.mean(axis=0, keepdims=True)
+        noise = jnp.var(by_replicate, ddof=1) / replicates
+        # An analysis of variance, examples × replicates: the scatter of the examples' means, less what noise of their
+        # own adds to it, is the spread of their expectations. Noise that examples share has left with the replicates.
+        rest = jnp.sum((samples - by_example - by_replicate + samples.mean()) ** 2)
+        spread = jnp.var(by_example, ddof=1) - rest / ((examples - 1) * (replicates - 1) * replicates)
         return cls(samples.mean(), jnp.sqrt(jnp.maximum(spread, 0) / examples + noise), jnp.sqrt(noise))
 
 
