@@ -34,7 +34,7 @@ class Settings:
 
     starts: int = 64
     """Fixed starts of the ODE solvers, evenly spaced quantiles."""
-    draws: int = 2**15
+    draws: int = 2**17
     """Samples of the stochastic ones."""
     results: str = str(RESULTS)
     """Folder of the results."""

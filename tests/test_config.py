@@ -49,7 +49,7 @@ def test_a_loss_factor_that_must_collapse_is_warned_of(factor):
         (lambda: SampleConfig(num_steps=0), "num_steps must be at least 1"),
         (lambda: SampleConfig(solver="dpmpp_2m", churn=0.5), "'dpmpp_2m' takes no churn"),
         (lambda: SampleConfig(decoder_solver="ancestral", decoder_churn=0.5), "'ancestral' takes no churn"),
-        (lambda: SampleConfig(decoder_tolerance=-1.0), "tolerance must be positive"),
+        (lambda: SampleConfig(decoder_tolerance=-1.0), "tolerance=-1.0 is less than float32 can keep"),
         (lambda: SampleConfig(guidance_interval=(2.0, -1.0)), "lowest < highest"),
         (lambda: Config(label_dropout=2.0), r"label_dropout must be in \[0, 1\]"),
         (lambda: Config(prior_warmup=(5, 5)), "first < last"),
