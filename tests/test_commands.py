@@ -146,8 +146,13 @@ class TestSample:
 
     def test_command_line(self, trained_run, tmp_path, capsys):
         args = ["--out", str(tmp_path), "--num", "4", "--label", "1", "--seed", "9", "--guidance-scale", "1.5"]
-        sample.main([str(trained_run), *args, "--sample.num-steps", "2"])
-        assert "4 images of the base model, NFE 4 + 2 (decoder)" in capsys.readouterr().out
+        sampler = ["--sample.num-steps", "2", "--sample.solver", "ancestral", "--sample.guidance-interval", "-3", "5"]
+        sample.main([str(trained_run), *args, *sampler])
+        # Of the steps from −10 and from −2.5 the second is guided.
+        assert "4 images of the base model, NFE 3 + 2 (decoder)" in capsys.readouterr().out
+        facts = json.loads((tmp_path / "base-seed9.json").read_text())
+        assert facts["sampler"]["solver"] == "ancestral"
+        assert facts["sampler"]["guidance_interval"] == [-3.0, 5.0]
         assert {f"base-seed9-{index:06d}.png" for index in range(4)} <= {file.name for file in tmp_path.iterdir()}
         assert "--overwrite" in fails(sample.main, [trained_run, *args], capsys)
 
@@ -157,6 +162,7 @@ class TestSample:
             (["--label", "star"], "did you mean stars?"),
             (["--label", "3"], "no class '3'"),
             (["--sample.num-steps", "0"], "num_steps must be at least 1"),
+            (["--sample.solver", "dpmpp_2m", "--sample.churn", "1"], "'dpmpp_2m' takes no churn"),
         ],
     )
     def test_options_that_do_not_fit_the_run(self, trained_run, tmp_path, capsys, args, message):

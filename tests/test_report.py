@@ -312,6 +312,14 @@ class TestWords:
     def test_plus_minus(self, value, error, expected):
         assert report_text.plus_minus({"value": value, "standard_error": error}) == expected
 
+    def test_solvers_in_words(self):
+        sampler = {"latent": "heun", "latent_steps": 16, "latent_churn": 0.5, "latent_tolerance": 1e-3}
+        sampler |= {"decoder": "tsit5", "decoder_steps": 12, "decoder_churn": 0.0, "decoder_tolerance": 0.01}
+        assert report_text.solver_in_words(sampler, "latent") == "heun, 16 steps, churn 0.5"
+        assert report_text.solver_in_words(sampler, "decoder") == "tsit5, tolerance 0.01"
+        before_there_was_churn = {"latent": "euler", "latent_steps": 8}
+        assert report_text.solver_in_words(before_there_was_churn, "latent") == "euler, 8 steps"
+
     def test_numbers(self):
         assert [report_text.number(x) for x in (0.0372149, 21.336, 12345.6, -1.5, 0.0)] == [
             "0.03721", "21.34", "12346", "-1.500", "0",

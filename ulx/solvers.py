@@ -1,7 +1,7 @@
 """Solvers that diffrax does not have, as diffrax solvers, and the count of network calls.
 
 They solve du/dt = (u − x̂)/t in u = z/α over the time t = −s, s = σ/α: falling noise is rising time, as diffrax counts
-it. x̂ comes back out of the field f as u − t f. Each takes fixed steps and calls the denoiser at the start of a step.
+it. x̂ comes back out of the field f as u − t f.
 """
 
 from collections.abc import Callable
@@ -103,8 +103,8 @@ class Churned(_FixedStep):
 def churned(t0: Time, t1: Time, churn: float, start: Time) -> Time:
     """Where a step from `t0` to `t1` begins: as much as `churn` times its length in λ back, but not before `start`.
 
-    In proportion to the step's length, so that ever shorter steps have a limit: the reverse SDE whose noise is
-    `churn` times that of Anderson's, du = −(1 + churn)(u − x̂) dτ + sqrt(2 churn) s dW with τ = −log s.
+    In proportion to the step's length, so that ever shorter steps have a limit: the reverse SDE whose noise has
+    `churn` times the variance of Anderson's, du = −(1 + churn)(u − x̂) dτ + sqrt(2 churn) s dW with τ = −log s.
     """
     return jnp.maximum(t0 * (t0 / t1) ** churn, start)
 
