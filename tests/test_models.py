@@ -132,6 +132,30 @@ def test_training_minimises_bits_per_pixel_of_the_sum(small_config, model, image
     assert float(value) == pytest.approx(float(jnp.mean(bound.total)) / (256 * math.log(2)), rel=1e-4)
 
 
+def test_stage_2_is_the_sigmoid_weighted_loss_between_the_prior_s_ends(small_config, model, images):
+    """By hand: λ from 5 to −10 by a cosine around b = 1, w = sigmoid(1 − λ), bits per pixel of 16·16 pixels."""
+    config = dataclasses.replace(small_config, base_bias=1.0, label_dropout=0.0)
+    base = shaken(make_base(model, config, 3, key=jax.random.key(1)))
+    label = jnp.asarray([0, 1, 2, 0])
+    z_clean = eqx.filter_jit(model.z_clean)(images)
+    value, _ = eqx.filter_jit(base_loss(config))(
+        base, model, {"z_clean": z_clean, "label": label}, draws(), jnp.asarray(0)
+    )
+    t = np.asarray(draws().times(0), np.float64)
+    angle = lambda logsnr: math.atan(math.exp(-0.5 * (logsnr - 1.0)))  # noqa: E731
+    low, width = angle(5.0), angle(-10.0) - angle(5.0)
+    logsnr = 1.0 - 2 * np.log(np.tan(low + width * t))
+    slope = 4 * width / np.sin(2 * (low + width * t))
+    loss_keys = diffusion.split_keys(diffusion.split_keys(draws().keys, 2)[1], 2)
+    alpha, sigma = (np.sqrt(1 / (1 + np.exp(sign * logsnr)))[:, None, None, None] for sign in (-1, 1))
+    z_t = jnp.asarray(alpha * z_clean + sigma * diffusion.normal(loss_keys[0], z_clean), jnp.float32)
+    z_hat = eqx.filter_jit(base)(z_t, jnp.asarray(logsnr, jnp.float32), label=label)
+    error = np.sum((np.asarray(z_clean, np.float64) - np.asarray(z_hat)) ** 2, axis=(1, 2, 3))
+    nats = slope * np.exp(logsnr) / 2 / (1 + np.exp(logsnr - 1)) * error
+    # float32 rounds z_t near 1e-7, which the error of the least noisy example feels at 1e-3 at most.
+    assert float(value) == pytest.approx(nats.mean() / (256 * math.log(2)), rel=1e-3)
+
+
 def test_stage_2_leaves_the_encoder_alone_and_drops_labels(small_config, model, images):
     base = make_base(model, small_config, 3, key=jax.random.key(1))
     batch = {"image": jnp.asarray((images + 1) * 127.5, jnp.uint8), "label": jnp.asarray([0, 1, 2, 0])}

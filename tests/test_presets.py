@@ -45,10 +45,7 @@ def abstract():
 
 @pytest.mark.parametrize("name", SIZES)
 def test_preset_initialises_and_takes_a_step(name):
-    """Shapes and types of a whole training step of both stages, without computing it.
-
-    Stage 2 draws labels; where a preset has none, ten classes stand in.
-    """
+    """Shapes and types of a whole training step of both stages, without computing it."""
     preset, shape, num_classes = SIZES[name]
     config = dataclasses.replace(Config(), data=dataclasses.replace(Config().data, resolution=shape[-2]))
     batch = {
@@ -57,7 +54,7 @@ def test_preset_initialises_and_takes_a_step(name):
     }
 
     def steps(batch, key):
-        model, base = networks(preset, shape, num_classes or 10, key)
+        model, base = networks(preset, shape, num_classes, key)
         draws = Draws(keys=jax.random.split(key, 2), step_key=key)
         results = []
         for loss, trained, frozen in ((autoencoder_loss(config), model, None), (base_loss(config), base, model)):

@@ -1,5 +1,6 @@
 """The two training losses: stage 1 (Alg. 1) and stage 2 (§3.3), in the form that `training.make_step` takes."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -76,17 +77,17 @@ def base_loss(config: Config) -> Loss:
     """
     weighting = weightings.sigmoid(bias=config.base_bias)
     schedule = base_schedule(config)
-    pixels = config.data.resolution**2
 
     def loss(base: Denoiser, frozen: UnifiedLatents, batch: Batch, draws: Draws, step: Int[Array, ""]):
         z_clean = batch["z_clean"] if "z_clean" in batch else frozen.z_clean(to_float(batch["image"]))
         z_clean = jax.lax.stop_gradient(z_clean)
         label_keys, loss_keys = diffusion.split_keys(draws.keys, 2)
-        label = drop_labels(batch["label"], label_keys, config.label_dropout, base.network.num_classes)
+        num_classes = base.network.num_classes
+        label = drop_labels(batch["label"], label_keys, config.label_dropout, num_classes) if num_classes else None
         nats = losses.diffusion_loss(
             base.given(label=label), z_clean, schedule, weighting, key=loss_keys, t=draws.times(0)
         )
-        total = losses.bits_per_pixel(nats, num_pixels=pixels).mean()
+        total = losses.bits_per_pixel(nats, num_pixels=math.prod(frozen.encoder.shape[:-1])).mean()
         return total, {"loss": total}
 
     return loss
