@@ -36,7 +36,8 @@ def rows(name: str) -> list[str]:
     import jax
 
     from ulx.cost import network_costs
-    from ulx.models import Denoiser, UnifiedLatents
+    from ulx.denoiser import Denoiser
+    from ulx.models import UnifiedLatents
     from ulx.nn.uvit import UViT
     from ulx.presets import PAPER
 

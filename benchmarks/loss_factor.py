@@ -67,9 +67,7 @@ def point(config: "Config") -> dict:
     dataset = open_dataset(config.data)
     runs.remember_data(path, dataset)
     watch = CollapseWatch(config)
-    state = job.train_stage(
-        "stage1", runs.stage1_state(config), None, autoencoder_loss(config), dataset, config, config.train, watch
-    )
+    state = job.train_stage("stage1", runs.stage1_state(config), None, autoencoder_loss(config), dataset, config, watch)
     measured = evaluate_autoencoder(state.ema_model, dataset, config)
     return {
         "loss_factor": config.loss_factor,

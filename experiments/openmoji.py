@@ -3,6 +3,7 @@
     python experiments/openmoji.py                                      the default run, 32×32 pixels
     python experiments/openmoji.py --preset smoke                       everything, small, in a minute or two
     python experiments/openmoji.py --loss-factor 3 --name lf3           change one thing
+    python experiments/openmoji.py --variant learned-variance --name d  a variant of the paper, or a baseline
     python experiments/openmoji.py --resume                             continue after an interruption
     python experiments/openmoji.py --data.source folder --data.path DIR --name mine      your own images
 
@@ -13,6 +14,7 @@ Leaves runs/NAME/report.html with pictures, curves, bits and distances. Presets:
 from ulx.config import Config, EvaluateConfig, SampleConfig, TrainConfig
 from ulx.data import DataConfig
 from ulx.presets import MODELS
+from ulx.variants import VARIANTS
 
 PRESETS = {
     "tiny": Config(
@@ -56,7 +58,8 @@ PRESETS = {
 def main() -> None:
     from ulx.command_line import parse, run_command
 
-    config = parse(Config, PRESETS, default="tiny", description=__doc__ or "")
+    changes = {name: variant.change for name, variant in VARIANTS.items()}
+    config = parse(Config, PRESETS, default="tiny", variants=changes, description=__doc__ or "")
     from ulx import job
 
     run_command(lambda: job.run(config))

@@ -278,8 +278,9 @@ class TestEstimators:
 def test_bound_adds_its_terms():
     bound = Bound(
         prior=PriorTerms(diffusion=jnp.array([1.0, 2.0]), terminal=jnp.array([0.5, 0.25])),
+        encoder=jnp.array([-0.5, -1.0]),
         decoder=jnp.array([10.0, 20.0]),
     )
-    np.testing.assert_array_equal(bound.rate, [1.5, 2.25])
-    np.testing.assert_array_equal(bound.total, [11.5, 22.25])
-    assert len(jax.tree.leaves(bound)) == 3  # a pytree: it comes out of a jitted step and averages leaf by leaf
+    np.testing.assert_array_equal(bound.rate, [1.0, 1.25])
+    np.testing.assert_array_equal(bound.total, [11.0, 21.25])
+    assert len(jax.tree.leaves(bound)) == 4  # a pytree: it comes out of a jitted step and averages leaf by leaf

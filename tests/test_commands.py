@@ -14,6 +14,7 @@ from PIL import Image
 
 from ulx import encode, reconstruct, runs, sample
 from ulx.config import from_json
+from ulx.decoders import DiffusionDecoder
 from ulx.image_files import ImageFolder, contact_sheet, png_names
 from ulx.seeding import root_key
 
@@ -48,8 +49,10 @@ call = eqx.filter_jit(lambda network, *args, **given: network(*args, **given))
 
 def decoded(run: runs.Run, z_0, key) -> np.ndarray:
     """Pixels of one z_0 by two DDIM steps of the decoder, evenly spaced in λ."""
-    top, bottom = run.model.image_schedule.logsnr_max, run.model.image_schedule.logsnr_min
-    denoise = lambda x, logsnr: call(run.model.decoder, x, logsnr, context=z_0)  # noqa: E731
+    assert isinstance(run.model.decoder, DiffusionDecoder)
+    denoiser, schedule = run.model.decoder.denoiser, run.model.decoder.schedule
+    top, bottom = schedule.logsnr_max, schedule.logsnr_min
+    denoise = lambda x, logsnr: call(denoiser, x, logsnr, context=z_0)  # noqa: E731
     return to_pixels(ddim(denoise, first_noise(key, (1, 16, 16, 3)), [bottom, (top + bottom) / 2, top])[0])
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from ulx import evaluation, runs
 from ulx.bound import estimate_decoder, estimate_rate
+from ulx.diffusion import split_keys
 from ulx.generate import example_keys
 from ulx.progress import Progress
 from ulx.seeding import root_key
@@ -37,7 +38,7 @@ def test_rate_under_the_base_model_is_without_a_label(run, runner, images):
         denoise = lambda z_t, logsnr, *, key=None: base(z_t, logsnr, label=jnp.full(len(z_t), label))  # noqa: E731
         return estimate_rate(denoise, model.encoder(x), model.latent_schedule, key=keys, levels=4).rate
 
-    x, keys = jnp.asarray(images) / 127.5 - 1, example_keys(root_key(0, "evaluation rate"), 0, 5)
+    x, keys = jnp.asarray(images) / 127.5 - 1, split_keys(example_keys(root_key(0, "evaluation rate"), 0, 5), 2)[1]
     none, first = (by_hand(run.model, run.base, x, keys, jnp.asarray(label)) for label in (3, 0))
     found = runner.rate(images, run.base)
     np.testing.assert_allclose(found.rate, none, rtol=1e-4)  # another batch shape rounds differently
@@ -57,8 +58,8 @@ def test_decoder_nats_are_those_of_the_images_given_their_noisy_latents(run, run
         z_key, decoder_key = jax.vmap(jax.random.split, out_axes=1)(keys)
         alpha, sigma = jax.nn.sigmoid(5.0) ** 0.5, jax.nn.sigmoid(-5.0) ** 0.5
         z_0 = alpha * model.encoder(x) + sigma * jax.vmap(lambda k: jax.random.normal(k, (8, 8, 4)))(z_key)
-        denoise = lambda z_t, logsnr, *, key=None: model.decoder(z_t, logsnr, context=z_0)  # noqa: E731
-        return estimate_decoder(denoise, x, model.image_schedule, key=decoder_key, levels=4).total
+        denoise = lambda z_t, logsnr, *, key=None: model.decoder.denoiser(z_t, logsnr, context=z_0)  # noqa: E731
+        return estimate_decoder(denoise, x, model.decoder.schedule, key=decoder_key, levels=4).total
 
     found = runner.decoder_nats(images)
     expected = by_hand(

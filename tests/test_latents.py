@@ -42,7 +42,7 @@ def test_loss_and_gradient_are_those_of_encoding_the_batch(small_config, small_d
         return eqx.filter_value_and_grad(loss)(base)
 
     (online, online_grad), (cached, cached_grad) = map(value_and_grad, examples)
-    assert set(examples[1]) == {"z_clean", "label"}
+    assert set(examples[1]) == {"mean", "label"}
     # Batches of 5 and of 4 round differently in float32.
     assert float(cached) == pytest.approx(float(online), rel=1e-5)
     for a, b in zip(jax.tree.leaves(cached_grad), jax.tree.leaves(online_grad), strict=True):
@@ -52,8 +52,8 @@ def test_loss_and_gradient_are_those_of_encoding_the_batch(small_config, small_d
 def test_every_image_is_there_once_in_order(small_dataset, model, latents):
     """12 images in batches of 5: the last batch is filled up, and the filling is gone."""
     images = np.stack([example["image"] for example in small_dataset.train])
-    found = np.stack([example["z_clean"] for example in latents.train])
-    np.testing.assert_allclose(found, model.z_clean(jnp.asarray(to_float(images))), atol=1e-5)
+    found = np.stack([example["mean"] for example in latents.train])
+    np.testing.assert_allclose(found, model.encoder(jnp.asarray(to_float(images))), atol=1e-5)
     np.testing.assert_array_equal(latents.train.labels, small_dataset.train.labels)
     assert latents.validation is small_dataset.validation
 
@@ -62,9 +62,9 @@ def test_flipped_images_are_encoded_not_flipped_latents(small_dataset, model, la
     both = encoded(small_dataset, model, batch_size=5, flip=True)
     assert len(both.train) == 24
     images = np.stack([example["image"][:, ::-1] for example in small_dataset.train])
-    mirrored = np.stack([both.train[12 + i]["z_clean"] for i in range(12)])
-    np.testing.assert_allclose(mirrored, model.z_clean(jnp.asarray(to_float(images))), atol=1e-5)
-    np.testing.assert_array_equal(both.train[3]["z_clean"], latents.train[3]["z_clean"])
+    mirrored = np.stack([both.train[12 + i]["mean"] for i in range(12)])
+    np.testing.assert_allclose(mirrored, model.encoder(jnp.asarray(to_float(images))), atol=1e-5)
+    np.testing.assert_array_equal(both.train[3]["mean"], latents.train[3]["mean"])
     assert both.train[15]["label"] == both.train[3]["label"]
     assert both.fingerprint != latents.fingerprint
 

@@ -51,26 +51,26 @@ def test_the_bound_is_algorithm_1(model, images):
     """Against its terms put together from the losses, with the same three independent noises."""
     times = (jnp.linspace(0.1, 0.9, 4), jnp.linspace(0.9, 0.2, 4))
     weighting = weightings.sigmoid(2.5, 1.5)
-    bound, z_clean = eqx.filter_jit(model.bound)(images, weighting, key=keys(), t=times)
+    bound, posterior = eqx.filter_jit(model.bound)(images, weighting, key=keys(), t=times)
 
     @eqx.filter_jit
     def by_hand(model):
         z_clean = model.encoder(images)
-        z_key, prior_key, decoder_key = diffusion.split_keys(keys(), 3)
+        _, z_key, prior_key, decoder_key, _ = diffusion.split_keys(keys(), 5)
         z_0 = losses.add_noise(z_clean, schedules.linear(5.0, -10.0), key=z_key)
         prior = losses.prior_loss(model.prior.given(), z_clean, model.latent_schedule, key=prior_key, t=times[0])
         decoder = losses.decoder_loss(
-            model.decoder_given(z_0), images, model.image_schedule, weighting, key=decoder_key, t=times[1]
+            model.decoder.given(z_0), images, model.decoder.schedule, weighting, key=decoder_key, t=times[1]
         )
         return z_clean, prior, decoder
 
     expected, prior, decoder = by_hand(model)
-    np.testing.assert_allclose(z_clean, expected, atol=1e-5)
+    np.testing.assert_allclose(posterior.mean, expected, atol=1e-5)
     # Two compilations of the same float32 sums.
     np.testing.assert_allclose(bound.rate, prior.total, rtol=1e-4)
     np.testing.assert_allclose(bound.total, prior.total + decoder, rtol=1e-4)
     assert model.latent_schedule.logsnr_max == 5.0
-    assert model.image_schedule == schedules.image_schedule(16)
+    assert model.decoder.schedule == schedules.image_schedule(16)
 
 
 def test_the_bound_drops_out_only_when_it_is_told_to(small_config, images):
@@ -126,7 +126,10 @@ def test_training_minimises_bits_per_pixel_of_the_sum(small_config, model, image
     assert float(value) == pytest.approx(float(metrics["rate"] + metrics["decoder"]), rel=1e-5)
     x = batch["image"].astype(jnp.float32) / 127.5 - 1
     bound, _ = eqx.filter_jit(model.bound)(
-        x, small_config.decoder_weighting, key=draws().keys, t=(draws().times(0), draws().times(1))
+        x,
+        small_config.decoder_weighting,
+        key=diffusion.split_keys(draws().keys, 2)[1],
+        t=(draws().times(0), draws().times(1)),
     )
     # One divisor for both terms: pixels · ln 2, with 16·16 pixels whatever the channels.
     assert float(value) == pytest.approx(float(jnp.mean(bound.total)) / (256 * math.log(2)), rel=1e-4)
@@ -137,16 +140,16 @@ def test_stage_2_is_the_sigmoid_weighted_loss_between_the_prior_s_ends(small_con
     config = dataclasses.replace(small_config, base_bias=1.0, label_dropout=0.0)
     base = shaken(make_base(model, config, 3, key=jax.random.key(1)))
     label = jnp.asarray([0, 1, 2, 0])
-    z_clean = eqx.filter_jit(model.z_clean)(images)
+    z_clean = eqx.filter_jit(model.encoder)(images)
     value, _ = eqx.filter_jit(base_loss(config))(
-        base, model, {"z_clean": z_clean, "label": label}, draws(), jnp.asarray(0)
+        base, model, {"mean": z_clean, "label": label}, draws(), jnp.asarray(0)
     )
     t = np.asarray(draws().times(0), np.float64)
     angle = lambda logsnr: math.atan(math.exp(-0.5 * (logsnr - 1.0)))  # noqa: E731
     low, width = angle(5.0), angle(-10.0) - angle(5.0)
     logsnr = 1.0 - 2 * np.log(np.tan(low + width * t))
     slope = 4 * width / np.sin(2 * (low + width * t))
-    loss_keys = diffusion.split_keys(diffusion.split_keys(draws().keys, 2)[1], 2)
+    loss_keys = diffusion.split_keys(diffusion.split_keys(draws().keys, 3)[1], 2)
     alpha, sigma = (np.sqrt(1 / (1 + np.exp(sign * logsnr)))[:, None, None, None] for sign in (-1, 1))
     z_t = jnp.asarray(alpha * z_clean + sigma * diffusion.normal(loss_keys[0], z_clean), jnp.float32)
     z_hat = eqx.filter_jit(base)(z_t, jnp.asarray(logsnr, jnp.float32), label=label)
@@ -167,10 +170,12 @@ def test_stage_2_leaves_the_encoder_alone_and_drops_labels(small_config, model, 
     assert float(optax.tree.norm(eqx.filter(to_base, eqx.is_array))) > 0
     assert float(optax.tree.norm(eqx.filter(to_encoder, eqx.is_array))) == 0
     labels = jnp.zeros(4000, jnp.int32)
-    dropped = drop_labels(labels, keys(4000), 0.1, null=3)
+    dropped = drop_labels(labels, keys(4000), 0.1, 3)
+    assert dropped is not None
     # The share has a standard error of 0.005.
     assert abs(float((dropped == 3).mean()) - 0.1) < 0.02
     assert set(np.unique(dropped)) == {0, 3}
+    assert drop_labels(labels, keys(4000), 0.1, 0) is None
 
 
 def test_an_example_is_the_same_in_any_batch(model):

@@ -11,7 +11,8 @@ import pytest
 
 from ulx.config import Config
 from ulx.cost import network_costs
-from ulx.models import Denoiser, ModelConfig, UnifiedLatents
+from ulx.denoiser import Denoiser
+from ulx.models import ModelConfig, UnifiedLatents
 from ulx.nn.transformer import Stack
 from ulx.nn.uvit import UViT
 from ulx.presets import MODELS, PAPER
@@ -88,7 +89,9 @@ def test_networks_are_those_of_section_5_1(name, abstract):
     video = name.startswith("kinetics")
     latent_space = (4, 16, 16) if video else (32, 32)
     assert model.latent_shape == (*latent_space, 32)
-    reductions = [network.config.reduction(len(latent_space)) for network in (model.encoder, model.decoder.network)]
+    reductions = [
+        network.config.reduction(len(latent_space)) for network in (model.encoder, model.decoder.denoiser.network)
+    ]
     assert reductions == [(4, 8, 8)] * 2 if video else [(16, 16)] * 2
 
     # Encoder: 2×2 patches, [128, 256, 512, 512], 2 residual blocks a stage and 3 in the last.
@@ -99,7 +102,7 @@ def test_networks_are_those_of_section_5_1(name, abstract):
     prior = model.prior.network
     assert (stack_weights(prior.middle), len(prior.stages), prior.config.block.dropout) == ((8, 1024), 0, 0)
     # Decoder: 2×2 patches, stages of [128, 256, 512], 8 × 1024 in the middle, dropout 0.1, conditioned on z_0.
-    decoder = model.decoder.network
+    decoder = model.decoder.denoiser.network
     assert decoder.project_in.weight.shape == (2 * 2 * 3, 128)
     widths = [[block.conv_1.weight.shape[-1] for block in (*stage.before, *stage.after)] for stage in decoder.stages]
     assert widths == [[128] * 4, [256] * 4, [512] * 4]

@@ -36,13 +36,13 @@ class Runner:
         # Nats: 1, 2, 3, 4 in the four slices and 0.5 of terminal KL, each image i with (i + 1) times that; the base
         # model (of three classes) needs twice the nats of every slice.
         times = jnp.arange(1.0, len(images) + 1)
-        slices = jnp.arange(1.0, 5.0) * (2 if denoiser.network.num_classes else 1)
+        slices = jnp.arange(1.0, 5.0) * (2 if denoiser.num_classes else 1)
         nats = times[:, None, None] * slices
-        return RateEstimate(DiffusionEstimate(nats, self.model.latent_schedule), 0.5 * times)
+        return RateEstimate(DiffusionEstimate(nats, self.model.latent_schedule), 0.5 * times, 0 * times)
 
     def decoder_nats(self, images):
         nats = jnp.full((len(images), 1, 4), 25.0).at[0].set(30.0)
-        return DiffusionEstimate(nats, self.model.image_schedule)
+        return DiffusionEstimate(nats, self.model.decoder.schedule)
 
     def encode(self, images):
         return images.astype(np.float32)

@@ -87,7 +87,7 @@ def run_stage(config, dataset, on_log=lambda step, metrics: None):
     path = runs.open_folder(config)
     runs.remember_data(path, dataset)
     state, loss = runs.stage1_state(config), autoencoder_loss(config)
-    return job.train_stage("stage1", state, None, loss, dataset, config, config.train, on_log)
+    return job.train_stage("stage1", state, None, loss, dataset, config, on_log)
 
 
 @pytest.fixture
@@ -147,8 +147,8 @@ def test_non_finite_values_stop_the_run_and_say_where(config, small_dataset, tmp
     config = dataclasses.replace(config, name="nan")
     path = runs.open_folder(config)
     state = runs.stage1_state(config)
-    poisoned = state.model.decoder.network.project_out.bias.at[0].set(jnp.nan)
-    state = eqx.tree_at(lambda s: s.model.decoder.network.project_out.bias, state, poisoned)
+    poisoned = state.model.decoder.denoiser.network.project_out.bias.at[0].set(jnp.nan)
+    state = eqx.tree_at(lambda s: s.model.decoder.denoiser.network.project_out.bias, state, poisoned)
     with pytest.raises(NonFiniteError, match=r"not finite at step 1: .*decoder.*gradient/decoder") as error:
         job.train_stage("stage1", state, None, autoencoder_loss(config), small_dataset, config, config.train)
     assert "gradient/prior" not in str(error.value)  # the prior is innocent, and not named

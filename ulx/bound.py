@@ -32,20 +32,22 @@ __all__ = ["Bound", "DiffusionEstimate", "Mean", "RateEstimate", "estimate_decod
 @pytree
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """The terms of L = L_z + L_x (Alg. 1), in nats per example."""
+    """The terms of L = L_z + L_x (Alg. 1), with an encoder of variance L_z + L_e + L_x, in nats per example."""
 
     prior: PriorTerms
+    encoder: PerExample
+    """L_e (Eq. 5); 0 for an encoder without variance."""
     decoder: PerExample
     """L_x as weighted in training; a bound on the decoder's own nats only for w = 1."""
 
     @property
     def rate(self) -> PerExample:
-        """The latent's rate: L_z, always unweighted."""
-        return self.prior.total
+        """The latent's rate, L_z + L_e."""
+        return self.prior.total + self.encoder
 
     @property
     def total(self) -> PerExample:
-        return self.prior.total + self.decoder
+        return self.rate + self.decoder
 
 
 @pytree
@@ -125,11 +127,13 @@ class DiffusionEstimate:
 @pytree
 @dataclasses.dataclass(frozen=True)
 class RateEstimate:
-    """L_z of a batch (Eq. 3), estimated. Nats per example."""
+    """L_z of a batch (Eq. 3), estimated; with an encoder of variance L_z + L_e (Eq. 5). Nats per example."""
 
     diffusion: DiffusionEstimate
     terminal: PerExample
     """KL[q(z_1|x) ‖ N(0, I)], which needs no estimate."""
+    encoder: PerExample
+    """L_e; 0 for an encoder without variance."""
 
     @property
     def by_level(self) -> Float[Array, "b levels"]:
@@ -143,12 +147,12 @@ class RateEstimate:
 
     @property
     def rate(self) -> PerExample:
-        return self.diffusion.total + self.terminal
+        return self.diffusion.total + self.terminal + self.encoder
 
     @property
     def mean(self) -> Mean:
         """The rate over the examples; raises ValueError without two replicates."""
-        return Mean.of(self.diffusion.samples.sum(axis=2) + self.terminal[:, None])
+        return Mean.of(self.diffusion.samples.sum(axis=2) + (self.terminal + self.encoder)[:, None])
 
 
 def estimate_rate(
@@ -162,6 +166,7 @@ def estimate_rate(
     replicates: int = 1,
     placement: Placement = stratified,
     proposal: Proposal | None = None,
+    encoder: PerExample | None = None,
 ) -> RateEstimate:
     """L_z under any denoiser of z_clean (Eq. 3, w = 1): the prior that it was trained with, or a base model (Tab. 5).
 
@@ -174,6 +179,7 @@ def estimate_rate(
         replicates: independent repetitions, from which `mean` takes its errors.
         placement: how an example's draws are spread (`ulx.time_sampling`).
         proposal: importance sampling of λ, from `DiffusionEstimate.proposal`; None draws t uniformly.
+        encoder: L_e of the posterior that z_clean was drawn from (`Posterior.nats`), none by default.
 
     Raises:
         ValueError: levels, draws or replicates below 1, a proposal for other end points than the schedule's, or what
@@ -182,6 +188,7 @@ def estimate_rate(
     return RateEstimate(
         _estimate(denoise, z_clean, schedule, key, levels, draws, replicates, placement, proposal),
         terminal=terminal_kl(z_clean, schedule.logsnr_min),
+        encoder=jnp.zeros(z_clean.shape[0]) if encoder is None else encoder,
     )
 
 

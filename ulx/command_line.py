@@ -25,18 +25,27 @@ def parse(
     *,
     default: str,
     description: str,
+    variants: Mapping[str, Callable[[Settings], Settings]] | None = None,
     args: Sequence[str] | None = None,
 ) -> Settings:
-    """A configuration from the command line: `--preset` chooses the defaults, every field is an option."""
+    """A configuration from the command line: every field is an option, and `--preset` chooses the defaults.
+
+    `--variant` changes these: by default the first of `variants`, if there are any.
+    """
     import tyro
 
     args = list(sys.argv[1:] if args is None else args)
+    variants = variants or {}
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=sorted(presets), default=default)
-    chosen = first.parse_known_args(args)[0].preset
+    first.add_argument("--variant", choices=list(variants), default=next(iter(variants), None))
+    chosen = first.parse_known_args(args)[0]
     with _errors_in_one_line():
+        defaults = presets[chosen.preset]
+        if chosen.variant is not None:
+            defaults = variants[chosen.variant](defaults)
         return tyro.cli(
-            kind, default=presets[chosen], description=description, args=args, config=(tyro.conf.AvoidSubcommands,)
+            kind, default=defaults, description=description, args=args, config=(tyro.conf.AvoidSubcommands,)
         )
 
 

@@ -127,6 +127,8 @@ class EvaluateConfig:
 class Config:
     preset: str = "tiny"
     """Where the defaults below come from."""
+    variant: str = "unified"
+    """What of the method is changed in those defaults: one of `ulx.variants`."""
     name: str = "openmoji"
     """The run's folder is RUNS/NAME."""
     runs: str = "runs"
@@ -142,6 +144,15 @@ class Config:
     prior_warmup: tuple[int, int] = (50, 250)
     """Stage-1 steps between which the gradient that the prior sends into the encoder rises from 0 to 1. The prior
     itself always trains at weight 1, and afterwards the objective is exactly the paper's."""
+    prior_gradient: float = 1.0
+    """The weight at which the encoder pays for its rate once the warm-up is over. The paper's is 1; 0 stops the
+    gradient into the prior (Tab. 6, A)."""
+    kl_weight: float = 0.0
+    """Weight of KL[q(z_0|x) ‖ N(0, I)] in what the encoder pays, beside its rate (Tab. 6, A)."""
+    autoencoder: str | None = None
+    """A run whose stage 1, with all its settings, is taken in the place of training one (Tab. 6, C)."""
+    single_stage: bool = False
+    """No stage 2: the prior, which is then given the classes, generates (App. B)."""
     base_bias: float = 0.0
     """b of the base model's sigmoid weighting on latents."""
     cache_latents: bool = True
@@ -152,6 +163,8 @@ class Config:
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     """Stage 1: encoder, prior and decoder together."""
+    train_decoder: TrainConfig = TrainConfig()
+    """Between the stages, for reconstruction "mse-then-diffusion": the diffusion decoder on frozen latents."""
     train_base: TrainConfig = TrainConfig()
     """Stage 2: the base model on the frozen encoder's latents."""
     sample: SampleConfig = SampleConfig()
@@ -173,6 +186,14 @@ class Config:
                 f"prior_warmup={self.prior_warmup} ends at or after the last step of stage 1 ({self.train.steps}): the "
                 "run would never reach the paper's objective; end it earlier, or train longer"
             )
+        for name in ("prior_gradient", "kl_weight"):
+            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+                raise ValueError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}")
+        if self.single_stage and (self.model.latent == "pixels" or self.model.latent_prior == "normal"):
+            raise ValueError(
+                "single_stage generates with the stage-1 prior, and there is no network for it with "
+                f"latent={self.model.latent!r}, latent_prior={self.model.latent_prior!r}"
+            )
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")
         if not self.name or Path(self.name).name != self.name:
@@ -187,6 +208,22 @@ class Config:
     def can_guide(self) -> bool:
         """Whether there are guided samples: a scale that does something, and a null label that was trained."""
         return self.sample.guidance_scale != 1 and self.label_dropout > 0
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The names of what is trained, in order."""
+        trained = {
+            "stage1": self.model.latent == "encoder",
+            "decoder": self.model.latent == "encoder" and self.model.reconstruction == "mse-then-diffusion",
+            "stage2": not self.single_stage,
+        }
+        return tuple(name for name, is_there in trained.items() if is_there)
+
+    @property
+    def train_configs(self) -> dict[str, TrainConfig]:
+        """How each of `stages` is trained."""
+        all_of_them = {"stage1": self.train, "decoder": self.train_decoder, "stage2": self.train_base}
+        return {stage: all_of_them[stage] for stage in self.stages}
 
     @property
     def path(self) -> Path:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from ulx import flops
-from ulx.models import Denoiser, UnifiedLatents
+from ulx.denoiser import Denoiser
+from ulx.models import UnifiedLatents
 
 __all__ = ["Cost", "network_costs", "num_parameters"]
 
@@ -29,15 +30,21 @@ def num_parameters(module: PyTree) -> int:
 
 
 def network_costs(model: UnifiedLatents, base: Denoiser) -> dict[str, Cost]:
-    """`encoder`, `prior`, `decoder`, `base` -> what it costs. Nothing is computed: weights may be shapes alone."""
-    x = jax.ShapeDtypeStruct((1, *model.encoder.shape), jnp.float32)
+    """`encoder`, `prior`, `decoder`, `base` -> what one call costs. Nothing is computed: weights may be shapes alone.
+
+    A part without weights (a standard normal prior, the pixels themselves) costs nothing. A single-stage model's base
+    is its prior.
+    """
+    x = jax.ShapeDtypeStruct((1, *model.shape), jnp.float32)
     z = jax.ShapeDtypeStruct((1, *model.latent_shape), jnp.float32)
     level = jax.ShapeDtypeStruct((1,), jnp.float32)
+    told = model.logsnr_0 is not None
+    denoise = lambda denoiser, z, level: denoiser.given()(z, level)  # noqa: E731
     calls = {
         "encoder": (model.encoder, lambda encoder, x: encoder(x), (x,)),
-        "prior": (model.prior, lambda prior, z, level: prior(z, level), (z, level)),
-        "decoder": (model.decoder, lambda decoder, x, level, z: decoder(x, level, context=z), (x, level, z)),
-        "base": (base, lambda base, z, level: base(z, level), (z, level)),
+        "prior": (model.prior, denoise, (z, level)),
+        "decoder": (model.decoder, lambda d, x, level, z: d.given(z, level if told else None)(x, level), (x, level, z)),
+        "base": (base, denoise, (z, level)),
     }
     return {
         name: Cost(num_parameters(network), flops.forward_flops(call, network, *inputs))

@@ -6,7 +6,7 @@
 Images are prepared as for training: upright, on white, centre-cropped and resized to the run's resolution; files that
 cannot be read are named and skipped. Writes one .npz file (`numpy.load` without pickles) with
 
-    z_clean       float32 `n h w k`, the encoder's deterministic output (EMA weights)
+    z_clean       float32 `n h w k`, the encoder's output (EMA weights); of an encoder of variance its mean
     names         the files, relative to DIR with /, in the order of the rows
     logsnr_0      λ_z(0), the noise level of the latent
     run, step     the run's folder and the steps of stage 1 that its encoder was trained for
@@ -33,7 +33,7 @@ from ulx.config import to_json
 from ulx.data.pixels import to_float
 from ulx.generate import in_batches
 from ulx.image_files import ImageFolder
-from ulx.latents import weights_hash, z_clean
+from ulx.latents import posterior, weights_hash
 from ulx.progress import Progress
 from ulx.seeding import root_key
 
@@ -72,7 +72,7 @@ def encode(options: Options) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
 
     def latents(x: UInt8[np.ndarray, "b h w c"], *, keys: Key[Array, " b"]) -> Float[Array, "b *latent k"]:
-        return z_clean(run.model, jnp.asarray(to_float(x)))  # deterministic: the keys are not needed
+        return posterior(run.model, jnp.asarray(to_float(x))).mean  # which draws nothing: the keys are not needed
 
     size = min(options.batch_size or run.config.evaluate.batch_size, len(folder.names))
     names: list[str] = []

@@ -20,6 +20,7 @@ from ulx.bound import DiffusionEstimate, RateEstimate, estimate_decoder, estimat
 from ulx.config import Config
 from ulx.data.pixels import to_float, to_uint8
 from ulx.data.source import Dataset, Split
+from ulx.denoiser import Denoiser, StandardNormal
 from ulx.diffusion import split_keys
 from ulx.generate import decode, encode, in_batches, sample_latents
 from ulx.metrics import efficientnet
@@ -27,7 +28,7 @@ from ulx.metrics.features import features
 from ulx.metrics.frechet import Moments, frechet_distance
 from ulx.metrics.images import nearest, psnr
 from ulx.metrics.reference import training_moments
-from ulx.models import Denoiser, UnifiedLatents
+from ulx.models import UnifiedLatents
 from ulx.progress import Progress
 from ulx.seeding import root_int, root_key
 from ulx.typing import PerExample
@@ -181,7 +182,9 @@ class _Runner:
         size, key = self.config.evaluate.batch_size, root_key(self.config.seed, f"evaluation {purpose}")
         return in_batches(function, *arrays, batch_size=size, key=key, on_batch=on_batch)
 
-    def rate(self, images: Images, denoiser: Denoiser, labels: Int32[np.ndarray, " n"] | None = None) -> RateEstimate:
+    def rate(
+        self, images: Images, denoiser: Denoiser | StandardNormal, labels: Int32[np.ndarray, " n"] | None = None
+    ) -> RateEstimate:
         """L_z under the prior or the base model, `draws` independent estimates per image."""
         options = self.config.evaluate
 
@@ -218,7 +221,7 @@ class _Runner:
 
     def sample(
         self,
-        denoiser: Denoiser,
+        denoiser: Denoiser | StandardNormal,
         label: Int32[np.ndarray, " n"] | None,
         count: int,
         purpose: str,
@@ -246,7 +249,7 @@ class _Runner:
 @eqx.filter_jit
 def _rate(
     model: UnifiedLatents,
-    denoiser: Denoiser,
+    denoiser: Denoiser | StandardNormal,
     x: Float[Array, "b h w c"],
     label: Int[Array, " b"] | None,
     keys: Key[Array, " b"],
@@ -254,8 +257,17 @@ def _rate(
     draws: int,
 ) -> RateEstimate:
     """Without a label, which the prior has not, the base model takes its null label."""
-    z_clean, schedule = model.z_clean(x), model.latent_schedule
-    return estimate_rate(denoiser.given(label=label), z_clean, schedule, key=keys, levels=levels, replicates=draws)
+    clean_keys, rate_keys = split_keys(keys, 2)
+    posterior, schedule = model.posterior(x), model.latent_schedule
+    return estimate_rate(
+        denoiser.given(label=label),
+        posterior.sample(key=clean_keys),
+        schedule,
+        key=rate_keys,
+        levels=levels,
+        replicates=draws,
+        encoder=posterior.nats(schedule.logsnr_max),
+    )
 
 
 @eqx.filter_jit
@@ -263,18 +275,19 @@ def _decoder(
     model: UnifiedLatents, x: Float[Array, "b h w c"], keys: Key[Array, " b"], levels: int
 ) -> DiffusionEstimate:
     z_key, decoder_key = split_keys(keys, 2)
-    denoise = model.decoder_given(model.encode(x, key=z_key))
-    return estimate_decoder(denoise, x, model.image_schedule, key=decoder_key, levels=levels)
+    denoise = model.decoder.given(model.encode(x, key=z_key), model.decoder_logsnr_0(len(x)))
+    return estimate_decoder(denoise, x, model.decoder.schedule, key=decoder_key, levels=levels)
 
 
 def _bits(rate: RateEstimate, model: UnifiedLatents) -> dict[str, Any]:
-    pixels = int(np.prod(model.encoder.shape[:-1]))
+    pixels = int(np.prod(model.shape[:-1]))
     dims = int(np.prod(model.latent_shape))
     by_level = np.asarray(losses.bits_per_pixel(rate.by_level, num_pixels=pixels))
     return {
         "bits_per_pixel": _bits_per_pixel(rate.rate, rate.diffusion, model),
         "bits_per_latent_dim": _mean(losses.bits_per_latent_dim(rate.rate, num_dims=dims)) | _measured(rate.diffusion),
         "terminal_bits_per_pixel": float(np.mean(losses.bits_per_pixel(rate.terminal, num_pixels=pixels))),
+        "encoder_bits_per_pixel": float(np.mean(losses.bits_per_pixel(rate.encoder, num_pixels=pixels))),
         "latent_shape": list(model.latent_shape),
         "rate_by_level": {
             "logsnr_edges": np.asarray(rate.logsnr_edges).tolist(),
@@ -285,7 +298,7 @@ def _bits(rate: RateEstimate, model: UnifiedLatents) -> dict[str, Any]:
 
 
 def _bits_per_pixel(nats: PerExample, estimate: DiffusionEstimate, model: UnifiedLatents) -> dict[str, Any]:
-    pixels = int(np.prod(model.encoder.shape[:-1]))
+    pixels = int(np.prod(model.shape[:-1]))
     return _mean(losses.bits_per_pixel(nats, num_pixels=pixels)) | _measured(estimate)
 
 

@@ -11,10 +11,11 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from ulx import guidance, samplers
 from ulx.config import SampleConfig
+from ulx.denoiser import Denoiser, StandardNormal
 from ulx.diffusion import normal, split_keys
-from ulx.models import Denoiser, UnifiedLatents
+from ulx.models import UnifiedLatents
 from ulx.schedules import Schedule
-from ulx.typing import Denoise
+from ulx.typing import Denoise, Keys
 
 __all__ = ["decode", "encode", "example_keys", "in_batches", "sample_latents"]
 
@@ -26,7 +27,7 @@ def example_keys(key: Key[Array, ""], start: int, count: int) -> Key[Array, " b"
 
 @eqx.filter_jit
 def sample_latents(
-    denoiser: Denoiser,
+    denoiser: Denoiser | StandardNormal,
     schedule: Schedule,
     config: SampleConfig,
     *,
@@ -39,12 +40,12 @@ def sample_latents(
     Without `label` it samples unconditionally; guidance needs a label. Raises ValueError for guidance without.
     """
     noise_keys, solver_keys = split_keys(keys, 2)
-    noise = normal(noise_keys, jnp.zeros((len(keys), *denoiser.network.shape)))
+    noise = normal(noise_keys, jnp.zeros((len(keys), *denoiser.shape)))
     denoise: Denoise = denoiser.given(label=label)
     if guidance_scale != 1:
         if label is None:
             raise ValueError(f"guidance_scale={guidance_scale} guides towards a label, and none was given")
-        null = jnp.full_like(label, denoiser.network.num_classes)
+        null = jnp.full_like(label, denoiser.num_classes)
         guided = guidance.classifier_free(denoiser.given(label=jnp.concatenate([label, null])), guidance_scale)
         interval = config.guidance_interval
         denoise = guided if interval is None else guidance.within(interval, guided, denoise)
@@ -58,21 +59,22 @@ def sample_latents(
 def decode(
     model: UnifiedLatents, z_0: Float[Array, "b *latent k"], config: SampleConfig, *, keys: Key[Array, " b"]
 ) -> samplers.Sample:
-    """Images in [−1, 1] from z_0 by the diffusion decoder (Alg. 2, second half)."""
-    schedule = model.image_schedule
-    grid = samplers.logsnr_grid(
-        config.decoder_num_steps, logsnr_min=schedule.logsnr_min, logsnr_max=schedule.logsnr_max
-    )
-    noise_keys, solver_keys = split_keys(keys, 2)
-    sample = samplers.sample(
-        model.decoder_given(z_0),
-        normal(noise_keys, jnp.zeros((len(keys), *model.encoder.shape))),
-        grid,
-        config.decoder_solver,
-        churn=config.decoder_churn,
-        tolerance=config.decoder_tolerance,
-        key=solver_keys,
-    )
+    """Images in [−1, 1] from z_0 at λ_z(0) by the model's decoder (Alg. 2, second half)."""
+
+    def solve(denoise: Denoise, noise: Float[Array, "b *dims"], schedule: Schedule, solver_keys: Keys):
+        num_steps = config.decoder_num_steps
+        grid = samplers.logsnr_grid(num_steps, logsnr_min=schedule.logsnr_min, logsnr_max=schedule.logsnr_max)
+        return samplers.sample(
+            denoise,
+            noise,
+            grid,
+            config.decoder_solver,
+            churn=config.decoder_churn,
+            tolerance=config.decoder_tolerance,
+            key=solver_keys,
+        )
+
+    sample = model.decoder.sample(z_0, solve, keys=keys, logsnr_0=model.decoder_logsnr_0(len(keys)))
     return samplers.Sample(z=jnp.clip(sample.z, -1, 1), nfe=sample.nfe)
 
 

@@ -8,22 +8,23 @@ import jax
 
 from ulx import runs
 from ulx.checkpoint import Checkpoints
-from ulx.config import Config, TrainConfig
+from ulx.config import Config
 from ulx.cost import network_costs
 from ulx.data import open_dataset
 from ulx.data.pipeline import train_batches
 from ulx.data.source import Dataset
+from ulx.denoiser import Denoiser
 from ulx.evaluation import evaluate
 from ulx.latents import encoded
 from ulx.metrics import efficientnet
 from ulx.metrics_log import MetricsLog, read_metrics
-from ulx.models import Denoiser, UnifiedLatents
+from ulx.models import UnifiedLatents
 from ulx.progress import duration
 from ulx.seeding import root_int, root_key
-from ulx.stages import CollapseWatch, autoencoder_loss, base_loss, collapsed
+from ulx.stages import CollapseWatch, autoencoder_loss, base_loss, collapsed, decoder_loss
 from ulx.training import Loss, TrainState, fit, make_optimizer, make_step
 
-__all__ = ["cost", "measure", "run", "train_stage"]
+__all__ = ["cost", "measure", "run", "train_autoencoder", "train_stage"]
 
 
 def run(config: Config) -> Path:
@@ -31,22 +32,44 @@ def run(config: Config) -> Path:
     began = time.monotonic()
     # Whatever can be refused is refused before the folder is taken, let alone after hours of training.
     efficientnet.load()
+    config = runs.adopt(config)
     dataset = open_dataset(config.data)
-    state = runs.stage1_state(config)
+    classes = len(dataset.class_names)
+    state = runs.stage1_state(config, classes)
     path = runs.open_folder(config)
     runs.remember_data(path, dataset)
+    runs.copy_autoencoder(config)
     print(f"{dataset.name}: {len(dataset.train)} training and {len(dataset.validation)} held-out images -> {path}")
 
-    watch = CollapseWatch(config)
-    model = train_stage("stage1", state, None, autoencoder_loss(config), dataset, config, config.train, watch).ema_model
-    untrained = runs.stage2_state(config, model, len(dataset.class_names))
-    examples = dataset
-    if config.cache_latents:
-        examples = encoded(dataset, model, batch_size=config.evaluate.batch_size, flip=config.data.flip)
-    base = train_stage("stage2", untrained, model, base_loss(config), examples, config, config.train_base).ema_model
+    if config.autoencoder is None:
+        model = train_autoencoder(state, dataset, config)
+    else:
+        model, _ = runs.autoencoder(path, config, classes)
+    if config.single_stage:
+        assert isinstance(model.prior, Denoiser)  # Config refuses the others
+        base = model.prior
+    else:
+        untrained = runs.stage2_state(config, model, classes)
+        examples = dataset
+        if config.cache_latents:
+            examples = encoded(dataset, model, batch_size=config.evaluate.batch_size, flip=config.data.flip)
+        base = train_stage("stage2", untrained, model, base_loss(config), examples, config).ema_model
     written = measure(path, model, base, dataset, config)
     print(f"{duration(time.monotonic() - began)} in all -> {written}")
     return written
+
+
+def train_autoencoder(state: TrainState, dataset: Dataset, config: Config) -> UnifiedLatents:
+    """Everything before the base model, from `runs.stage1_state` on; returns the averaged weights."""
+    model = state.model
+    if "stage1" in config.stages:
+        watch = CollapseWatch(config)
+        model = train_stage("stage1", state, None, autoencoder_loss(config), dataset, config, watch).ema_model
+    if "decoder" in config.stages:
+        untrained = runs.decoder_state(config, model)
+        decoder = train_stage("decoder", untrained, model, decoder_loss(config), dataset, config).ema_model
+        model = runs.with_decoder(model, decoder)
+    return model
 
 
 def measure(path: Path, model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Config) -> Path:
@@ -55,11 +78,10 @@ def measure(path: Path, model: UnifiedLatents, base: Denoiser, dataset: Dataset,
 
     began = time.monotonic()
     evaluation = evaluate(model, base, dataset, config)
-    logs = {stage: read_metrics(path / f"{stage}.jsonl") for stage in ("stage1", "stage2")}
-    evaluation.metrics["collapsed"] = collapsed(config, logs["stage1"])
+    logs = {stage: read_metrics(path / f"{stage}.jsonl") for stage in config.stages}
+    evaluation.metrics["collapsed"] = collapsed(config, logs.get("stage1", []))
     evaluation.metrics["cost"] = cost(model, base, config) | {
-        "seconds_stage1": logs["stage1"][-1]["time"],
-        "seconds_stage2": logs["stage2"][-1]["time"],
+        **{f"seconds_{stage}": log[-1]["time"] for stage, log in logs.items()},
         "seconds_evaluation": round(time.monotonic() - began),
         "device": jax.devices()[0].device_kind,
     }
@@ -74,10 +96,10 @@ def train_stage(
     loss: Loss,
     dataset: Dataset,
     config: Config,
-    train: TrainConfig,
     on_log=lambda step, metrics: None,
 ) -> TrainState:
     """One stage: restore its newest checkpoint if there is one, train what is left."""
+    train = config.train_configs[name]
     are_images = "image" in dataset.train[0]  # latents come mirrored already, and from memory
     batches = train_batches(
         dataset,
@@ -106,12 +128,17 @@ def train_stage(
 def cost(model, base, config: Config) -> dict[str, Any]:
     """Forward FLOPs per image of each network, and of the whole training (3 × forward, the paper's convention)."""
     costs = network_costs(model, base)
-    stage1 = sum(costs[name].training_flops for name in ("encoder", "prior", "decoder"))
-    # Cached latents are encoded once, which does not count; otherwise the frozen encoder runs forward only.
-    stage2 = costs["base"].training_flops + (0 if config.cache_latents else costs["encoder"].forward_flops)
+    examples = {stage: train.steps * train.batch_size for stage, train in config.train_configs.items()}
+    trained = {"stage1": ("encoder", "prior", "decoder"), "decoder": ("decoder",), "stage2": ("base",)}
+    training = {
+        stage: examples[stage] * sum(costs[name].training_flops for name in trained[stage]) for stage in config.stages
+    }
+    # Of a frozen encoder that sees every batch anew, only the forward pass. Cached latents are encoded once.
+    for stage, encodes in {"decoder": True, "stage2": not config.cache_latents}.items():
+        if stage in training and encodes:
+            training[stage] += examples[stage] * costs["encoder"].forward_flops
     return {
         "parameters": {name: cost.parameters for name, cost in costs.items()},
         "forward_flops_per_image": {name: cost.forward_flops for name, cost in costs.items()},
-        "training_flops_stage1": stage1 * config.train.steps * config.train.batch_size,
-        "training_flops_stage2": stage2 * config.train_base.steps * config.train_base.batch_size,
+        **{f"training_flops_{stage}": flops for stage, flops in training.items()},
     }

@@ -1,7 +1,7 @@
 """The training set as latents: what stage 2 reads, so that no image is encoded twice.
 
-The encoder is frozen and deterministic, so z_clean is encoded once and its noise is drawn while training; the loss
-on it is that of encoding each batch anew. The latents are held in memory (float32: `n · h · w · k · 4` bytes).
+The encoder is frozen and draws nothing, so its posterior is encoded once and all noise is drawn while training; the
+loss is that of encoding each batch anew. The latents are held in memory (float32: `n · h · w · k · 4` bytes).
 """
 
 import dataclasses
@@ -16,28 +16,29 @@ from jaxtyping import Array, Float, PyTree
 from ulx.data.pixels import to_float
 from ulx.data.source import Dataset, InMemory, Split
 from ulx.models import UnifiedLatents
+from ulx.posterior import Posterior
 from ulx.progress import Progress
 
-__all__ = ["encoded", "weights_hash", "z_clean"]
+__all__ = ["encoded", "posterior", "weights_hash"]
 
 
 @eqx.filter_jit
-def z_clean(model: UnifiedLatents, x: Float[Array, "b *space c"]) -> Float[Array, "b *latent k"]:
-    """E(x) of images in [−1, 1]."""
-    return model.z_clean(x)
+def posterior(model: UnifiedLatents, x: Float[Array, "b *space c"]) -> Posterior:
+    """What the encoder makes of images in [−1, 1]: z_clean, or its mean and standard deviation."""
+    return model.posterior(x)
 
 
 def encoded(dataset: Dataset, model: UnifiedLatents, *, batch_size: int, flip: bool) -> Dataset:
-    """`dataset` with the fields `z_clean` (float32 `*latent k`) and `label` in its training examples.
+    """`dataset` with the fields `mean`, for an encoder of variance `std`, and `label` in its training examples.
 
-    With `flip` every image is there twice, as it is and mirrored: the mirror image of a latent is none. The
-    fingerprint is that of the data and the encoder, so a run is not continued on another encoder's latents. The
-    held-out split stays one of images.
+    They are the posterior's (float32 `*latent k`). With `flip` every image is there twice, as it is and mirrored: the
+    mirror image of a latent is none. The fingerprint is that of the data and the encoder, so a run is not continued on
+    another encoder's latents. The held-out split stays one of images.
     """
     images = dataset.train
     copies = 2 if flip else 1
-    latents = np.zeros((copies * len(images), *model.latent_shape), np.float32)
-    with Progress("encode", total=len(latents), unit="images") as progress:
+    fields: dict[str, np.ndarray] = {}
+    with Progress("encode", total=copies * len(images), unit="images") as progress:
         for begin in range(0, len(images), batch_size):
             # The last batch is filled up by its last image, so that one shape is compiled.
             rows = np.minimum(np.arange(begin, begin + batch_size), len(images) - 1)
@@ -45,11 +46,14 @@ def encoded(dataset: Dataset, model: UnifiedLatents, *, batch_size: int, flip: b
             end = min(begin + batch_size, len(images))
             for copy in range(copies):
                 x = batch if copy == 0 else batch[..., ::-1, :]
-                found = np.asarray(z_clean(model, jnp.asarray(to_float(x))))
-                latents[copy * len(images) + begin : copy * len(images) + end] = found[: end - begin]
+                for name, found in vars(posterior(model, jnp.asarray(to_float(x)))).items():
+                    if found is None:
+                        continue
+                    latents = fields.setdefault(name, np.zeros((copies * len(images), *model.latent_shape), np.float32))
+                    latents[copy * len(images) + begin : copy * len(images) + end] = np.asarray(found)[: end - begin]
                 progress.advance(end - begin)
     labels = np.tile(images.labels, copies)
-    train = Split(InMemory({"z_clean": latents, "label": labels}), images.names * copies, labels)
+    train = Split(InMemory(fields | {"label": labels}), images.names * copies, labels)
     both = f"{dataset.fingerprint} {weights_hash(model.encoder)} {copies}"
     return dataclasses.replace(dataset, train=train, fingerprint=hashlib.sha256(both.encode()).hexdigest())
 

@@ -44,6 +44,7 @@ __all__ = [
     "bits_per_pixel",
     "decoder_loss",
     "diffusion_loss",
+    "encoder_loss",
     "prior_loss",
     "sample_t",
     "scale_gradient",
@@ -80,9 +81,12 @@ def sample_t(key: Key[Array, ""], size: int) -> PerExample:
     return (jax.random.uniform(key) + jnp.arange(size) / size) % 1.0
 
 
-def add_noise(z_clean: Batch, schedule: Schedule, *, key: Keys) -> Batch:
-    """z_0 = α_z(0) z_clean + σ_z(0) ε: what the decoder sees and what the base model generates."""
-    logsnr = jnp.full(z_clean.shape[0], schedule.logsnr_max)
+def add_noise(z_clean: Batch, schedule: Schedule, *, key: Keys, logsnr_0: PerExample | None = None) -> Batch:
+    """z_0 = α_z(0) z_clean + σ_z(0) ε: what the decoder sees and what the base model generates.
+
+    `logsnr_0` in the place of the schedule's λ_z(0) is for latents of varying noise (App. B).
+    """
+    logsnr = jnp.full(z_clean.shape[0], schedule.logsnr_max) if logsnr_0 is None else logsnr_0
     return diffusion.noise(z_clean, logsnr, diffusion.normal(key, z_clean))
 
 
@@ -129,16 +133,35 @@ def terminal_kl(z_clean: Batch, logsnr: float) -> PerExample:
 
 
 def prior_loss(
-    denoise: Denoise, z_clean: Batch, schedule: Schedule, *, key: Keys, t: PerExample | None = None
+    denoise: Denoise,
+    z_clean: Batch,
+    schedule: Schedule,
+    weighting: Weighting | None = None,
+    *,
+    key: Keys,
+    t: PerExample | None = None,
 ) -> PriorTerms:
     """L_z (Eq. 3): the unweighted diffusion loss of z_clean plus the terminal KL, in nats per example.
 
-    Unweighted, because an encoder hides its information at whichever noise level is discounted.
+    Unweighted, because an encoder hides its information at whichever noise level is discounted. The one weighting that
+    leaves a bound is `weightings.TruncatedLogistic`, where z_0's own noise is drawn accordingly (App. B).
     """
     return PriorTerms(
-        diffusion=diffusion_loss(denoise, z_clean, schedule, key=key, t=t),
+        diffusion=diffusion_loss(denoise, z_clean, schedule, weighting, key=key, t=t),
         terminal=terminal_kl(z_clean, schedule.logsnr_min),
     )
+
+
+def encoder_loss(std: Batch, logsnr_0: PerExample | float) -> PerExample:
+    """L_e = −½ Σ log(1 + σ_E² exp(λ_z(0))) (Eq. 5), in nats per example; rate = L_z + L_e. Never positive.
+
+    For an encoder of mean and variance, z_clean = μ + σ_E ε: L_z of that sample counts N(α z_clean, σ² I) where z_0
+    given x has the wider N(α μ, α² σ_E² + σ²), whose entropy is larger by −L_e.
+    """
+    level = jnp.broadcast_to(jnp.asarray(logsnr_0, jnp.float32), std.shape[:1])
+    level = level.reshape(-1, *(1,) * (std.ndim - 1))
+    variance_ratio = jnp.square(std.astype(jnp.float32)) * jnp.exp(level)
+    return -0.5 * jnp.sum(jnp.log1p(variance_ratio), axis=tuple(range(1, std.ndim)))
 
 
 def decoder_loss(

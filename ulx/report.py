@@ -20,7 +20,7 @@ import numpy as np
 
 from ulx import diffusion, figures, page, report_text
 from ulx.command_line import parse_arguments, run_command
-from ulx.config import Config, TrainConfig, differences, from_json
+from ulx.config import Config, differences, from_json
 from ulx.data.pixels import to_float
 from ulx.evaluation import Evaluation
 from ulx.image_files import contact_sheet, write_png
@@ -34,6 +34,8 @@ __all__ = ["write"]
 
 BUDGET = 2**20
 """Pixels of each kind of picture, though at least 8 images: with large ones the page would have hundreds of MB."""
+
+TITLES = {"stage1": "Stage 1", "decoder": "The decoder", "stage2": "Stage 2"}
 
 Metrics = dict[str, Any]
 Log = list[dict[str, Any]]
@@ -63,7 +65,7 @@ class _Run:
                 raise ValueError(f"{path / name} cannot be read: {error}") from error
 
         config, dataset = parsed("config.json", from_json), parsed("dataset.json", _dataset)
-        names = [name for name in ("stage1", "stage2") if (path / f"{name}.jsonl").exists()]
+        names = [name for name in config.stages if (path / f"{name}.jsonl").exists()]
         logs = {name: read_metrics(path / f"{name}.jsonl") for name in names}
         evaluation = None
         if (path / "evaluation" / "metrics.json").exists():
@@ -118,18 +120,20 @@ def _again(path: Path, what: str) -> str:
 
 def _head(run: _Run) -> str:
     data, config = run.dataset, run.config
+    variant = "" if config.variant == "unified" else f", variant “{escape(config.variant)}”,"
     lines = [
         f"<h1>{escape(run.path.name)}</h1>",
-        f'<p class="soft">Unified Latents on {escape(data["name"])}, {data["resolution"]}×{data["resolution"]} pixels: '
+        f'<p class="soft">Unified Latents{variant} on {escape(data["name"])}, '
+        f"{data['resolution']}×{data['resolution']} pixels: "
         f"{data['train']:,} training and {data['validation']:,} held-out images, {len(data['class_names'])} classes. "
         f"Loss factor {config.loss_factor:g}, sigmoid bias {config.decoder_weighting.bias:.3g}.</p>",
     ]
-    for stage, train in _stages(config):
+    for stage, train in config.train_configs.items():
         log = run.logs.get(stage)
         if not log:
-            lines.append(page.note(f"Stage {stage[-1]} has no {stage}.jsonl: it has not been trained yet."))
+            lines.append(page.note(f"{TITLES[stage]} has no {stage}.jsonl: it has not been trained yet."))
         elif log[-1]["step"] < train.steps:
-            lines.append(page.note(f"Stage {stage[-1]} is at step {log[-1]['step']:,} of {train.steps:,}."))
+            lines.append(page.note(f"{TITLES[stage]} is at step {log[-1]['step']:,} of {train.steps:,}."))
     if run.evaluation is None:
         lines.append(
             page.note("No evaluation yet, so no bits, distances and pictures: they come at the end of training.")
@@ -287,6 +291,7 @@ def _curves(run: _Run) -> str:
             run, "stage1", "stage1_latent", {"latent_std": "standard deviation"}, "z_clean", noise,
             "Stage 1: the latent's standard deviation over the images of a batch. Near its noise it has collapsed.",
         ),
+        _curve(run, "decoder", "decoder_loss", {"loss": "loss"}, "bits/pixel", {}, "The decoder alone: L_x."),
         _curve(run, "stage2", "stage2_loss", {"loss": "loss"}, "weighted bits/pixel", {}, "Stage 2: sigmoid-weighted."),
     ]  # fmt: skip
     html = [plot for plot in plots if plot]
@@ -300,7 +305,7 @@ def _curve(
     lines = {label: np.array([line[key] for line in log]) for key, label in keys.items() if all(key in x for x in log)}
     if not log or not lines:
         return ""
-    train = dict(_stages(run.config))[stage]
+    train = run.config.train_configs[stage]
     seen = np.array([line["step"] for line in log]) * train.batch_size
     warmup = None
     if stage == "stage1":
@@ -315,11 +320,11 @@ def _curve(
 
 def _cost(run: _Run) -> str:
     rows = []
-    for stage, train in _stages(run.config):
+    for stage, train in run.config.train_configs.items():
         if log := run.logs.get(stage):
             images, seconds = log[-1]["step"] * train.batch_size, log[-1]["time"]
             rate = f"{images / seconds:.3g} images/s, compiling included" if seconds else ""
-            rows.append([f"Stage {stage[-1]}", f"{images:,} images in {duration(seconds)}", rate])
+            rows.append([TITLES[stage], f"{images:,} images in {duration(seconds)}", rate])
     cost = run.evaluation.metrics.get("cost") if run.evaluation else None
     if run.evaluation is None or cost is None:
         rows.append(["FLOPs", "counted at the end of training", ""])
@@ -328,15 +333,15 @@ def _cost(run: _Run) -> str:
     latent_nfe, decoder_nfe = metrics["fd_efflite0"]["base"]["nfe"], metrics["sampler"]["decoder_nfe"]
     sample = latent_nfe * forward["base"] + decoder_nfe * forward["decoder"]
     rows += [
-        [f"Stage {stage}", f"{si(cost[f'training_flops_stage{stage}'])}FLOP of training", how]
-        for stage, how in ((1, "3 × forward"), (2, "3 × forward of the base model, the encoder once"))
+        [TITLES[stage], f"{si(cost[f'training_flops_{stage}'])}FLOP of training", "3 × forward of what is trained"]
+        for stage in run.config.stages
     ]
     rows += [
         ["One sample", f"{si(sample)}FLOP", f"base NFE {latent_nfe}, decoder NFE {decoder_nfe}"],
         [
             "Whole job",
-            duration(cost["seconds_stage1"] + cost["seconds_stage2"] + cost["seconds_evaluation"]),
-            f"both stages and the evaluation; {cost['device']}",
+            duration(sum(cost[f"seconds_{part}"] for part in (*run.config.stages, "evaluation"))),
+            f"training and the evaluation; {cost['device']}",
         ],
     ]
     networks = [[part, si(count), f"{si(forward[part])}FLOP"] for part, count in parameters.items()]
@@ -366,10 +371,6 @@ def _foot(run: _Run) -> str:
         (run.path / "figures" / "ATTRIBUTION.txt").write_text(credit + "\n", encoding="utf-8")
     text = f"{credit} " if credit else ""
     return f'<p class="soft">{escape(text)}Made with ulx, after Unified Latents (arXiv 2602.17270).</p>'
-
-
-def _stages(config: Config) -> list[tuple[str, TrainConfig]]:
-    return [("stage1", config.train), ("stage2", config.train_base)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 runs/NAME/
     config.json           every setting
     dataset.json          which data, its classes
-    stage1.jsonl, stage2.jsonl, tensorboard/   metrics while training
+    stage1.jsonl, stage2.jsonl, tensorboard/   metrics while training, for each stage that the run has
     checkpoints/stage1, checkpoints/stage2
     evaluation/           metrics.json, pictures.npz
     report.html, figures/
@@ -11,19 +11,38 @@ runs/NAME/
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
+
+import equinox as eqx
 
 from ulx.checkpoint import Checkpoints
 from ulx.config import Config, differences, from_json, to_json
 from ulx.data.source import Dataset
-from ulx.models import Denoiser, UnifiedLatents
+from ulx.decoders import DiffusionDecoder
+from ulx.denoiser import Denoiser
+from ulx.models import UnifiedLatents
 from ulx.seeding import root_key
-from ulx.stages import make_base
+from ulx.stages import make_base, make_decoder
 from ulx.training import TrainState, make_optimizer
 
-__all__ = ["Run", "load", "open_folder", "read_config", "remember_data", "stage1_state", "stage2_state"]
+__all__ = [
+    "Run",
+    "adopt",
+    "autoencoder",
+    "copy_autoencoder",
+    "decoder_state",
+    "load",
+    "open_folder",
+    "read_config",
+    "remember_data",
+    "stage1_state",
+    "stage2_state",
+    "with_decoder",
+]
 
 HARMLESS = (
+    "variant",  # a name for what other fields say
     "resume",
     "runs",
     "name",
@@ -32,7 +51,11 @@ HARMLESS = (
     "data.path",  # the data itself is known by its fingerprint
     "data.cache_dir",
     "data.workers",
-    *(f"{stage}.{field}" for stage in ("train", "train_base") for field in ("log_every", "save_every")),
+    *(
+        f"{stage}.{field}"
+        for stage in ("train", "train_decoder", "train_base")
+        for field in ("log_every", "save_every")
+    ),
 )
 """Fields that may change between the parts of an interrupted run: they do not touch what is trained."""
 
@@ -100,17 +123,73 @@ def remember_data(path: Path, dataset: Dataset) -> None:
     aside.replace(file)
 
 
-def stage1_state(config: Config) -> TrainState:
-    """Untrained encoder, prior and decoder with their optimizer."""
+def stage1_state(config: Config, num_classes: int = 0) -> TrainState:
+    """Untrained encoder, prior and decoder with their optimizer. The prior knows classes where it is the base too."""
     shape = (config.data.resolution, config.data.resolution, 3)
-    model = UnifiedLatents(shape, config.model, key=root_key(config.seed, "stage1 weights"))
+    key = root_key(config.seed, "stage1 weights")
+    model = UnifiedLatents(shape, config.model, num_classes=num_classes if config.single_stage else 0, key=key)
     return TrainState(model, make_optimizer(config.train))
+
+
+def decoder_state(config: Config, model: UnifiedLatents) -> TrainState:
+    """Untrained diffusion decoder for a trained encoder, with its optimizer."""
+    decoder = make_decoder(model, config, key=root_key(config.seed, "decoder weights"))
+    return TrainState(decoder, make_optimizer(config.train_decoder))
+
+
+def with_decoder(model: UnifiedLatents, decoder: DiffusionDecoder) -> UnifiedLatents:
+    """That autoencoder with another decoder."""
+    return eqx.tree_at(lambda m: m.decoder, model, decoder)
 
 
 def stage2_state(config: Config, model: UnifiedLatents, num_classes: int) -> TrainState:
     """Untrained base model with its optimizer."""
     base = make_base(model, config, num_classes, key=root_key(config.seed, "stage2 weights"))
     return TrainState(base, make_optimizer(config.train_base))
+
+
+def adopt(config: Config) -> Config:
+    """`config` with the autoencoder of the run that `config.autoencoder` names: all that stage 1 follows from.
+
+    Raises:
+        FileNotFoundError: no such run, or its stage 1 is not finished.
+        ValueError: its images are of another resolution.
+    """
+    if config.autoencoder is None:
+        return config
+    path = Path(config.autoencoder)
+    if not (path / "config.json").exists():
+        raise FileNotFoundError(f"autoencoder={config.autoencoder} is not a run: it has no config.json")
+    other = read_config(path)
+    for stage, train in other.train_configs.items():
+        if stage != "stage2" and _latest(path, stage) != train.steps:
+            raise FileNotFoundError(f"{path} has not finished {stage}: continue it with --resume first")
+    if other.data.resolution != config.data.resolution:
+        raise ValueError(
+            f"{path} was trained on images of {other.data.resolution} pixels, this run has {config.data.resolution}: "
+            "give it the same --data.resolution"
+        )
+    taken = {name: getattr(other, name) for name in (*_STAGE_1, "train", "train_decoder")}
+    return dataclasses.replace(config, model=dataclasses.replace(other.model, base=config.model.base), **taken)
+
+
+_STAGE_1 = ("loss_factor", "sigmoid_bias", "prior_warmup", "prior_gradient", "kl_weight", "single_stage")
+"""Fields that say how stage 1 was trained."""
+
+
+def copy_autoencoder(config: Config) -> None:
+    """Stage 1 of the run that `config.autoencoder` names, copied into this one's folder: the run stands on its own."""
+    if config.autoencoder is None:
+        return
+    for stage in config.stages:
+        target = config.path / "checkpoints" / stage
+        if stage != "stage2" and not target.exists():
+            source = Path(config.autoencoder)
+            shutil.copy(source / f"{stage}.jsonl", config.path / f"{stage}.jsonl")
+            aside = target.with_name(f"{stage}.aside")
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.copytree(source / "checkpoints" / stage, aside)
+            aside.rename(target)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +203,7 @@ class Run:
     base: Denoiser | None
     """None while stage 2 has no checkpoint."""
     step: tuple[int, int]
-    """Steps of stage 1 and stage 2 in these weights."""
+    """Steps of stage 1 and stage 2 in these weights; 0 for a stage that the run has not."""
 
 
 def load(path: str | Path) -> Run:
@@ -138,14 +217,37 @@ def load(path: str | Path) -> Run:
             raise FileNotFoundError(f"{path} is not a run: it has no {file}")
     config = read_config(path)
     class_names = tuple(json.loads((path / "dataset.json").read_text())["class_names"])
-    if not (path / "checkpoints" / "stage1").is_dir():
-        raise FileNotFoundError(f"{path} has no checkpoint yet: finish stage 1 first (--resume)")
-    with Checkpoints(path / "checkpoints" / "stage1") as checkpoints:
-        state = checkpoints.restore(stage1_state(config))
-    model, base, steps = state.ema_model, None, 0
-    if (path / "checkpoints" / "stage2").is_dir():
-        with Checkpoints(path / "checkpoints" / "stage2") as checkpoints:
-            if checkpoints.latest is not None:
-                base_state = checkpoints.restore(stage2_state(config, model, len(class_names)))
-                base, steps = base_state.ema_model, int(base_state.step)
-    return Run(path, config, class_names, model, base, (int(state.step), steps))
+    model, steps = autoencoder(path, config, len(class_names))
+    if config.single_stage:
+        assert isinstance(model.prior, Denoiser)
+        return Run(path, config, class_names, model, model.prior, (steps, 0))
+    base, base_steps = None, 0
+    if _latest(path, "stage2") is not None:
+        base_state = _restored(path, "stage2", stage2_state(config, model, len(class_names)))
+        base, base_steps = base_state.ema_model, int(base_state.step)
+    return Run(path, config, class_names, model, base, (steps, base_steps))
+
+
+def autoencoder(path: Path, config: Config, num_classes: int) -> tuple[UnifiedLatents, int]:
+    """The newest encoder, prior and decoder of a run, and the steps of its stage 1. Raises as `load`."""
+    state = stage1_state(config, num_classes)
+    if "stage1" in config.stages:
+        state = _restored(path, "stage1", state)
+    model = state.ema_model
+    if "decoder" in config.stages:
+        model = with_decoder(model, _restored(path, "decoder", decoder_state(config, model)).ema_model)
+    return model, int(state.step)
+
+
+def _latest(path: Path, stage: str) -> int | None:
+    if not (path / "checkpoints" / stage).is_dir():
+        return None
+    with Checkpoints(path / "checkpoints" / stage) as checkpoints:
+        return checkpoints.latest
+
+
+def _restored(path: Path, stage: str, state: TrainState) -> TrainState:
+    if not (path / "checkpoints" / stage).is_dir():
+        raise FileNotFoundError(f"{path} has no checkpoint of {stage} yet: finish it first (--resume)")
+    with Checkpoints(path / "checkpoints" / stage) as checkpoints:
+        return checkpoints.restore(state)

@@ -1,4 +1,7 @@
-"""The two training losses: stage 1 (Alg. 1) and stage 2 (§3.3), in the form that `training.make_step` takes."""
+"""The training losses: stage 1 (Alg. 1), stage 2 (§3.3), and a decoder on its own in between (Tab. 5).
+
+They are in the form that `training.make_step` takes.
+"""
 
 import math
 import warnings
@@ -11,40 +14,82 @@ from jaxtyping import Array, Int, Key
 from ulx import diffusion, losses, schedules, weightings
 from ulx.config import Config
 from ulx.data.pixels import to_float
-from ulx.models import Denoiser, UnifiedLatents
+from ulx.decoders import DiffusionDecoder
+from ulx.denoiser import Denoiser
+from ulx.models import UnifiedLatents
 from ulx.nn.uvit import UViT
+from ulx.posterior import Posterior
 from ulx.training import Batch, Draws, Loss
+from ulx.typing import Keys
 
-__all__ = ["CollapseWatch", "autoencoder_loss", "base_loss", "base_schedule", "collapsed", "drop_labels", "make_base"]
+__all__ = [
+    "CollapseWatch",
+    "autoencoder_loss",
+    "base_loss",
+    "base_schedule",
+    "collapsed",
+    "decoder_loss",
+    "drop_labels",
+    "make_base",
+    "make_decoder",
+]
 
 
 def autoencoder_loss(config: Config) -> Loss:
-    """Stage 1: encoder, prior and decoder on L_z + L_x, in bits per pixel.
+    """Stage 1: encoder, prior and decoder on rate + L_x, in bits per pixel.
 
-    Logged: `loss`, `rate` (L_z) and `decoder` (weighted L_x), all in bits per pixel, and `latent_std`, the standard
-    deviation of z_clean over the batch, averaged over its dimensions: the latent's noise has σ = 0.08.
+    The encoder feels `prior_gradient` of its rate, and `kl_weight` times KL[q(z_0|x) ‖ N(0, I)] on top (Tab. 6, A).
+    Logged: `loss`, `rate` (L_z, with L_e for an encoder of variance) and `decoder` (weighted L_x), all in bits per
+    pixel, and `latent_std`, the standard deviation of z_clean over the batch, averaged over its dimensions: the
+    latent's noise has σ = 0.08.
     """
     weighting = config.decoder_weighting
     first, last = config.prior_warmup
 
     def loss(model: UnifiedLatents, frozen: None, batch: Batch, draws: Draws, step: Int[Array, ""]):
         x = to_float(batch["image"])
-        bound, z_clean = model.bound(
+        label_keys, keys = diffusion.split_keys(draws.keys, 2)
+        bound, posterior = model.bound(
             x,
             weighting,
-            key=draws.keys,
+            key=keys,
             t=(draws.times(0), draws.times(1)),
+            label=drop_labels(batch["label"], label_keys, config.label_dropout, model.prior.num_classes),
             dropout=True,
-            prior_gradient=jnp.clip((step - first) / (last - first), 0.0, 1.0),
+            prior_gradient=config.prior_gradient * jnp.clip((step - first) / (last - first), 0.0, 1.0),
         )
         pixels = x[0, ..., 0].size
-        total = losses.bits_per_pixel(bound.total, num_pixels=pixels).mean()
+        nats = bound.total
+        if config.kl_weight:
+            nats = nats + config.kl_weight * posterior.normal_rate(model.latent_schedule.logsnr_max)
+        total = losses.bits_per_pixel(nats, num_pixels=pixels).mean()
         return total, {
             "loss": total,
             "rate": losses.bits_per_pixel(bound.rate, num_pixels=pixels).mean(),
             "decoder": losses.bits_per_pixel(bound.decoder, num_pixels=pixels).mean(),
-            "latent_std": z_clean.std(axis=0).mean(),
+            "latent_std": posterior.mean.std(axis=0).mean(),
         }
+
+    return loss
+
+
+def make_decoder(model: UnifiedLatents, config: Config, *, key: Key[Array, ""]) -> DiffusionDecoder:
+    """An untrained diffusion decoder for that autoencoder's latents, in the place of its own."""
+    network = UViT(model.shape, config.model.decoder, context_shape=model.latent_shape, key=key)
+    return DiffusionDecoder(Denoiser(network), schedules.image_schedule(model.shape[-2]))
+
+
+def decoder_loss(config: Config) -> Loss:
+    """A diffusion decoder on the latents of a frozen encoder: L_x alone, in bits per pixel (Tab. 5)."""
+    weighting = config.decoder_weighting
+
+    def loss(decoder: DiffusionDecoder, frozen: UnifiedLatents, batch: Batch, draws: Draws, step: Int[Array, ""]):
+        x = to_float(batch["image"])
+        z_keys, decoder_keys = diffusion.split_keys(draws.keys, 2)
+        z_0 = jax.lax.stop_gradient(frozen.encode(x, key=z_keys))
+        nats = decoder.nats(x, z_0, weighting, key=decoder_keys, t=draws.times(0), dropout=True)
+        total = losses.bits_per_pixel(nats, num_pixels=x[0, ..., 0].size).mean()
+        return total, {"loss": total}
 
     return loss
 
@@ -63,31 +108,35 @@ def base_schedule(config: Config) -> schedules.Cosine:
     return schedules.cosine(config.model.logsnr_0, config.model.logsnr_1, shift=config.base_bias)
 
 
-def drop_labels(label: Int[Array, " b"], keys: Key[Array, " b"], rate: float, null: int) -> Int[Array, " b"]:
-    """Each label replaced by the null label with probability `rate`."""
+def drop_labels(label: Int[Array, " b"], keys: Keys, rate: float, num_classes: int) -> Int[Array, " b"] | None:
+    """Each label replaced by the null label, `num_classes`, with probability `rate`; None if there are no classes."""
+    if not num_classes:
+        return None
     dropped = jax.vmap(lambda key: jax.random.bernoulli(key, rate))(keys)
-    return jnp.where(dropped, null, label)
+    return jnp.where(dropped, num_classes, label)
 
 
 def base_loss(config: Config) -> Loss:
     """Stage 2: the base model on z_clean of the frozen encoder, with sigmoid weighting, in (weighted) bits per pixel.
 
     It regresses on z_clean, which has the lower variance, between the prior's end points: it ends at λ_z(0). A batch
-    holds latents (`z_clean`, see `ulx.latents`) or images that the frozen encoder turns into them.
+    holds posteriors (`mean` and maybe `std`, see `ulx.latents`) or images that the frozen encoder turns into them.
     """
     weighting = weightings.sigmoid(bias=config.base_bias)
     schedule = base_schedule(config)
 
     def loss(base: Denoiser, frozen: UnifiedLatents, batch: Batch, draws: Draws, step: Int[Array, ""]):
-        z_clean = batch["z_clean"] if "z_clean" in batch else frozen.z_clean(to_float(batch["image"]))
-        z_clean = jax.lax.stop_gradient(z_clean)
-        label_keys, loss_keys = diffusion.split_keys(draws.keys, 2)
-        num_classes = base.network.num_classes
-        label = drop_labels(batch["label"], label_keys, config.label_dropout, num_classes) if num_classes else None
+        if "mean" in batch:
+            posterior = Posterior(batch["mean"], batch.get("std"))
+        else:
+            posterior = frozen.posterior(to_float(batch["image"]))
+        label_keys, loss_keys, clean_keys = diffusion.split_keys(draws.keys, 3)
+        z_clean = jax.lax.stop_gradient(posterior.sample(key=clean_keys))
+        label = drop_labels(batch["label"], label_keys, config.label_dropout, base.num_classes)
         nats = losses.diffusion_loss(
             base.given(label=label), z_clean, schedule, weighting, key=loss_keys, t=draws.times(0)
         )
-        total = losses.bits_per_pixel(nats, num_pixels=math.prod(frozen.encoder.shape[:-1])).mean()
+        total = losses.bits_per_pixel(nats, num_pixels=math.prod(frozen.shape[:-1])).mean()
         return total, {"loss": total}
 
     return loss

@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ulx import diffusion
 from ulx.schedules import REFERENCE_RESOLUTION, resolution_shift
+from ulx.typing import Keys
 
-__all__ = ["Elbo", "Sigmoid", "Weighting", "cutoff", "elbo", "sigmoid", "sigmoid_bias"]
+__all__ = ["Elbo", "Sigmoid", "TruncatedLogistic", "Weighting", "cutoff", "elbo", "sigmoid", "sigmoid_bias"]
 
 
 @jax.tree_util.register_dataclass
@@ -42,7 +44,42 @@ class Sigmoid:
         return self.factor * jax.nn.sigmoid(self.bias - logsnr)
 
 
-Weighting = Elbo | Sigmoid
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TruncatedLogistic:
+    """A random λ_z(0) ~ logistic(bias, 1) in [logsnr_min, logsnr_max], and the weighting that it amounts to (App. B).
+
+    Integrating an unweighted loss from a λ_0 drawn so is, on average, weighting it with w(λ) = P(λ_0 ≥ λ): up to the
+    truncation sigmoid(bias − λ). The bound stays one, because z_0 is as noisy as the prior's integral begins.
+    """
+
+    bias: float | Float[Array, ""]
+    logsnr_max: float
+    logsnr_min: float
+
+    def __call__(self, logsnr: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """P(λ_0 ≥ λ): 1 at logsnr_min, 0 at logsnr_max."""
+        low, high = self._tails
+        inside = (jax.nn.sigmoid(self.bias - logsnr) - high) / (low - high)
+        return jnp.clip(inside, 0.0, 1.0)
+
+    def sample(self, keys: Keys, size: int) -> Float[Array, " b"]:
+        """λ_0 for `size` examples, by the inverse of its distribution."""
+        low, high = self._tails
+        uniform = jax.vmap(jax.random.uniform)(diffusion.per_example_keys(keys, size))
+        tail = high + (low - high) * uniform
+        # Its ends are met up to rounding; no λ_0 may lie outside the schedule.
+        return jnp.clip(self.bias - (jnp.log(tail) - jnp.log1p(-tail)), self.logsnr_min, self.logsnr_max)
+
+    @property
+    def _tails(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """P(λ_0 ≥ λ) of the untruncated logistic, at logsnr_min and at logsnr_max."""
+        return jax.nn.sigmoid(self.bias - jnp.asarray(self.logsnr_min)), jax.nn.sigmoid(
+            self.bias - jnp.asarray(self.logsnr_max)
+        )
+
+
+Weighting = Elbo | Sigmoid | TruncatedLogistic
 
 
 def elbo() -> Elbo:

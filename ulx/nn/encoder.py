@@ -1,17 +1,23 @@
-"""The encoder: patches, then a ResNet down to the latent grid. Deterministic: it returns z_clean."""
+"""The encoder: patches, then a ResNet down to the latent grid; and the encoder that changes nothing."""
 
 import dataclasses
 import math
+from typing import Literal
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from ulx.nn.grid import Down, PerAxis, PerStep, check_factors, factors, patchify, reduction, shrunk
 from ulx.nn.layers import GroupNorm, Linear
 from ulx.nn.resnet import ResBlock
+from ulx.posterior import Posterior
 
-__all__ = ["Encoder", "EncoderConfig"]
+__all__ = ["Encoder", "EncoderConfig", "Pixels"]
+
+FIRST_LOG_STD = -3.0
+"""log σ_E of an untrained encoder of variance: as a guess, a little less than the noise of z_0 at λ_z(0) = 5."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +33,8 @@ class EncoderConfig:
     last_blocks: int = 3
     """Residual blocks of the last stage."""
     latent_channels: int = 8
+    variance: Literal["none", "learned"] = "none"
+    """"learned": the encoder predicts a standard deviation beside the mean, and its latent is a sample (Tab. 6, D)."""
 
     def __post_init__(self):
         if not self.channels or min(self.latent_channels, *self.channels) < 1:
@@ -44,7 +52,10 @@ class EncoderConfig:
 
 
 class Encoder(eqx.Module):
-    """x -> z_clean: `b *space c` -> `b *latent k`, the axes smaller by `config.reduction(rank)`."""
+    """x -> z_clean: `b *space c` -> `b *latent k`, the axes smaller by `config.reduction(rank)`.
+
+    With `variance="learned"` a call returns the mean, and `posterior` both.
+    """
 
     project_in: Linear
     stages: list[list[ResBlock]]
@@ -75,7 +86,8 @@ class Encoder(eqx.Module):
             for factor, width, inner in zip(downs, config.channels, config.channels[1:], strict=False)
         ]
         self.norm = GroupNorm(config.channels[-1])
-        self.project_out = Linear(config.channels[-1], config.latent_channels, key=next(keys))
+        outputs = config.latent_channels * (2 if config.variance == "learned" else 1)
+        self.project_out = Linear(config.channels[-1], outputs, key=next(keys))
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -83,6 +95,17 @@ class Encoder(eqx.Module):
         return (*shrunk(space, self.config.reduction(len(space))), self.config.latent_channels)
 
     def __call__(self, x: Float[Array, "b *space c"]) -> Float[Array, "b *latent k"]:
+        return self._outputs(x)[..., : self.config.latent_channels]
+
+    def posterior(self, x: Float[Array, "b *space c"]) -> Posterior:
+        """z_clean, or its mean and standard deviation, in float32."""
+        outputs = self._outputs(x).astype(jnp.float32)
+        if self.config.variance == "none":
+            return Posterior(outputs)
+        mean, log_std = jnp.split(outputs, 2, axis=-1)
+        return Posterior(mean, jnp.exp(jnp.clip(log_std + FIRST_LOG_STD, -10.0, 3.0)))
+
+    def _outputs(self, x: Float[Array, "b *space c"]) -> Float[Array, "b *latent _"]:
         if x.shape[1:] != self.shape:
             raise ValueError(f"this encoder was built for images of shape {self.shape}, got {x.shape[1:]}")
         x = self.project_in(patchify(x.astype(self.project_in.weight.dtype), self.config.patch))
@@ -92,3 +115,21 @@ class Encoder(eqx.Module):
             if index < len(self.downs):
                 x = self.downs[index](x)
         return self.project_out(jax.nn.silu(self.norm(x)))
+
+
+class Pixels(eqx.Module):
+    """The encoder of pixel diffusion: z_clean = x."""
+
+    shape: tuple[int, ...] = eqx.field(static=True)
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        return self.shape
+
+    def __call__(self, x: Float[Array, "b *space c"]) -> Float[Array, "b *space c"]:
+        if x.shape[1:] != self.shape:
+            raise ValueError(f"this model was built for images of shape {self.shape}, got {x.shape[1:]}")
+        return x
+
+    def posterior(self, x: Float[Array, "b *space c"]) -> Posterior:
+        return Posterior(self(x).astype(jnp.float32))

@@ -158,6 +158,7 @@ class UViT(eqx.Module):
     logsnr: LogSNREmbedding
     labels: Float[Array, "labels k"] | None
     context: Linear | None
+    context_logsnr: LogSNREmbedding | None
     stages: list[ConvStage | TransformerStage]
     position: Float[Array, "*grid c"]
     middle: Stack
@@ -173,10 +174,14 @@ class UViT(eqx.Module):
         config: UViTConfig,
         *,
         context_shape: tuple[int, ...] | None = None,
+        context_logsnr: bool = False,
         num_classes: int = 0,
         key: Key[Array, ""],
     ):
-        """`shape` is that of one z_t, `(*space, c)`; `context_shape` that of one context, or None for none."""
+        """`shape` is that of one z_t, `(*space, c)`; `context_shape` that of one context, or None for none.
+
+        With `context_logsnr` the network is told how noisy its context is.
+        """
         *space, channels = shape
         rank = len(space)
         total = config.reduction(rank)
@@ -209,6 +214,9 @@ class UViT(eqx.Module):
                 )
             )
             grid = shrunk(grid, factor)
+        self.context_logsnr = None
+        if context_logsnr:
+            self.context_logsnr = LogSNREmbedding(cond_size, key=jax.random.fold_in(key, 1))
         self.context = None
         if context_shape is not None:
             fitted = jax.eval_shape(lambda c: fit_grid(c, grid), jax.ShapeDtypeStruct((1, *context_shape), jnp.float32))
@@ -230,6 +238,7 @@ class UViT(eqx.Module):
         logsnr: PerExample,
         *,
         context: Float[Array, "b *latent k"] | None = None,
+        context_logsnr: PerExample | None = None,
         label: Int[Array, " b"] | None = None,
         key: Keys | None = None,
     ) -> Float[Array, "b *space c"]:
@@ -237,8 +246,13 @@ class UViT(eqx.Module):
             raise ValueError(f"this network was built for inputs of shape {self.shape}, got {z_t.shape[1:]}")
         if (context is None) != (self.context is None):
             raise ValueError("this network " + ("needs a context" if context is None else "takes no context"))
+        if (context_logsnr is None) != (self.context_logsnr is None):
+            told = "needs its context's log-SNR" if context_logsnr is None else "is not told its context's log-SNR"
+            raise ValueError(f"this network {told}")
         dtype = self.project_in.weight.dtype
         cond = self.logsnr(logsnr)
+        if self.context_logsnr is not None and context_logsnr is not None:
+            cond = cond + self.context_logsnr(context_logsnr)
         if self.labels is not None:
             cond = cond + self.labels[jnp.full(z_t.shape[0], self.num_classes) if label is None else label]
         elif label is not None:
