@@ -1,5 +1,7 @@
 """Layers against NumPy written out, and the networks' invariants. Float32 sums of some hundred terms agree to 1e-5."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -269,6 +271,17 @@ def inflated(image, video):
 
 def still(image, frames):
     return jnp.repeat(image[:, None], frames, axis=1)
+
+
+def test_chroma_gain_amplifies_colour_against_grey():
+    config = EncoderConfig(channels=(16, 32), blocks=1, last_blocks=1)
+    plain = shaken(Encoder((16, 16, 3), config, key=KEY))
+    gained = shaken(Encoder((16, 16, 3), dataclasses.replace(config, chroma_gain=4.0), key=KEY))
+    x = normal(2, 16, 16, 3, seed=2)
+    grey = np.asarray(x).mean(axis=-1, keepdims=True)
+    np.testing.assert_allclose(gained(x), plain(jnp.asarray(grey + 4 * (x - grey))), atol=1e-4)
+    with pytest.raises(ValueError, match="chroma_gain must be positive"):
+        EncoderConfig(chroma_gain=0.0)
 
 
 def test_encoder_of_a_still_video_is_the_image_encoder():

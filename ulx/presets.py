@@ -26,14 +26,14 @@ def _plain(width: int, blocks: int, patch: int = 1, **block) -> UViTConfig:
 MODELS: dict[str, ModelConfig] = {
     # 32 px: 8×8×8 latents, 64 tokens everywhere.
     "smoke": ModelConfig(
-        encoder=EncoderConfig(channels=(32, 64), blocks=1, last_blocks=1),
+        encoder=EncoderConfig(channels=(32, 64), blocks=1, last_blocks=1, chroma_gain=4.0),
         prior=_plain(64, 2),
         decoder=_plain(128, 2, patch=4),
         base=_plain(64, 2),
         logsnr_1=-7.0,
     ),
     "tiny": ModelConfig(
-        encoder=EncoderConfig(channels=(64, 128), blocks=1, last_blocks=1),
+        encoder=EncoderConfig(channels=(64, 128), blocks=1, last_blocks=1, chroma_gain=4.0),
         prior=_plain(192, 2),
         decoder=_plain(192, 6, patch=4),
         base=_plain(192, 4),
@@ -41,7 +41,7 @@ MODELS: dict[str, ModelConfig] = {
     ),
     # 64 px: 16×16×8 latents, 256 tokens; the base has the paper's two levels.
     "small": ModelConfig(
-        encoder=EncoderConfig(channels=(64, 128), blocks=2, last_blocks=3),
+        encoder=EncoderConfig(channels=(64, 128), blocks=2, last_blocks=3, chroma_gain=4.0),
         prior=_plain(256, 6),
         decoder=_plain(256, 8, patch=4),
         base=UViTConfig(patch=1, channels=(192, 384), blocks=(4, 8), block=BlockConfig(dropout=0.1)),

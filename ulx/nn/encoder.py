@@ -33,10 +33,15 @@ class EncoderConfig:
     last_blocks: int = 3
     """Residual blocks of the last stage."""
     latent_channels: int = 8
+    chroma_gain: float = 1.0
+    """By how much colour is amplified against grey before the first layer. Colour differences are small beside
+    differences in brightness, so that a short training would learn to code the latter alone."""
     variance: Literal["none", "learned"] = "none"
     """"learned": the encoder predicts a standard deviation beside the mean, and its latent is a sample (Tab. 6, D)."""
 
     def __post_init__(self):
+        if not self.chroma_gain > 0:
+            raise ValueError(f"chroma_gain must be positive, got {self.chroma_gain}")
         if not self.channels or min(self.latent_channels, *self.channels) < 1:
             raise ValueError(f"an encoder needs at least one stage and positive sizes, got {self}")
         check_factors(self.patch, self.down, self.steps)
@@ -108,6 +113,9 @@ class Encoder(eqx.Module):
     def _outputs(self, x: Float[Array, "b *space c"]) -> Float[Array, "b *latent _"]:
         if x.shape[1:] != self.shape:
             raise ValueError(f"this encoder was built for images of shape {self.shape}, got {x.shape[1:]}")
+        if self.config.chroma_gain != 1:
+            grey = x.mean(axis=-1, keepdims=True)
+            x = grey + self.config.chroma_gain * (x - grey)
         x = self.project_in(patchify(x.astype(self.project_in.weight.dtype), self.config.patch))
         for index, blocks in enumerate(self.stages):
             for block in blocks:
