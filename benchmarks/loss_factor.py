@@ -8,19 +8,16 @@ run again, and an interrupted one is resumed. Leaves benchmarks/results/loss_fac
 """
 
 import dataclasses
-import datetime
-import json
-import platform
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import points
 
 if TYPE_CHECKING:
     from ulx.config import Config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +30,7 @@ class Settings:
     """Stage-1 steps of each run, of 32 images each."""
     seed: int = 0
     """Seed of every run."""
-    results: str = str(RESULTS)
+    results: str = str(points.RESULTS)
     """Folder of the results."""
     runs: str = "runs"
     """Folder of the runs."""
@@ -57,46 +54,12 @@ def config_of(factor: float, settings: Settings) -> "Config":
     )
 
 
-def point(config: "Config") -> dict:
-    """Train stage 1 with these settings and measure it."""
-    from ulx import job, runs
-    from ulx.data import open_dataset
-    from ulx.evaluation import evaluate_autoencoder
-    from ulx.stages import CollapseWatch, autoencoder_loss
-
-    path = runs.open_folder(config)
-    dataset = open_dataset(config.data)
-    runs.remember_data(path, dataset)
-    watch = CollapseWatch(config)
-    state = job.train_stage("stage1", runs.stage1_state(config), None, autoencoder_loss(config), dataset, config, watch)
-    measured = evaluate_autoencoder(state.ema_model, dataset, config)
-    return {
-        "loss_factor": config.loss_factor,
-        "steps": config.train.steps,
-        "seed": config.seed,
-        "settings": identity(config),
-        "bits_per_pixel": measured["bits_per_pixel"],
-        "psnr": measured["psnr"],
-        "collapsed": watch.collapsed,
-        "data": dataset.fingerprint,
-        "machine": f"{platform.processor() or platform.machine()}, CPU",
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def identity(config: "Config") -> str:
-    """What makes a measured point this one: everything that it was trained and measured with."""
-    from ulx.config import fingerprint
-
-    return fingerprint(config, ignore=("name", "runs", "resume", "data.cache_dir", "data.workers"))
-
-
-def table(points: list[dict]) -> str:
+def table(found: list[dict]) -> str:
     lines = [
         "| c_lf | bits/pixel | PSNR (dB) | N | steps | seed | date |",
         "|---|---|---|---|---|---|---|",
     ]
-    for p in points:
+    for p in found:
         bits, psnr = p["bits_per_pixel"], p["psnr"]
         lines.append(
             f"| {p['loss_factor']:g} | {bits['value']:.3f} ± {bits['standard_error']:.3f} "
@@ -106,14 +69,14 @@ def table(points: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def plot(points: list[dict], path: Path) -> None:
+def plot(found: list[dict], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(5, 3.5), layout="constrained")
-    bits, psnr = [p["bits_per_pixel"] for p in points], [p["psnr"] for p in points]
+    bits, psnr = [p["bits_per_pixel"] for p in found], [p["psnr"] for p in found]
     axis.errorbar(
         [b["value"] for b in bits],
         [q["value"] for q in psnr],
@@ -121,7 +84,7 @@ def plot(points: list[dict], path: Path) -> None:
         yerr=[q["standard_error"] for q in psnr],
         marker="o",
     )
-    for p, b, q in zip(points, bits, psnr, strict=True):
+    for p, b, q in zip(found, bits, psnr, strict=True):
         axis.annotate(f"c_lf {p['loss_factor']:g}", (b["value"], q["value"]), (6, -12), textcoords="offset points")
     axis.set(xlabel="held-out bits/pixel", ylabel="held-out PSNR (dB)", title="Loss factor, OpenMoji 32×32")
     axis.margins(x=0.2, y=0.1)
@@ -136,15 +99,7 @@ def main() -> None:
 
     def work() -> None:
         file = Path(settings.results) / "loss_factor.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        points = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-        wanted = {identity(config): config for config in (config_of(f, settings) for f in settings.factors)}
-        for name, config in wanted.items():
-            if name not in [p.get("settings") for p in points]:
-                points.append(point(config))
-                with file.open("a") as out:
-                    out.write(json.dumps(points[-1]) + "\n")
-        shown = sorted((p for p in points if p.get("settings") in wanted), key=lambda p: p["loss_factor"])
+        shown = [points.measured(config_of(factor, settings), file) for factor in sorted(settings.factors)]
         text = table(shown)
         (file.parent / "loss_factor.md").write_text(
             "Measured by `python benchmarks/loss_factor.py`: stage 1 of the `tiny` preset with b = 2.5, EMA weights, "

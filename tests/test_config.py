@@ -44,7 +44,7 @@ def test_fingerprints_tell_settings_apart_but_for_those_ignored():
 def test_differences_are_named_by_their_path():
     old = PRESETS["tiny"]
     new = dataclasses.replace(old, loss_factor=1.7, train=dataclasses.replace(old.train, steps=500), name="other")
-    assert differences(old, new, ignore=("name",)) == ["loss_factor: 2.0 -> 1.7", "train.steps: 900 -> 500"]
+    assert differences(old, new, ignore=("name",)) == ["loss_factor: 4.0 -> 1.7", "train.steps: 1000 -> 500"]
 
 
 def test_bias_follows_the_resolution_unless_it_is_set():

@@ -203,7 +203,12 @@ def quick(monkeypatch, small_dataset):
     monkeypatch.setattr("ulx.evaluation.training_moments", moments)
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "unified"])
+# These have between them every part and every stage; the others run in the slow tests.
+COVERING = ("mse", "single-stage-logistic", "pixels", "kl-autoencoder")
+REST = [pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS if name not in (*COVERING, "unified")]
+
+
+@pytest.mark.parametrize("name", [*COVERING, *REST])
 def test_runs_from_end_to_end(quick, small_config, small_dataset, tmp_path, name):
     """Trains every stage that it has, is measured and reported, and loads with the weights that were measured."""
     config = dataclasses.replace(varied(small_config, name), runs=str(tmp_path), name=name)

@@ -18,6 +18,7 @@ from ulx.data import DataConfig
 from ulx.guidance import check_interval
 from ulx.models import ModelConfig
 from ulx.precision import Dtype
+from ulx.rate_control import RateConfig, log_excess
 from ulx.samplers import Solver, check_solver
 
 __all__ = [
@@ -141,6 +142,8 @@ class Config:
     """c_lf, the decoder's loss factor (Eq. 4): higher buys more bits in the latent. At 1 or below it collapses."""
     sigmoid_bias: float | None = None
     """b of the decoder's sigmoid weighting; by default −3 at 512 pixels moved by the resolution rule: 2.5 at 32."""
+    rate: RateConfig = RateConfig()
+    """Rate control: adapt the loss factor until the held-out rate is the one asked for."""
     prior_warmup: tuple[int, int] = (50, 250)
     """Stage-1 steps between which the gradient that the prior sends into the encoder rises from 0 to 1. The prior
     itself always trains at weight 1, and afterwards the objective is exactly the paper's."""
@@ -189,6 +192,10 @@ class Config:
         for name in ("prior_gradient", "kl_weight"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}")
+        if self.rate.target_bits_per_pixel is not None:
+            if self.model.latent == "pixels":
+                raise ValueError("rate.target_bits_per_pixel is the rate of a trained latent, and pixels are none")
+            log_excess(self.loss_factor)
         if self.single_stage and (self.model.latent == "pixels" or self.model.latent_prior == "normal"):
             raise ValueError(
                 "single_stage generates with the stage-1 prior, and there is no network for it with "

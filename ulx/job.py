@@ -1,5 +1,6 @@
 """The main job from end to end: data → stage 1 → stage 2 → evaluation → report. Every experiment runs this."""
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from ulx.metrics import efficientnet
 from ulx.metrics_log import MetricsLog, read_metrics
 from ulx.models import UnifiedLatents
 from ulx.progress import duration
+from ulx.rate_control import RateController, loss_factor
 from ulx.seeding import root_int, root_key
 from ulx.stages import CollapseWatch, autoencoder_loss, base_loss, collapsed, decoder_loss
-from ulx.training import Loss, TrainState, fit, make_optimizer, make_step
+from ulx.training import Controller, Loss, TrainState, fit, make_optimizer, make_step
 
 __all__ = ["cost", "measure", "run", "train_autoencoder", "train_stage"]
 
@@ -63,8 +65,17 @@ def train_autoencoder(state: TrainState, dataset: Dataset, config: Config) -> Un
     """Everything before the base model, from `runs.stage1_state` on; returns the averaged weights."""
     model = state.model
     if "stage1" in config.stages:
-        watch = CollapseWatch(config)
-        model = train_stage("stage1", state, None, autoencoder_loss(config), dataset, config, watch).ema_model
+        controller = None
+        if config.rate.target_bits_per_pixel is not None:
+            key = root_key(config.seed, "rate control")
+            controller = RateController.on(dataset, config.rate, config.train.steps, key=key)
+        loss, watch = autoencoder_loss(config), CollapseWatch(config)
+        state = train_stage("stage1", state, None, loss, dataset, config, watch, controller)
+        model = state.ema_model
+        if state.control is not None:
+            found = float(loss_factor(state.control))
+            print(f"rate control ended at --loss-factor {found:.4g}, which without it gives the same rate")
+            config = dataclasses.replace(config, loss_factor=found)
     if "decoder" in config.stages:
         untrained = runs.decoder_state(config, model)
         decoder = train_stage("decoder", untrained, model, decoder_loss(config), dataset, config).ema_model
@@ -97,6 +108,7 @@ def train_stage(
     dataset: Dataset,
     config: Config,
     on_log=lambda step, metrics: None,
+    controller: Controller | None = None,
 ) -> TrainState:
     """One stage: restore its newest checkpoint if there is one, train what is left."""
     train = config.train_configs[name]
@@ -121,6 +133,7 @@ def train_stage(
                 checkpoints=checkpoints,
                 log=log,
                 name=name,
+                controller=controller,
                 on_log=on_log,
             )
 

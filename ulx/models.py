@@ -72,7 +72,7 @@ class UnifiedLatents(eqx.Module):
     prior: Denoiser | StandardNormal
     decoder: Decoder
     latent_schedule: Schedule
-    logsnr_0: TruncatedLogistic | None = eqx.field(static=True)
+    logsnr_0: TruncatedLogistic | None
     """The distribution of λ_z(0) in training; None: always the schedule's."""
 
     def __init__(self, shape: tuple[int, ...], config: ModelConfig, *, num_classes: int = 0, key: Key[Array, ""]):

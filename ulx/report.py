@@ -83,6 +83,12 @@ class _Run:
             return None
         return collapsed(self.config, lines)
 
+    @property
+    def loss_factor(self) -> float:
+        """As set, or under rate control as it was last."""
+        log = self.logs.get("stage1")
+        return log[-1].get("loss_factor", self.config.loss_factor) if log else self.config.loss_factor
+
     def labels(self, name: str) -> list[str]:
         assert self.evaluation is not None
         return [self.dataset["class_names"][label] for label in self.evaluation.pictures[name]]
@@ -100,7 +106,7 @@ def write(path: Path) -> Path:
         body = [_head(run), *_evaluated(run), _curves(run), _cost(run), _settings(run)]
     except KeyError as error:
         raise ValueError(_again(path, f"lacks {error}")) from error
-    body += [report_text.definitions(run.config), _foot(run)]
+    body += [report_text.definitions(dataclasses.replace(run.config, loss_factor=run.loss_factor)), _foot(run)]
     aside = path / "report.tmp"
     aside.write_text(page.document(f"{path.name} · ulx", body), encoding="utf-8")
     return aside.replace(path / "report.html")
@@ -121,12 +127,14 @@ def _again(path: Path, what: str) -> str:
 def _head(run: _Run) -> str:
     data, config = run.dataset, run.config
     variant = "" if config.variant == "unified" else f", variant “{escape(config.variant)}”,"
+    target = config.rate.target_bits_per_pixel
+    controlled = "" if target is None else f" (adapted for {target:g} bits/pixel)"
     lines = [
         f"<h1>{escape(run.path.name)}</h1>",
         f'<p class="soft">Unified Latents{variant} on {escape(data["name"])}, '
         f"{data['resolution']}×{data['resolution']} pixels: "
         f"{data['train']:,} training and {data['validation']:,} held-out images, {len(data['class_names'])} classes. "
-        f"Loss factor {config.loss_factor:g}, sigmoid bias {config.decoder_weighting.bias:.3g}.</p>",
+        f"Loss factor {run.loss_factor:.4g}{controlled}, sigmoid bias {config.decoder_weighting.bias:.3g}.</p>",
     ]
     for stage, train in config.train_configs.items():
         log = run.logs.get(stage)
@@ -291,6 +299,7 @@ def _curves(run: _Run) -> str:
             run, "stage1", "stage1_latent", {"latent_std": "standard deviation"}, "z_clean", noise,
             "Stage 1: the latent's standard deviation over the images of a batch. Near its noise it has collapsed.",
         ),
+        _curve(run, "stage1", "stage1_loss_factor", {"loss_factor": "c_lf"}, "loss factor", {}, "Rate control."),
         _curve(run, "decoder", "decoder_loss", {"loss": "loss"}, "bits/pixel", {}, "The decoder alone: L_x."),
         _curve(run, "stage2", "stage2_loss", {"loss": "loss"}, "weighted bits/pixel", {}, "Stage 2: sigmoid-weighted."),
     ]  # fmt: skip

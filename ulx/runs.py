@@ -22,6 +22,7 @@ from ulx.data.source import Dataset
 from ulx.decoders import DiffusionDecoder
 from ulx.denoiser import Denoiser
 from ulx.models import UnifiedLatents
+from ulx.rate_control import log_excess
 from ulx.seeding import root_key
 from ulx.stages import make_base, make_decoder
 from ulx.training import TrainState, make_optimizer
@@ -128,7 +129,8 @@ def stage1_state(config: Config, num_classes: int = 0) -> TrainState:
     shape = (config.data.resolution, config.data.resolution, 3)
     key = root_key(config.seed, "stage1 weights")
     model = UnifiedLatents(shape, config.model, num_classes=num_classes if config.single_stage else 0, key=key)
-    return TrainState(model, make_optimizer(config.train))
+    control = None if config.rate.target_bits_per_pixel is None else log_excess(config.loss_factor)
+    return TrainState(model, make_optimizer(config.train), control)
 
 
 def decoder_state(config: Config, model: UnifiedLatents) -> TrainState:
@@ -173,7 +175,7 @@ def adopt(config: Config) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(other.model, base=config.model.base), **taken)
 
 
-_STAGE_1 = ("loss_factor", "sigmoid_bias", "prior_warmup", "prior_gradient", "kl_weight", "single_stage")
+_STAGE_1 = ("loss_factor", "sigmoid_bias", "prior_warmup", "prior_gradient", "kl_weight", "single_stage", "rate")
 """Fields that say how stage 1 was trained."""
 
 

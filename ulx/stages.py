@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from ulx import diffusion, losses, schedules, weightings
 from ulx.config import Config
@@ -19,6 +19,7 @@ from ulx.denoiser import Denoiser
 from ulx.models import UnifiedLatents
 from ulx.nn.uvit import UViT
 from ulx.posterior import Posterior
+from ulx.rate_control import controlled
 from ulx.training import Batch, Draws, Loss
 from ulx.typing import Keys
 
@@ -41,12 +42,19 @@ def autoencoder_loss(config: Config) -> Loss:
     The encoder feels `prior_gradient` of its rate, and `kl_weight` times KL[q(z_0|x) ‖ N(0, I)] on top (Tab. 6, A).
     Logged: `loss`, `rate` (L_z, with L_e for an encoder of variance) and `decoder` (weighted L_x), all in bits per
     pixel, and `latent_std`, the standard deviation of z_clean over the batch, averaged over its dimensions: the
-    latent's noise has σ = 0.08.
+    latent's noise has σ = 0.08; under rate control `loss_factor`, which is `control` then, too.
     """
-    weighting = config.decoder_weighting
     first, last = config.prior_warmup
 
-    def loss(model: UnifiedLatents, frozen: None, batch: Batch, draws: Draws, step: Int[Array, ""]):
+    def loss(
+        model: UnifiedLatents,
+        frozen: None,
+        batch: Batch,
+        draws: Draws,
+        step: Int[Array, ""],
+        control: Float[Array, ""] | None = None,
+    ):
+        weighting = controlled(config.decoder_weighting, control)
         x = to_float(batch["image"])
         label_keys, keys = diffusion.split_keys(draws.keys, 2)
         bound, posterior = model.bound(
@@ -68,6 +76,7 @@ def autoencoder_loss(config: Config) -> Loss:
             "rate": losses.bits_per_pixel(bound.rate, num_pixels=pixels).mean(),
             "decoder": losses.bits_per_pixel(bound.decoder, num_pixels=pixels).mean(),
             "latent_std": posterior.mean.std(axis=0).mean(),
+            **({} if control is None else {"loss_factor": weighting.factor}),
         }
 
     return loss
@@ -83,7 +92,14 @@ def decoder_loss(config: Config) -> Loss:
     """A diffusion decoder on the latents of a frozen encoder: L_x alone, in bits per pixel (Tab. 5)."""
     weighting = config.decoder_weighting
 
-    def loss(decoder: DiffusionDecoder, frozen: UnifiedLatents, batch: Batch, draws: Draws, step: Int[Array, ""]):
+    def loss(
+        decoder: DiffusionDecoder,
+        frozen: UnifiedLatents,
+        batch: Batch,
+        draws: Draws,
+        step: Int[Array, ""],
+        control: None = None,
+    ):
         x = to_float(batch["image"])
         z_keys, decoder_keys = diffusion.split_keys(draws.keys, 2)
         z_0 = jax.lax.stop_gradient(frozen.encode(x, key=z_keys))
@@ -125,7 +141,14 @@ def base_loss(config: Config) -> Loss:
     weighting = weightings.sigmoid(bias=config.base_bias)
     schedule = base_schedule(config)
 
-    def loss(base: Denoiser, frozen: UnifiedLatents, batch: Batch, draws: Draws, step: Int[Array, ""]):
+    def loss(
+        base: Denoiser,
+        frozen: UnifiedLatents,
+        batch: Batch,
+        draws: Draws,
+        step: Int[Array, ""],
+        control: None = None,
+    ):
         if "mean" in batch:
             posterior = Posterior(batch["mean"], batch.get("std"))
         else:

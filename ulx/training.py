@@ -35,14 +35,17 @@ class TrainState(eqx.Module):
     ema: PyTree
     """The moving average of the model's arrays, in float32."""
     opt_state: optax.OptState
+    control: Float[Array, ""] | None
+    """What is adapted between steps (`ulx.rate_control`); None: nothing."""
 
-    def __init__(self, model: PyTree, optimizer: optax.GradientTransformation):
+    def __init__(self, model: PyTree, optimizer: optax.GradientTransformation, control: float | None = None):
         params = eqx.filter(model, eqx.is_inexact_array)
         self.step = jnp.zeros((), jnp.int32)
         self.model = model
         # A copy of its own: the step donates the whole state, and no buffer may be donated twice.
         self.ema = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
         self.opt_state = optimizer.init(params)
+        self.control = None if control is None else jnp.asarray(control, jnp.float32)
 
     @property
     def ema_model(self) -> PyTree:
@@ -64,8 +67,10 @@ class Draws:
 
 
 Batch = dict[str, Array]
-Loss = Callable[[Any, Any, Batch, Draws, Int[Array, ""]], tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
-"""loss(model, frozen, batch, draws, step) -> (what is minimised, what is logged)."""
+Loss = Callable[..., tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
+"""loss(model, frozen, batch, draws, step, control) -> (what is minimised, what is logged)."""
+Controller = Callable[[int, Any, Float[Array, ""]], Float[Array, ""]]
+"""controller(step, model, control) -> control, called after every step."""
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -106,7 +111,7 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, config: Train
 
         def objective(params: PyTree):
             model = eqx.combine(cast(params, config.dtype), static)
-            return loss(model, frozen, batch, draws, state.step)
+            return loss(model, frozen, batch, draws, state.step, state.control)
 
         grads, metrics = jax.grad(objective, has_aux=True)(params)
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
@@ -149,6 +154,7 @@ def fit(
     checkpoints: Checkpoints,
     log: MetricsLog,
     name: str,
+    controller: Controller | None = None,
     on_log: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
 ) -> TrainState:
     """Train from `state.step` to `config.steps`; checkpoint, log and show progress on the way.
@@ -174,6 +180,9 @@ def fit(
                 compiled = step.lower((frozen, batch), state).compile()
                 progress.restart()
             state, metrics = compiled((frozen, batch), state)
+            if controller is not None and state.control is not None:
+                control = controller(number, state.model, state.control)
+                state = eqx.tree_at(lambda s: s.control, state, control)
             # Look at the step before, so that this one is under way while the host waits.
             if previous is not None:
                 _check_and_log(*previous, config, log, progress, on_log)

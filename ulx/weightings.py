@@ -6,6 +6,7 @@ Weightings are registered dataclasses whose numbers are pytree leaves, so that a
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -44,7 +45,7 @@ class Sigmoid:
         return self.factor * jax.nn.sigmoid(self.bias - logsnr)
 
 
-@jax.tree_util.register_dataclass
+@functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["bias", "logsnr_max", "logsnr_min"])
 @dataclasses.dataclass(frozen=True)
 class TruncatedLogistic:
     """A random λ_z(0) ~ logistic(bias, 1) in [logsnr_min, logsnr_max], and the weighting that it amounts to (App. B).
@@ -53,7 +54,7 @@ class TruncatedLogistic:
     truncation sigmoid(bias − λ). The bound stays one, because z_0 is as noisy as the prior's integral begins.
     """
 
-    bias: float | Float[Array, ""]
+    bias: float
     logsnr_max: float
     logsnr_min: float
 
