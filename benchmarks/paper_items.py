@@ -57,7 +57,15 @@ ITEMS = (
         ("losses.decoder_loss", "weightings.Sigmoid"),
         ("test_losses.py::TestDiffusionLossAgainstItsIntegral", "test_weightings.py::TestSigmoid"),
     ),
-    Item("Eq. 5", "an encoder of mean and variance", missing="the encoder's variance and L_e"),
+    Item(
+        "Eq. 5",
+        "an encoder of mean and variance; L_e",
+        ("losses.encoder_loss", "posterior.Posterior", "nn.encoder.EncoderConfig.variance"),
+        (
+            "test_posterior.py::TestEncoderOfVariance",
+            "test_variants.py::test_learned_variance_is_paid_for_and_bought",
+        ),
+    ),
     Item(
         "Alg. 1",
         "stage 1: encoder, prior and decoder together",
@@ -108,6 +116,15 @@ ITEMS = (
         ("test_likelihood.py::TestExactTrace", "test_likelihood.py::TestHutchinson"),
     ),
     Item(
+        "beyond it",
+        "rate control: c_lf adapted until the held-out rate is the one asked for",
+        ("rate_control.RateController", "rate_control.RateConfig", "benchmarks/rate_control.py"),
+        (
+            "test_rate_control.py::test_loop_closes_on_a_training_that_lags_and_drifts",
+            "test_rate_control.py::test_adapts_logs_and_resumes_bit_for_bit",
+        ),
+    ),
+    Item(
         "Fig. 3",
         "the weighting on the ε-loss",
         ("weightings.Sigmoid",),
@@ -142,15 +159,20 @@ ITEMS = (
     ),
     Item(
         "Tab. 1, Fig. 6",
-        "text-to-image",
-        ("presets.PAPER",),
-        ("test_presets.py::test_base_flops",),
-        missing="all but the sizes of the networks",
+        "text-to-image; its baselines: pixel diffusion, a KL autoencoder with a base model",
+        ("presets.PAPER", "variants.VARIANTS", "decoders.PixelDecoder", "decoders.RegressionDecoder"),
+        (
+            "test_presets.py::test_base_flops",
+            "test_variants.py::test_pixels_are_their_own_latent",
+            "test_variants.py::test_runs_from_end_to_end",
+        ),
+        missing="text",
     ),
     Item(
         "Tab. 2",
         "loss factor",
         ("config.Config.loss_factor", "benchmarks/loss_factor.py"),
+        ("test_weightings.py::TestSigmoid",),
         missing="rFID, gFID, ImageNet",
     ),
     Item(
@@ -170,17 +192,50 @@ ITEMS = (
     Item(
         "Tab. 5",
         "bits under the base model; MSE autoencoder, N(0, I) prior",
-        ("bound.estimate_rate", "evaluation.evaluate"),
-        ("test_evaluation.py::test_rate_under_the_base_model_is_without_a_label",),
-        missing="both variants",
+        (
+            "bound.estimate_rate",
+            "evaluation.evaluate",
+            "models.ModelConfig.reconstruction",
+            "models.ModelConfig.latent_prior",
+        ),
+        (
+            "test_evaluation.py::test_rate_under_the_base_model_is_without_a_label",
+            "test_variants.py::test_regression_decoder_weighs_as_its_cut_off",
+            "test_posterior.py::TestStandardNormal",
+        ),
+        missing="the benchmark",
     ),
     Item(
         "Tab. 6",
-        "ablations; B is λ_z(0)",
-        ("models.ModelConfig.logsnr_0",),
-        missing="A, C, D, the benchmark",
+        "ablations A, B, C, D",
+        (
+            "config.Config.prior_gradient",
+            "config.Config.kl_weight",
+            "models.ModelConfig.logsnr_0",
+            "config.Config.autoencoder",
+            "nn.encoder.EncoderConfig.variance",
+        ),
+        (
+            "test_variants.py::test_stop_gradient_leaves_the_encoder_the_decoder_and_a_small_kl",
+            "test_variants.py::test_runs_from_end_to_end",
+            "test_variants.py::test_an_autoencoder_of_another_run",
+        ),
+        missing="the benchmark",
     ),
-    Item("App. B", "a single stage", missing="both forms"),
+    Item(
+        "App. B",
+        "a single stage, with a shifted decoder loss or with λ_z(0) drawn from a logistic",
+        (
+            "config.Config.single_stage",
+            "config.Config.sigmoid_bias",
+            "models.ModelConfig.logsnr_0_bias",
+            "weightings.TruncatedLogistic",
+        ),
+        (
+            "test_posterior.py::TestTruncatedLogistic",
+            "test_variants.py::test_logistic_decoder_is_told_the_noise_of_its_latent",
+        ),
+    ),
     Item(
         "Fig. 8",
         "b against c_lf",

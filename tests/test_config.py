@@ -10,6 +10,7 @@ from ulx import runs, weightings
 from ulx.command_line import parse, run_command
 from ulx.config import Config, SampleConfig, TrainConfig, differences, fingerprint, from_json, to_json
 from ulx.presets import PAPER
+from ulx.variants import VARIANTS
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -94,6 +95,17 @@ def test_command_line_changes_one_thing_of_a_preset():
     )
     assert config == expected
     assert command_line() == PRESETS["tiny"]
+
+
+def test_a_variant_changes_the_defaults_and_options_come_on_top():
+    changes = {name: variant.change for name, variant in VARIANTS.items()}
+    read = lambda *args: parse(Config, PRESETS, default="tiny", variants=changes, description="", args=args)  # noqa: E731
+    assert read() == PRESETS["tiny"]
+    config = read("--variant", "stop-gradient", "--kl-weight", "0.5", "--preset", "smoke")
+    assert (config.variant, config.prior_gradient, config.kl_weight) == ("stop-gradient", 0.0, 0.5)
+    assert config.model == PRESETS["smoke"].model
+    with pytest.raises(SystemExit):
+        read("--variant", "stop-gradients")
 
 
 def test_sampler_options_come_through_the_command_line_and_json():
