@@ -49,9 +49,9 @@ def test_differences_are_named_by_their_path():
 
 
 def test_bias_follows_the_resolution_unless_it_is_set():
-    tiny = PRESETS["tiny"]
-    assert tiny.decoder_weighting == weightings.sigmoid(bias=weightings.sigmoid_bias(32), factor=2.0)
-    assert dataclasses.replace(tiny, sigmoid_bias=1.0).decoder_weighting.bias == 1.0
+    config = Config()
+    assert config.decoder_weighting == weightings.sigmoid(bias=weightings.sigmoid_bias(32), factor=1.5)
+    assert dataclasses.replace(config, sigmoid_bias=1.0).decoder_weighting.bias == 1.0
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.5])

@@ -44,9 +44,9 @@ LEVELS = 16
 class RateConfig:
     target_bits_per_pixel: float | None = None
     """Adapt the loss factor so that the held-out rate lands here; by default it stays as it is."""
-    window: tuple[float, float] = (0.35, 0.85)
+    window: tuple[float, float] = (0.3, 0.9)
     """When it is adapted, in parts of stage 1."""
-    time_constant: float = 0.125
+    time_constant: float = 0.1
     """τ, in parts of stage 1: how soon an error is to be gone."""
     every: int = 10
     """Steps between two adaptations."""
