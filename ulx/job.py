@@ -20,6 +20,7 @@ from ulx.metrics_log import MetricsLog, read_metrics
 from ulx.models import Denoiser, UnifiedLatents
 from ulx.progress import duration
 from ulx.seeding import root_int, root_key
+from ulx.snapshots import Snapshots
 from ulx.stages import CollapseWatch, autoencoder_loss, base_loss, collapsed
 from ulx.training import Loss, TrainState, fit, make_optimizer, make_step
 
@@ -49,13 +50,16 @@ def run(config: Config) -> Path:
     return written
 
 
-def measure(path: Path, model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Config) -> Path:
-    """Evaluate a trained run and write its report; returns the report's path."""
+def measure(
+    path: Path, model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Config, *, weights: str = "EMA"
+) -> Path:
+    """Evaluate a trained run and write its report; returns the report's path. `weights` says which average it is."""
     from ulx import report
 
     began = time.monotonic()
     evaluation = evaluate(model, base, dataset, config)
     logs = {stage: read_metrics(path / f"{stage}.jsonl") for stage in ("stage1", "stage2")}
+    evaluation.metrics["weights"] = weights
     evaluation.metrics["collapsed"] = collapsed(config, logs["stage1"])
     evaluation.metrics["cost"] = cost(model, base, config) | {
         "seconds_stage1": logs["stage1"][-1]["time"],
@@ -97,6 +101,7 @@ def train_stage(
                 batches,
                 train,
                 checkpoints=checkpoints,
+                snapshots=Snapshots(config.path / "snapshots" / name, train.posthoc_ema),
                 log=log,
                 name=name,
                 on_log=on_log,
