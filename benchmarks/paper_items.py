@@ -125,6 +125,16 @@ ITEMS = (
         ),
     ),
     Item(
+        "beyond it",
+        "post-hoc EMA (EDM2): an average of any width, chosen after training",
+        ("ema.synthesis", "config.TrainConfig.posthoc_ema", "runs.load"),
+        (
+            "test_ema.py::test_another_width_is_what_tracking_it_would_have_given",
+            "test_ema.py::test_least_squares_against_a_grid",
+            "test_snapshots.py::TestRun",
+        ),
+    ),
+    Item(
         "Fig. 3",
         "the weighting on the ε-loss",
         ("weightings.Sigmoid",),

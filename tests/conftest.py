@@ -16,6 +16,7 @@ from ulx.models import ModelConfig
 from ulx.nn.encoder import EncoderConfig
 from ulx.nn.transformer import BlockConfig
 from ulx.nn.uvit import UViTConfig
+from ulx.snapshots import Snapshots
 
 
 @pytest.fixture(scope="session")
@@ -58,8 +59,11 @@ def small_dataset() -> Dataset:
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory, small_config, small_dataset) -> Path:
     """A run folder as training leaves it, without its cost: the weights are drawn, every one of them away from zero
-    (untrained networks predict nothing), and those of the average differ from those trained."""
-    config, dataset = dataclasses.replace(small_config, runs=str(tmp_path_factory.mktemp("runs"))), small_dataset
+    (untrained networks predict nothing), and those of the average differ from those trained. Of averages of two widths
+    there are snapshots, drawn too, at three steps."""
+    train = dataclasses.replace(small_config.train, posthoc_ema=(0.05, 0.10), posthoc_snapshots=3)
+    folder = str(tmp_path_factory.mktemp("runs"))
+    config, dataset = dataclasses.replace(small_config, runs=folder, train=train, train_base=train), small_dataset
     path = runs.open_folder(config)
     runs.remember_data(path, dataset)
     stage1 = _drawn(runs.stage1_state(config), seed=1, step=6)
@@ -67,24 +71,30 @@ def trained_run(tmp_path_factory, small_config, small_dataset) -> Path:
     for name, state in (("stage1", stage1), ("stage2", stage2)):
         with Checkpoints(path / "checkpoints" / name) as checkpoints:
             checkpoints.save(int(state.step), state, train_batches(dataset, batch_size=4, seed=0), wait=True)
+        for step in (2, 3, 4):
+            averages = [_moved(state.ema, seed=1000 * step + width) for width in (5, 10)]
+            Snapshots(path / "snapshots" / name, train.posthoc_ema).save(step, averages)
     return path
 
 
 def _drawn(state, seed: int, step: int):
-    rng = np.random.default_rng(seed)
-    move = lambda leaf: leaf + 0.15 * rng.standard_normal(leaf.shape).astype(np.float32)  # noqa: E731
-    state = eqx.tree_at(lambda s: s.ema, state, jax.tree.map(move, state.ema))
+    state = eqx.tree_at(lambda s: s.ema, state, _moved(state.ema, seed))
     return eqx.tree_at(lambda s: s.step, state, jax.numpy.asarray(step, jax.numpy.int32))
+
+
+def _moved(average, seed: int):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: leaf + 0.15 * rng.standard_normal(leaf.shape).astype(np.float32), average)
 
 
 @pytest.fixture
 def copy_of(tmp_path):
-    """A folder's files, without its checkpoints, copied to where a test may break them."""
+    """A folder's files, without its checkpoints and snapshots, copied to where a test may break them."""
 
     def copy(path: Path) -> Path:
         target = tmp_path / path.name
         for file in path.rglob("*"):
-            if file.is_file() and "checkpoints" not in file.relative_to(path).parts:
+            if file.is_file() and not {"checkpoints", "snapshots"} & set(file.relative_to(path).parts):
                 to = target / file.relative_to(path)
                 to.parent.mkdir(parents=True, exist_ok=True)
                 to.write_bytes(file.read_bytes())

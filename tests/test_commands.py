@@ -132,7 +132,7 @@ class TestSample:
         assert np.abs(base - prior).mean() > 2
         facts = json.loads((guided.out / "base-seed3.json").read_text())
         assert [file["label"] for file in facts["files"]] == ["stars", "circles"] * 3
-        assert facts["steps"] == [6, 4]
+        assert (facts["steps"], facts["weights"]) == ([6, 4], "EMA")
         assert facts["nfe"] == {"latent": 4, "decoder": 2}
         # The sheet holds the images, enlarged by 6 = 96 / 16, from its first tile on.
         sheet = read(tmp_path / "prior-seed3-sheet.png")
@@ -150,12 +150,13 @@ class TestSample:
     def test_command_line(self, trained_run, tmp_path, capsys):
         args = ["--out", str(tmp_path), "--num", "4", "--label", "1", "--seed", "9", "--guidance-scale", "1.5"]
         sampler = ["--sample.num-steps", "2", "--sample.solver", "ancestral", "--sample.guidance-interval", "-3", "5"]
-        sample.main([str(trained_run), *args, *sampler])
+        sample.main([str(trained_run), *args, *sampler, "--ema", "0.1"])
         # Of the steps from −10 and from −2.5 the second is guided.
         assert "4 images of the base model, NFE 3 + 2 (decoder)" in capsys.readouterr().out
         facts = json.loads((tmp_path / "base-seed9.json").read_text())
         assert facts["sampler"]["solver"] == "ancestral"
         assert facts["sampler"]["guidance_interval"] == [-3.0, 5.0]
+        assert facts["weights"] == "EMA; stage2: sigma_rel 0.1"
         assert {f"base-seed9-{index:06d}.png" for index in range(4)} <= {file.name for file in tmp_path.iterdir()}
         assert "--overwrite" in fails(sample.main, [trained_run, *args], capsys)
 
@@ -192,14 +193,14 @@ class TestSample:
 
     def test_a_run_without_a_null_label_cannot_guide(self, run, trained_run, tmp_path, monkeypatch):
         config = dataclasses.replace(run.config, label_dropout=0.0)
-        monkeypatch.setattr(runs, "load", lambda path: dataclasses.replace(run, config=config))
+        monkeypatch.setattr(runs, "load", lambda path, **_: dataclasses.replace(run, config=config))
         with pytest.raises(ValueError, match="trained with label_dropout=0"):
             sample.sample(sample.Options(trained_run, tmp_path / "out", num=2, guidance_scale=2.0))
         assert not (tmp_path / "out").exists()
 
     def test_a_run_without_stage_2(self, run, trained_run, tmp_path, monkeypatch):
         monkeypatch.setattr(
-            runs, "load", lambda path: runs.Run(path, run.config, run.class_names, run.model, None, (6, 0))
+            runs, "load", lambda path, **_: runs.Run(path, run.config, run.class_names, run.model, None, (6, 0))
         )
         with pytest.raises(FileNotFoundError, match=r"no base model: finish stage 2 first .* or sample the raw prior"):
             sample.sample(sample.Options(trained_run, tmp_path))
@@ -276,7 +277,7 @@ class TestEncode:
         np.testing.assert_allclose(found["z_clean"][1], expected, atol=2e-5)
         assert expected.std() > 0.1
         assert found["logsnr_0"] == 5.0
-        assert found["step"] == 6
+        assert (found["step"], found["weights"]) == (6, "EMA")
         assert from_json(str(found["config"])) == run.config
         assert str(found["encoder"]) == encode.weights_hash(run.model.encoder)
         assert "exists already" in fails(encode.main, [trained_run, images, "--out", out], capsys)

@@ -67,6 +67,9 @@ def test_a_loss_factor_that_must_collapse_is_warned_of(factor):
         (lambda: TrainConfig(batch_size=0), "batch_size must be at least 1"),
         (lambda: TrainConfig(learning_rate=float("nan")), "learning_rate must be positive"),
         (lambda: TrainConfig(ema_decay=1.0), r"ema_decay must be in \[0, 1\)"),
+        (lambda: TrainConfig(posthoc_ema=(0.05, 0.5)), r"above 0 and below 0\.289 .*, got 0\.5"),
+        (lambda: TrainConfig(posthoc_ema=(0.05, 0.05)), r"posthoc_ema holds a width twice: \(0\.05, 0\.05\)"),
+        (lambda: TrainConfig(posthoc_snapshots=0), "posthoc_snapshots must be at least 1"),
         (lambda: SampleConfig(num_steps=0), "num_steps must be at least 1"),
         (lambda: SampleConfig(solver="dpmpp_2m", churn=0.5), "'dpmpp_2m' takes no churn"),
         (lambda: SampleConfig(decoder_solver="ancestral", decoder_churn=0.5), "'ancestral' takes no churn"),
@@ -106,6 +109,13 @@ def test_a_variant_changes_the_defaults_and_options_come_on_top():
     assert config.model == PRESETS["smoke"].model
     with pytest.raises(SystemExit):
         read("--variant", "stop-gradients")
+
+
+def test_widths_come_through_the_command_line_and_json():
+    config = command_line("--train-base.posthoc-ema", "0.05", "0.1", "--train-base.posthoc-snapshots", "16")
+    assert (config.train_base.posthoc_ema, config.train_base.posthoc_snapshots) == ((0.05, 0.1), 16)
+    assert config.train.posthoc_ema == ()
+    assert from_json(to_json(config)) == config
 
 
 def test_sampler_options_come_through_the_command_line_and_json():

@@ -389,6 +389,14 @@ class TestIncomplete:
         assert "nan" not in text(html)
         assert "counted at the end of training" in text(html)
 
+    def test_another_average_than_training_s_is_named(self, finished, html, copy_of):
+        path = copy_of(finished)
+        found = evaluation.Evaluation.load(path / "evaluation")
+        found.metrics["weights"] = "EMA; stage2: sigma_rel 0.07"
+        found.save(path / "evaluation")
+        assert "Weights: EMA; stage2: sigma_rel 0.07" in text(report.write(path).read_text())
+        assert "Weights:" not in text(html)
+
     def test_a_run_that_cannot_guide_has_no_guided_samples(self, finished, small_config, copy_of):
         assert small_config.can_guide
         off = dataclasses.replace(small_config.sample, guidance_scale=1.0)

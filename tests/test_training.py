@@ -19,6 +19,8 @@ import pytest
 from ulx import job, runs
 from ulx.checkpoint import Checkpoints
 from ulx.config import TrainConfig
+from ulx.data.pipeline import train_batches
+from ulx.ema import gamma_of
 from ulx.metrics_log import MetricsLog, read_metrics
 from ulx.stages import autoencoder_loss
 from ulx.training import Interrupted, NonFiniteError, TrainState, make_optimizer, make_step
@@ -41,9 +43,18 @@ def bits_of(tree):
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(eqx.filter(tree, eqx.is_array))]
 
 
-def test_step_is_clipped_adamw_and_a_float32_average():
-    config = TrainConfig(steps=10, warmup_steps=2, learning_rate=0.1, clip_norm=0.5, weight_decay=0.3, ema_decay=0.9)
-    state = TrainState(Line(jnp.asarray(2.0), jnp.asarray(1.0)), make_optimizer(config))
+def test_step_is_clipped_adamw_and_float32_averages():
+    config = TrainConfig(
+        steps=10,
+        warmup_steps=2,
+        learning_rate=0.1,
+        clip_norm=0.5,
+        weight_decay=0.3,
+        ema_decay=0.9,
+        posthoc_ema=(0.05, 0.2),
+    )
+    state = TrainState(Line(jnp.asarray(2.0), jnp.asarray(1.0)), make_optimizer(config), posthoc=2)
+    trajectory = []
     step = make_step(line_loss, make_optimizer(config), config, key=jax.random.key(0))
     batch = {"x": jnp.asarray([1.0, 2.0]), "y": jnp.asarray([0.0, 1.0])}
     weight, bias = np.asarray([2.0, 1.0])
@@ -65,6 +76,11 @@ def test_step_is_clipped_adamw_and_a_float32_average():
         assert float(metrics["gradient/weight"]) == pytest.approx(abs(gradient[0]), rel=1e-5)
         np.testing.assert_allclose([state.model.weight, state.model.bias], [weight, bias], rtol=1e-5)
         np.testing.assert_allclose([state.ema.weight, state.ema.bias], average, rtol=1e-5)
+        # (τ/t)^(γ+1) is the share of the first τ steps in a power average.
+        trajectory.append([weight, bias])
+        for sigma_rel, tracked in zip((0.05, 0.2), state.posthoc, strict=True):
+            shares = np.diff((np.arange(number + 2) / (number + 1)) ** (gamma_of(sigma_rel) + 1))
+            np.testing.assert_allclose([tracked.weight, tracked.bias], shares @ trajectory, rtol=1e-5)
     assert int(state.step) == 4
 
 
@@ -96,7 +112,18 @@ def config(small_config, tmp_path):
     return dataclasses.replace(small_config, runs=str(tmp_path), train=train)
 
 
+def snapshots_of(path: Path) -> dict[str, dict[str, bytes]]:
+    """The bits of every array in every file of stage 1's snapshots."""
+    found = {}
+    for file in sorted((path / "snapshots" / "stage1").iterdir()):
+        with np.load(file) as arrays:
+            found[file.name] = {name: arrays[name].tobytes() for name in arrays}
+    return found
+
+
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(config, small_dataset):
+    train = dataclasses.replace(config.train, posthoc_ema=(0.05, 0.10), posthoc_snapshots=4)
+    config = dataclasses.replace(config, train=train)
     whole = run_stage(dataclasses.replace(config, name="whole"), small_dataset)
 
     class Killed(Exception):
@@ -114,6 +141,14 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(config, small_
         run_stage(dataclasses.replace(config, name="parts", resume=True), small_dataset, politely)
     resumed = run_stage(dataclasses.replace(config, name="parts", resume=True), small_dataset)
     assert bits_of(resumed) == bits_of(whole)
+    # Snapshots of the averages, evenly spaced. That of step 4 was written before the kill, and again after resuming
+    # from step 3.
+    stored = snapshots_of(Path(config.runs) / "whole")
+    assert list(stored) == [f"0000000{step}.npz" for step in (2, 4, 6, 8)]
+    assert snapshots_of(Path(config.runs) / "parts") == stored
+    for sigma_rel, average in zip((0.05, 0.1), whole.posthoc, strict=True):
+        last = [value for name, value in stored["00000008.npz"].items() if name.startswith(f"{sigma_rel}/")]
+        assert last == bits_of(average)
     # The log reads as if nothing had happened.
     steps = [line["step"] for line in read_metrics(Path(config.runs) / "parts" / "stage1.jsonl")]
     assert steps == list(range(1, 9))
@@ -154,6 +189,25 @@ def test_non_finite_values_stop_the_run_and_say_where(config, small_dataset, tmp
     assert "gradient/prior" not in str(error.value)  # the prior is innocent, and not named
     with Checkpoints(path / "checkpoints" / "stage1") as checkpoints:
         assert checkpoints.latest is None
+
+
+def test_a_checkpoint_from_before_a_field_was_there_still_fits(tmp_path, small_dataset):
+    class Before(eqx.Module):
+        step: jax.Array
+        weight: jax.Array
+
+    class Now(eqx.Module):
+        step: jax.Array
+        unused: tuple[jax.Array, ...]
+        weight: jax.Array
+
+    batches = train_batches(small_dataset, batch_size=4, seed=0)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(5, Before(jnp.asarray(5), jnp.arange(3.0)), batches, wait=True)
+        now = checkpoints.restore(Now(jnp.asarray(0), (), jnp.zeros(3)))
+        assert (int(now.step), now.unused, now.weight.tolist()) == (5, (), [0.0, 1.0, 2.0])
+        with pytest.raises(ValueError, match="does not fit this model"):
+            checkpoints.restore(Now(jnp.asarray(0), (jnp.zeros(2),), jnp.zeros(3)))
 
 
 def test_checkpoint_of_another_model_is_refused(config, small_dataset):
@@ -217,7 +271,7 @@ def test_killed_at_any_moment_and_resumed_is_the_same(config, tmp_path, monkeypa
     data = dataclasses.replace(
         config.data, source="folder", path=str(tmp_path / "images"), cache_dir=str(tmp_path / "cache")
     )
-    train = dataclasses.replace(config.train, steps=120, save_every=10)
+    train = dataclasses.replace(config.train, steps=120, save_every=10, posthoc_ema=(0.05, 0.10))
     environment = os.environ | {"ULX_CACHE_DIR": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
 
     def process(name: str, resume: bool) -> subprocess.Popen:
@@ -250,6 +304,9 @@ def test_killed_at_any_moment_and_resumed_is_the_same(config, tmp_path, monkeypa
             assert checkpoints.latest == 120
             final.append(checkpoints.restore(runs.stage1_state(dataclasses.replace(config, train=train))))
     assert bits_of(final[0]) == bits_of(final[1]), f"killed after step {wanted}"
+    stored = snapshots_of(tmp_path / "quiet")
+    assert len(stored) == 32
+    assert snapshots_of(tmp_path / "killed") == stored, f"killed after step {wanted}"
 
 
 def test_only_weights_decay():

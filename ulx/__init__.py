@@ -14,6 +14,7 @@ _SUBMODULES = (
     "cost",
     "data",
     "diffusion",
+    "ema",
     "flops",
     "generate",
     "guidance",

@@ -1,5 +1,6 @@
 """Checkpoints by Orbax: the training state and the data iterator together, written asynchronously and atomically."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ from jaxtyping import PyTree
 
 __all__ = ["Checkpoints"]
 
-State = TypeVar("State", bound=PyTree)
+State = TypeVar("State", bound=eqx.Module)
 
 
 class Checkpoints:
@@ -28,13 +29,13 @@ class Checkpoints:
         """The newest step saved, or None."""
         return self.manager.latest_step()
 
-    def save(self, step: int, state: PyTree, batches: Iterator[Any], wait: bool = False) -> None:
+    def save(self, step: int, state: eqx.Module, batches: Iterator[Any], wait: bool = False) -> None:
         """Save in the background; with `wait`, return when it is on disk. Does nothing if the step is saved already."""
         if step not in self.manager.all_steps():
             self.manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(eqx.filter(state, eqx.is_array)),
+                    state=ocp.args.StandardSave(_fields(state)),
                     data=grain.checkpoint.CheckpointSave(batches),
                 ),
             )
@@ -51,10 +52,8 @@ class Checkpoints:
         step = self.latest if step is None else step
         if step is None:
             raise FileNotFoundError(f"no checkpoint in {self.manager.directory}")
-        arrays, static = eqx.partition(state, eqx.is_array)
-        wanted: dict[str, Any] = {
-            "state": ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, arrays))
-        }
+        fields = jax.tree.map(ocp.utils.to_shape_dtype_struct, _fields(state))
+        wanted: dict[str, Any] = {"state": ocp.args.StandardRestore(fields)}
         if batches is not None:
             wanted["data"] = grain.checkpoint.CheckpointRestore(batches)
         try:
@@ -63,7 +62,11 @@ class Checkpoints:
             raise ValueError(
                 f"the checkpoint of step {step} in {self.manager.directory} does not fit this model: {error}"
             ) from error
-        return eqx.combine(restored["state"], static)
+        read = restored["state"]
+        arrays = eqx.tree_at(
+            lambda s: [getattr(s, name) for name in read], eqx.filter(state, eqx.is_array), list(read.values())
+        )
+        return eqx.combine(arrays, state)
 
     def close(self) -> None:
         self.manager.wait_until_finished()
@@ -74,3 +77,11 @@ class Checkpoints:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _fields(state: eqx.Module) -> dict[str, PyTree]:
+    """The arrays of the state's fields. One that holds none is left out: checkpoints from before it was there still
+    fit."""
+    arrays = eqx.filter(state, eqx.is_array)
+    fields = {field.name: getattr(arrays, field.name) for field in dataclasses.fields(arrays)}
+    return {name: value for name, value in fields.items() if jax.tree.leaves(value)}

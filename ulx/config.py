@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from ulx import weightings
 from ulx.data import DataConfig
+from ulx.ema import gamma_of
 from ulx.guidance import check_interval
 from ulx.models import ModelConfig
 from ulx.precision import Dtype
@@ -53,6 +54,11 @@ class TrainConfig:
     """The gradient's global norm is clipped to this. Losses are in bits per pixel, so it means the same at any size."""
     ema_decay: float = 0.998
     """Decay of the weights' moving average, which is what gets evaluated; early on it is (1 + step)/(10 + step)."""
+    posthoc_ema: tuple[float, ...] = ()
+    """Widths σ_rel of further averages, 0.05 0.10 for example, from whose snapshots one of any width is made after
+    training (`--ema` of the commands). None by default."""
+    posthoc_snapshots: int = 32
+    """How often in a run they are stored, evenly spaced: 4 bytes per parameter and width each time."""
     dtype: Dtype = "float32"
     """What the networks compute in. Weights, losses, schedules and the average stay in float32."""
     log_every: int = 20
@@ -61,7 +67,7 @@ class TrainConfig:
     """Steps between two checkpoints; the last step and an interrupt save too."""
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "log_every", "save_every"):
+        for name in ("steps", "batch_size", "log_every", "save_every", "posthoc_snapshots"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "clip_norm"):
@@ -69,8 +75,17 @@ class TrainConfig:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        for sigma_rel in self.posthoc_ema:
+            gamma_of(sigma_rel)
+        if len(set(self.posthoc_ema)) < len(self.posthoc_ema):
+            raise ValueError(f"posthoc_ema holds a width twice: {self.posthoc_ema}")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps must not be negative, got {self.warmup_steps}")
+
+    def stores_averages(self, step: int) -> bool:
+        """Whether the averages of `posthoc_ema` are stored after `step` steps. They are after the last one."""
+        count = self.posthoc_snapshots
+        return bool(self.posthoc_ema) and step * count // self.steps > (step - 1) * count // self.steps
 
 
 @dataclasses.dataclass(frozen=True)

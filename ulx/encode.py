@@ -10,6 +10,7 @@ cannot be read are named and skipped. Writes one .npz file (`numpy.load` without
     names         the files, relative to DIR with /, in the order of the rows
     logsnr_0      λ_z(0), the noise level of the latent
     run, step     the run's folder and the steps of stage 1 that its encoder was trained for
+    weights       which average of the weights: EMA, or with --ema its width too
     config        the run's config.json, as text
     encoder       sha256 of the encoder's weights: latents of different encoders cannot be mixed up
 
@@ -48,6 +49,9 @@ class Options:
     """Folder of images, subfolders included."""
     out: Path | None = None
     """The .npz file to write; by default RUN/latents.npz."""
+    ema: float | None = None
+    """Width σ_rel of the weights' average, for a run with snapshots (`--train.posthoc-ema`); by default the moving
+    average of training."""
     batch_size: int | None = None
     """Images per call; changes no result. By default the run's `evaluate.batch_size`."""
     overwrite: bool = False
@@ -62,7 +66,7 @@ class Options:
 
 def encode(options: Options) -> Path:
     """Write the latents; returns the file. All of them are held in memory until then."""
-    run = runs.load(options.run)
+    run = runs.load(options.run, ema=options.ema, stage="stage1")
     folder = ImageFolder(options.folder, run.config.data.resolution)
     out = options.out or options.run / "latents.npz"
     if out.exists() and (out.is_dir() or not options.overwrite):
@@ -94,6 +98,7 @@ def encode(options: Options) -> Path:
         logsnr_0=np.float32(run.model.latent_schedule.logsnr_max),
         run=np.array(str(options.run)),
         step=np.array(run.step[0]),
+        weights=np.array(run.weights),
         config=np.array(to_json(run.config)),
         encoder=np.array(weights_hash(run.model.encoder)),
     )

@@ -23,6 +23,7 @@ from ulx.models import UnifiedLatents
 from ulx.progress import duration
 from ulx.rate_control import RateController, loss_factor
 from ulx.seeding import root_int, root_key
+from ulx.snapshots import Snapshots
 from ulx.stages import CollapseWatch, autoencoder_loss, base_loss, collapsed, decoder_loss
 from ulx.training import Controller, Loss, TrainState, fit, make_optimizer, make_step
 
@@ -83,14 +84,17 @@ def train_autoencoder(state: TrainState, dataset: Dataset, config: Config) -> Un
     return model
 
 
-def measure(path: Path, model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Config) -> Path:
-    """Evaluate a trained run and write its report; returns the report's path."""
+def measure(
+    path: Path, model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Config, *, weights: str = "EMA"
+) -> Path:
+    """Evaluate a trained run and write its report; returns the report's path. `weights` says which average it is."""
     from ulx import report
 
     began = time.monotonic()
     evaluation = evaluate(model, base, dataset, config)
     logs = {stage: read_metrics(path / f"{stage}.jsonl") for stage in config.stages}
     evaluation.metrics["collapsed"] = collapsed(config, logs.get("stage1", []))
+    evaluation.metrics["weights"] = weights
     evaluation.metrics["cost"] = cost(model, base, config) | {
         **{f"seconds_{stage}": log[-1]["time"] for stage, log in logs.items()},
         "seconds_evaluation": round(time.monotonic() - began),
@@ -131,6 +135,7 @@ def train_stage(
                 batches,
                 train,
                 checkpoints=checkpoints,
+                snapshots=Snapshots(config.path / "snapshots" / name, train.posthoc_ema),
                 log=log,
                 name=name,
                 controller=controller,

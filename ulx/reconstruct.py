@@ -42,6 +42,9 @@ class Options:
     """Folder of images, subfolders included."""
     out: Path | None = None
     """Where to write; by default RUN/reconstructions."""
+    ema: float | None = None
+    """Width σ_rel of the weights' average, for a run with snapshots (`--train.posthoc-ema`); by default the moving
+    average of training."""
     seed: int = 0
     """The noise of z_0 and of the decoder follows from it."""
     batch_size: int | None = None
@@ -57,7 +60,7 @@ class Options:
 
 def reconstruct(options: Options) -> float:
     """Write the reconstructions; returns the mean PSNR in dB, between what was written and the prepared originals."""
-    run = runs.load(options.run)
+    run = runs.load(options.run, ema=options.ema, stage="stage1")
     folder = ImageFolder(options.folder, run.config.data.resolution)
     config = options.sample.over(run.config.sample)
     out = options.out or options.run / "reconstructions"

@@ -169,7 +169,8 @@ def _cards(run: _Run) -> list[str]:
                 "fd_efflite0, base model",
                 number(base["value"]),
                 f"raw prior {number(prior['value'])}; N = {base['n']:,}, NFE {base['nfe']}, no guidance"
-                + (". Biased: N is too small" if base["rank_deficient"] else ""),
+                + (". Biased: N is too small" if base["rank_deficient"] else "")
+                + ("" if metrics["weights"] == "EMA" else f". Weights: {metrics['weights']}"),
                 "good" if base["value"] < prior["value"] else "bad",
             ),
         ]

@@ -5,6 +5,7 @@ runs/NAME/
     dataset.json          which data, its classes
     stage1.jsonl, stage2.jsonl, tensorboard/   metrics while training, for each stage that the run has
     checkpoints/stage1, checkpoints/stage2
+    snapshots/stage1, snapshots/stage2         averages to make others of (`posthoc_ema`)
     evaluation/           metrics.json, pictures.npz
     report.html, figures/
 """
@@ -12,23 +13,30 @@ runs/NAME/
 import dataclasses
 import json
 import shutil
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
 
 import equinox as eqx
 
 from ulx.checkpoint import Checkpoints
-from ulx.config import Config, differences, from_json, to_json
+from ulx.config import Config, TrainConfig, differences, from_json, to_json
 from ulx.data.source import Dataset
 from ulx.decoders import DiffusionDecoder
 from ulx.denoiser import Denoiser
+from ulx.ema import gamma_of
 from ulx.models import UnifiedLatents
 from ulx.rate_control import log_excess
 from ulx.seeding import root_key
+from ulx.snapshots import Snapshots
 from ulx.stages import make_base, make_decoder
 from ulx.training import TrainState, make_optimizer
 
 __all__ = [
     "Run",
+    "Stage",
     "adopt",
     "autoencoder",
     "copy_autoencoder",
@@ -41,6 +49,8 @@ __all__ = [
     "stage2_state",
     "with_decoder",
 ]
+
+Stage = Literal["stage1", "decoder", "stage2"]
 
 HARMLESS = (
     "variant",  # a name for what other fields say
@@ -55,10 +65,14 @@ HARMLESS = (
     *(
         f"{stage}.{field}"
         for stage in ("train", "train_decoder", "train_base")
-        for field in ("log_every", "save_every")
+        for field in ("log_every", "save_every", "posthoc_snapshots")
     ),
 )
 """Fields that may change between the parts of an interrupted run: they do not touch what is trained."""
+
+
+TOO_FAR = 0.05
+"""Error of a profile above which `load` warns. 32 snapshots of widths 0.05 and 0.10 make 0.02 to 0.25 below it."""
 
 
 def open_folder(config: Config) -> Path:
@@ -130,13 +144,14 @@ def stage1_state(config: Config, num_classes: int = 0) -> TrainState:
     key = root_key(config.seed, "stage1 weights")
     model = UnifiedLatents(shape, config.model, num_classes=num_classes if config.single_stage else 0, key=key)
     control = None if config.rate.target_bits_per_pixel is None else log_excess(config.loss_factor)
-    return TrainState(model, make_optimizer(config.train), control)
+    posthoc = len(config.train.posthoc_ema)
+    return TrainState(model, make_optimizer(config.train), posthoc=posthoc, control=control)
 
 
 def decoder_state(config: Config, model: UnifiedLatents) -> TrainState:
     """Untrained diffusion decoder for a trained encoder, with its optimizer."""
     decoder = make_decoder(model, config, key=root_key(config.seed, "decoder weights"))
-    return TrainState(decoder, make_optimizer(config.train_decoder))
+    return TrainState(decoder, make_optimizer(config.train_decoder), posthoc=len(config.train_decoder.posthoc_ema))
 
 
 def with_decoder(model: UnifiedLatents, decoder: DiffusionDecoder) -> UnifiedLatents:
@@ -147,7 +162,7 @@ def with_decoder(model: UnifiedLatents, decoder: DiffusionDecoder) -> UnifiedLat
 def stage2_state(config: Config, model: UnifiedLatents, num_classes: int) -> TrainState:
     """Untrained base model with its optimizer."""
     base = make_base(model, config, num_classes, key=root_key(config.seed, "stage2 weights"))
-    return TrainState(base, make_optimizer(config.train_base))
+    return TrainState(base, make_optimizer(config.train_base), posthoc=len(config.train_base.posthoc_ema))
 
 
 def adopt(config: Config) -> Config:
@@ -203,42 +218,80 @@ class Run:
     class_names: tuple[str, ...]
     model: UnifiedLatents
     base: Denoiser | None
-    """None while stage 2 has no checkpoint."""
+    """None while stage 2 has no checkpoint, and beside another average of stage 1 than it was trained on."""
     step: tuple[int, int]
     """Steps of stage 1 and stage 2 in these weights; 0 for a stage that the run has not."""
+    weights: str = "EMA"
+    """Which average they are, in words."""
 
 
-def load(path: str | Path) -> Run:
-    """Load a run's newest weights.
+def load(path: str | Path, *, ema: float | None = None, stage: Stage = "stage2") -> Run:
+    """Load a run's newest weights: the moving average of training or, with `ema`, one that its snapshots make.
 
-    Raises FileNotFoundError, naming what is missing, for a folder that is no run or has no checkpoint yet.
+    Args:
+        ema: σ_rel of an average up to the newest snapshot of `stage`, in place of that stage's moving average; needs a
+            run that was trained with `posthoc_ema`. Warns if the snapshots cannot make it well (`ema.Synthesis`).
+        stage: "stage2" is the base model. "stage1" is encoder, prior and decoder; then the base model, which knows the
+            latents of the moving average's encoder, is left out.
+
+    Raises:
+        FileNotFoundError: naming what is missing, for a folder that is no run or has no checkpoint or snapshot yet.
+        ValueError: `ema` is out of range, or the stage was trained without `posthoc_ema`.
     """
     path = Path(path)
+    if ema is not None:
+        gamma_of(ema)  # refused before anything is read
     for file in ("config.json", "dataset.json"):
         if not (path / file).exists():
             raise FileNotFoundError(f"{path} is not a run: it has no {file}")
     config = read_config(path)
     class_names = tuple(json.loads((path / "dataset.json").read_text())["class_names"])
-    model, steps = autoencoder(path, config, len(class_names))
+    if ema is not None and stage not in config.stages:
+        raise ValueError(f"{path} has no {stage} to average: it trained {', '.join(config.stages)}")
+    weights = "EMA" if ema is None else f"EMA; {stage}: sigma_rel {ema:g}"
+    width: dict[Stage, float] = {} if ema is None else {stage: ema}
+    model, steps = autoencoder(path, config, len(class_names), width)
     if config.single_stage:
         assert isinstance(model.prior, Denoiser)
-        return Run(path, config, class_names, model, model.prior, (steps, 0))
+        return Run(path, config, class_names, model, model.prior, (steps, 0), weights)
+    if ema is not None and stage == "stage1":
+        return Run(path, config, class_names, model, None, (steps, 0), weights)
     base, base_steps = None, 0
     if _latest(path, "stage2") is not None:
-        base_state = _restored(path, "stage2", stage2_state(config, model, len(class_names)))
-        base, base_steps = base_state.ema_model, int(base_state.step)
-    return Run(path, config, class_names, model, base, (steps, base_steps))
+        base, base_steps = _averaged(path, "stage2", stage2_state(config, model, len(class_names)), config, width)
+    elif stage in width:
+        raise FileNotFoundError(f"{path} has no base model to average yet: finish stage 2 first (--resume)")
+    return Run(path, config, class_names, model, base, (steps, base_steps), weights)
 
 
-def autoencoder(path: Path, config: Config, num_classes: int) -> tuple[UnifiedLatents, int]:
-    """The newest encoder, prior and decoder of a run, and the steps of its stage 1. Raises as `load`."""
+def autoencoder(
+    path: Path, config: Config, num_classes: int, width: Mapping[Stage, float] = MappingProxyType({})
+) -> tuple[UnifiedLatents, int]:
+    """The newest encoder, prior and decoder of a run, and the steps of its stage 1. Raises as `load`.
+
+    `width` holds σ_rel for a stage that is not to have its moving average.
+    """
     state = stage1_state(config, num_classes)
+    model, steps = state.model, 0
     if "stage1" in config.stages:
-        state = _restored(path, "stage1", state)
-    model = state.ema_model
+        model, steps = _averaged(path, "stage1", state, config, width)
     if "decoder" in config.stages:
-        model = with_decoder(model, _restored(path, "decoder", decoder_state(config, model)).ema_model)
-    return model, int(state.step)
+        decoder, _ = _averaged(path, "decoder", decoder_state(config, model), config, width)
+        model = with_decoder(model, decoder)
+    return model, steps
+
+
+def _averaged(
+    path: Path, stage: Stage, state: TrainState, config: Config, width: Mapping[Stage, float]
+) -> tuple[Any, int]:
+    """What a stage trained, with one of its averages, and the step it ends at."""
+    if not (path / "checkpoints" / stage).is_dir():
+        raise FileNotFoundError(f"{path} has no checkpoint of {stage} yet: finish it first (--resume)")
+    with Checkpoints(path / "checkpoints" / stage) as checkpoints:
+        state = checkpoints.restore(state)
+    if stage in width:
+        return _synthesised(path, stage, config.train_configs[stage], state, width[stage])
+    return state.ema_model, int(state.step)
 
 
 def _latest(path: Path, stage: str) -> int | None:
@@ -248,8 +301,24 @@ def _latest(path: Path, stage: str) -> int | None:
         return checkpoints.latest
 
 
-def _restored(path: Path, stage: str, state: TrainState) -> TrainState:
-    if not (path / "checkpoints" / stage).is_dir():
-        raise FileNotFoundError(f"{path} has no checkpoint of {stage} yet: finish it first (--resume)")
-    with Checkpoints(path / "checkpoints" / stage) as checkpoints:
-        return checkpoints.restore(state)
+def _synthesised(path: Path, stage: Stage, train: TrainConfig, state: TrainState, sigma_rel: float) -> tuple[Any, int]:
+    """The model of a stage with the average of width `sigma_rel`, and the step it ends at."""
+    option = {"stage1": "--train", "decoder": "--train-decoder", "stage2": "--train-base"}[stage]
+    if not train.posthoc_ema:
+        raise ValueError(
+            f"{path} kept no snapshots of {stage}, so it has the one average it was trained with: train with "
+            f"{option}.posthoc-ema 0.05 0.10 to choose another afterwards"
+        )
+    snapshots = Snapshots(path / "snapshots" / stage, train.posthoc_ema)
+    if not snapshots.steps:
+        raise FileNotFoundError(f"{path} has no snapshot of {stage} yet: train on (--resume)")
+    average, step, error = snapshots.average(sigma_rel, state.ema)
+    if error > TOO_FAR:
+        widths = ", ".join(f"{width:g}" for width in train.posthoc_ema)
+        warnings.warn(
+            f"sigma_rel={sigma_rel:g} is beyond what {len(snapshots.steps)} snapshots of widths {widths} can make: the "
+            f"profile is off by {error:.0%} of its norm. Choose a width nearer to theirs, or train with more "
+            f"{option}.posthoc-snapshots",
+            stacklevel=3,
+        )
+    return eqx.combine(average, state.model), step

@@ -82,6 +82,9 @@ class Options:
     """Classifier-free guidance: 1 is off, above 1 trades variety for typical members of the class."""
     prior: bool = False
     """Sample the raw stage-1 prior in place of the base model. It knows no classes and no guidance."""
+    ema: float | None = None
+    """Width σ_rel of the base model's average, or with --prior of stage 1's, for a run with snapshots
+    (`posthoc_ema`); by default the moving average of training."""
     seed: int = 0
     """The noise follows from it."""
     batch_size: int | None = None
@@ -102,7 +105,7 @@ class Options:
 
 def sample(options: Options) -> Path:
     """Write the images; returns the folder. Raises FileNotFoundError for a run that has no base model yet."""
-    run = runs.load(options.run)
+    run = runs.load(options.run, ema=options.ema, stage="stage1" if options.prior else "stage2")
     denoiser = run.model.prior if options.prior else run.base
     if denoiser is None:
         raise FileNotFoundError(
@@ -159,7 +162,7 @@ def sample(options: Options) -> Path:
     facts = {
         "run": str(options.run),
         "steps": run.step,
-        "weights": "EMA",
+        "weights": run.weights,
         "model": kind,
         "seed": options.seed,
         "sampler": dataclasses.asdict(config) | {"guidance_scale": options.guidance_scale},

@@ -19,9 +19,11 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from ulx import diffusion, losses
 from ulx.checkpoint import Checkpoints
 from ulx.config import TrainConfig
+from ulx.ema import gamma_of, power_average
 from ulx.metrics_log import MetricsLog
 from ulx.precision import cast
 from ulx.progress import Progress
+from ulx.snapshots import Snapshots
 from ulx.typing import PerExample, pytree
 
 __all__ = ["Draws", "Interrupted", "NonFiniteError", "TrainState", "fit", "make_optimizer", "make_step"]
@@ -34,16 +36,30 @@ class TrainState(eqx.Module):
     model: PyTree
     ema: PyTree
     """The moving average of the model's arrays, in float32."""
+    posthoc: tuple[PyTree, ...]
+    """Their averages by power functions of the step (`ulx.ema`), in float32: one for each of `posthoc_ema`."""
     opt_state: optax.OptState
     control: Float[Array, ""] | None
     """What is adapted between steps (`ulx.rate_control`); None: nothing."""
 
-    def __init__(self, model: PyTree, optimizer: optax.GradientTransformation, control: float | None = None):
+    def __init__(
+        self,
+        model: PyTree,
+        optimizer: optax.GradientTransformation,
+        *,
+        posthoc: int = 0,
+        control: float | None = None,
+    ):
         params = eqx.filter(model, eqx.is_inexact_array)
         self.step = jnp.zeros((), jnp.int32)
         self.model = model
-        # A copy of its own: the step donates the whole state, and no buffer may be donated twice.
-        self.ema = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
+
+        def average() -> PyTree:
+            # A copy of its own: the step donates the whole state, and no buffer may be donated twice.
+            return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
+
+        self.ema = average()
+        self.posthoc = tuple(average() for _ in range(posthoc))
         self.opt_state = optimizer.init(params)
         self.control = None if control is None else jnp.asarray(control, jnp.float32)
 
@@ -100,6 +116,7 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, config: Train
     `metrics` holds what the loss logs, the gradient norm of each part of the model, and their global norm.
     An example's noise comes from fold_in(fold_in(key, step), its index in the batch): resuming needs no history.
     """
+    gammas = [gamma_of(sigma_rel) for sigma_rel in config.posthoc_ema]
 
     @eqx.filter_jit(donate="all-except-first")
     def step(given: tuple[Any, Batch], state: TrainState) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
@@ -118,12 +135,16 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, config: Train
         params = optax.apply_updates(params, updates)
         decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema = optax.incremental_update(params, state.ema, 1 - decay)
+        posthoc = tuple(
+            power_average(average, params, state.step + 1, gamma)
+            for average, gamma in zip(state.posthoc, gammas, strict=True)
+        )
         metrics |= {f"gradient/{part}": optax.tree.norm(value) for part, value in _parts(grads)}
         metrics["gradient"] = optax.tree.norm(grads)
         state = eqx.tree_at(
-            lambda s: (s.step, s.model, s.ema, s.opt_state),
+            lambda s: (s.step, s.model, s.ema, s.posthoc, s.opt_state),
             state,
-            (state.step + 1, eqx.combine(params, static), ema, opt_state),
+            (state.step + 1, eqx.combine(params, static), ema, posthoc, opt_state),
         )
         return state, metrics
 
@@ -152,12 +173,13 @@ def fit(
     config: TrainConfig,
     *,
     checkpoints: Checkpoints,
+    snapshots: Snapshots,
     log: MetricsLog,
     name: str,
     controller: Controller | None = None,
     on_log: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
 ) -> TrainState:
-    """Train from `state.step` to `config.steps`; checkpoint, log and show progress on the way.
+    """Train from `state.step` to `config.steps`; checkpoint, store averages, log and show progress on the way.
 
     `step` is `make_step`'s, `batches` a checkpointable iterator standing where `state` left it. On Ctrl-C or SIGTERM
     the step in progress is finished and saved.
@@ -189,9 +211,14 @@ def fit(
             previous = (number, metrics)
             progress.advance()
             stopping = bool(stop)  # read once: a signal may come at any moment
-            if number == config.steps or number % config.save_every == 0 or stopping:
+            saving = number == config.steps or number % config.save_every == 0 or stopping
+            storing = config.stores_averages(number)
+            if saving or storing:
                 _check_and_log(*previous, config, log, progress, on_log)
                 previous = None
+            if storing:  # before the checkpoint, after which a resumed run would not come by again
+                snapshots.save(number, state.posthoc)
+            if saving:
                 checkpoints.save(number, state, batches, wait=stopping or number == config.steps)
             if stopping:
                 raise Interrupted(f"stopped after step {number}, which is saved; --resume continues from it")
