@@ -249,17 +249,17 @@ from ulx import job, presets, runs
 from ulx.command_line import use_compilation_cache
 from ulx.config import Config, TrainConfig, from_json
 from ulx.data import open_dataset
-from ulx.stages import autoencoder_loss
 use_compilation_cache()
 config = from_json(open({config!r}).read())
 path = runs.open_folder(config)
 dataset = open_dataset(config.data)
-job.train_stage("stage1", runs.stage1_state(config), None, autoencoder_loss(config), dataset, config, config.train)
+job.train_base(job.train_autoencoder(runs.stage1_state(config), dataset, config), dataset, config)
 """
 
 
 def test_killed_at_any_moment_and_resumed_is_the_same(config, tmp_path, monkeypatch):
-    """SIGKILL in the middle, no chance to tidy up; then --resume, and the weights are those of a quiet run."""
+    """SIGKILL in the middle of either stage, no chance to tidy up; then --resume, and the weights of both stages are
+    those of a quiet run."""
     image = pytest.importorskip("PIL.Image")
     from ulx.config import to_json
 
@@ -276,7 +276,8 @@ def test_killed_at_any_moment_and_resumed_is_the_same(config, tmp_path, monkeypa
 
     def process(name: str, resume: bool) -> subprocess.Popen:
         file = tmp_path / f"{name}.json"
-        file.write_text(to_json(dataclasses.replace(config, name=name, resume=resume, data=data, train=train)))
+        settings = dataclasses.replace(config, name=name, resume=resume, data=data, train=train, train_base=train)
+        file.write_text(to_json(settings))
         script = SCRIPT.format(config=str(file), experiments=str(Path(__file__).parents[1] / "experiments"))
         return subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE, text=True)
 
@@ -285,11 +286,11 @@ def test_killed_at_any_moment_and_resumed_is_the_same(config, tmp_path, monkeypa
     assert quiet.returncode == 0, errors
 
     killed = process("killed", resume=False)
-    log = tmp_path / "killed" / "stage1.jsonl"
-    wanted = int(np.random.default_rng().integers(12, 100))
+    logs = [tmp_path / "killed" / f"{stage}.jsonl" for stage in ("stage1", "stage2")]
+    wanted = int(np.random.default_rng().integers(12, 220))  # of the 240 steps
     deadline = time.monotonic() + 300
     while killed.poll() is None and time.monotonic() < deadline:
-        if log.exists() and log.read_text().count("\n") >= wanted:
+        if sum(log.read_text().count("\n") for log in logs if log.exists()) >= wanted:
             killed.send_signal(signal.SIGKILL)
         time.sleep(0.002)
     killed.communicate()
@@ -300,9 +301,14 @@ def test_killed_at_any_moment_and_resumed_is_the_same(config, tmp_path, monkeypa
     assert again.returncode == 0, errors
     final = []
     for name in ("quiet", "killed"):
+        settings = dataclasses.replace(config, train=train, train_base=train)
+        state = runs.stage1_state(settings)
         with Checkpoints(tmp_path / name / "checkpoints" / "stage1") as checkpoints:
             assert checkpoints.latest == 120
-            final.append(checkpoints.restore(runs.stage1_state(dataclasses.replace(config, train=train))))
+            state = checkpoints.restore(state)
+        with Checkpoints(tmp_path / name / "checkpoints" / "stage2") as checkpoints:
+            assert checkpoints.latest == 120
+            final.append((state, checkpoints.restore(runs.stage2_state(settings, state.ema_model, 2))))
     assert bits_of(final[0]) == bits_of(final[1]), f"killed after step {wanted}"
     stored = snapshots_of(tmp_path / "quiet")
     assert len(stored) == 32

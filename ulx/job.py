@@ -27,7 +27,7 @@ from ulx.snapshots import Snapshots
 from ulx.stages import CollapseWatch, autoencoder_loss, base_loss, collapsed, decoder_loss
 from ulx.training import Controller, Loss, TrainState, fit, make_optimizer, make_step
 
-__all__ = ["cost", "measure", "run", "train_autoencoder", "train_stage"]
+__all__ = ["cost", "measure", "run", "train_autoencoder", "train_base", "train_stage"]
 
 
 def run(config: Config) -> Path:
@@ -48,16 +48,7 @@ def run(config: Config) -> Path:
         model = train_autoencoder(state, dataset, config)
     else:
         model, _ = runs.autoencoder(path, config, classes)
-    if config.single_stage:
-        assert isinstance(model.prior, Denoiser)  # Config refuses the others
-        base = model.prior
-    else:
-        untrained = runs.stage2_state(config, model, classes)
-        examples = dataset
-        if config.cache_latents:
-            examples = encoded(dataset, model, batch_size=config.evaluate.batch_size, flip=config.data.flip)
-        base = train_stage("stage2", untrained, model, base_loss(config), examples, config).ema_model
-    written = measure(path, model, base, dataset, config)
+    written = measure(path, model, train_base(model, dataset, config), dataset, config)
     print(f"{duration(time.monotonic() - began)} in all -> {written}")
     return written
 
@@ -82,6 +73,18 @@ def train_autoencoder(state: TrainState, dataset: Dataset, config: Config) -> Un
         decoder = train_stage("decoder", untrained, model, decoder_loss(config), dataset, config).ema_model
         model = runs.with_decoder(model, decoder)
     return model
+
+
+def train_base(model: UnifiedLatents, dataset: Dataset, config: Config) -> Denoiser:
+    """Stage 2 on a trained autoencoder; returns the averaged weights. In a single stage the prior is the base."""
+    if config.single_stage:
+        assert isinstance(model.prior, Denoiser)  # Config refuses the others
+        return model.prior
+    untrained = runs.stage2_state(config, model, len(dataset.class_names))
+    examples = dataset
+    if config.cache_latents:
+        examples = encoded(dataset, model, batch_size=config.evaluate.batch_size, flip=config.data.flip)
+    return train_stage("stage2", untrained, model, base_loss(config), examples, config).ema_model
 
 
 def measure(
