@@ -132,8 +132,12 @@ class EvaluateConfig:
     """Noise levels per image when the rate is measured."""
     draws: int = 2
     """How often each level is drawn per image."""
+    flow_images: int = 16
+    """Held-out images whose likelihood under the prior's probability flow is measured too; 0: none."""
 
     def __post_init__(self):
+        if self.flow_images < 0:
+            raise ValueError(f"flow_images must not be negative, got {self.flow_images}")
         for name in ("num_samples", "batch_size", "levels", "draws"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -23,6 +23,7 @@ from ulx.data.source import Dataset, Split
 from ulx.denoiser import Denoiser, StandardNormal
 from ulx.diffusion import split_keys
 from ulx.generate import decode, encode, in_batches, sample_latents
+from ulx.likelihood import FlowRate, flow_rate
 from ulx.metrics import efficientnet
 from ulx.metrics.features import features
 from ulx.metrics.frechet import Moments, frechet_distance
@@ -41,6 +42,9 @@ PICTURES = 64
 """Images of each kind that the report shows."""
 NEAREST_AMONG = 50_000
 """Training images among which the nearest one to a sample is sought; in a larger set, that many spread over it."""
+
+FLOW_PROBES, FLOW_TOLERANCE = 2, 1e-4
+"""Of the flow's likelihood: Hutchinson's probes, and the tolerance of a step, about 1e-3 nats per dimension in all."""
 
 Images = UInt8[np.ndarray, "_n _h _w _c"]
 
@@ -91,11 +95,13 @@ def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Co
     own_labels = dataset.validation.labels if config.label_dropout == 0 else None
 
     train_originals = np.stack([dataset.train[i]["image"] for i in _some(len(dataset.train), 2 * PICTURES)])
-    total = 5 * len(held_out) + min(PICTURES, len(held_out)) + 2 * options.num_samples + PICTURES
+    flow_of = _some(len(held_out), options.flow_images)
+    total = 5 * len(held_out) + len(flow_of) + min(PICTURES, len(held_out)) + 2 * options.num_samples + PICTURES
     with Progress("evaluate", total=total + 2 * len(train_originals), unit="images") as progress:
         run = _Runner(model, config, progress)
         rate, base_rate = run.rate(held_out, model.prior), run.rate(held_out, base, own_labels)
         decoder = run.decoder_nats(held_out)
+        flow, flow_steps = run.flow_nats(held_out[flow_of]) if flow_of else (np.zeros(0), 0)
         latents = run.encode(held_out)
         reconstructions, decoder_nfe = run.decode(latents, RECONSTRUCT)
         swapped, _ = run.decode(np.roll(latents, 1, axis=0)[:PICTURES], RECONSTRUCT)
@@ -149,6 +155,13 @@ def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Co
         },
         "copies": copies,
     }
+    if flow_of:
+        pixels = int(np.prod(model.shape[:-1]))
+        bits = lambda nats: _mean(losses.bits_per_pixel(nats, num_pixels=pixels))  # noqa: E731
+        metrics["flow"] = {
+            "bits_per_pixel": bits(flow) | {"probes": FLOW_PROBES, "solver_steps": flow_steps},
+            "bound_less_flow": bits(np.asarray(rate.rate)[flow_of] - flow),
+        }
     train_images = [dataset.train[int(i)]["image"] for i in nearest_index[:PICTURES]]
     pictures = {
         "originals": held_out[:PICTURES],
@@ -204,6 +217,17 @@ class _Runner:
 
         nats = self._run(measure, images, purpose="decoder", on_batch=self.progress.advance)
         return jax.tree.map(jnp.asarray, nats)
+
+    def flow_nats(self, images: Images) -> tuple[Float[np.ndarray, " n"], int]:
+        """The rate under the prior's probability flow, in nats per image, and the solver's steps."""
+
+        def measure(x, *, keys):
+            flow = _flow(self.model, to_float(x), keys)
+            return flow.rate, jnp.broadcast_to(flow.num_steps, len(x))
+
+        size, key = min(len(images), self.config.evaluate.batch_size), root_key(self.config.seed, "evaluation flow")
+        nats, steps = in_batches(measure, images, batch_size=size, key=key, on_batch=self.progress.advance)
+        return nats, int(steps.max())
 
     def encode(self, images: Images) -> Float[np.ndarray, "n *latent k"]:
         def latents(x, *, keys):
@@ -277,6 +301,17 @@ def _decoder(
     z_key, decoder_key = split_keys(keys, 2)
     denoise = model.decoder.given(model.encode(x, key=z_key), model.decoder_logsnr_0(len(x)))
     return estimate_decoder(denoise, x, model.decoder.schedule, key=decoder_key, levels=levels)
+
+
+@eqx.filter_jit
+def _flow(model: UnifiedLatents, x: Float[Array, "b h w c"], keys: Key[Array, " b"]) -> FlowRate:
+    clean_keys, flow_keys = split_keys(keys, 2)
+    posterior, schedule = model.posterior(x), model.latent_schedule
+    z_clean = posterior.sample(key=clean_keys)
+    found = flow_rate(
+        model.prior.given(), z_clean, schedule, key=flow_keys, probes=FLOW_PROBES, tolerance=FLOW_TOLERANCE
+    )
+    return dataclasses.replace(found, rate=found.rate + posterior.nats(schedule.logsnr_max))
 
 
 def _bits(rate: RateEstimate, model: UnifiedLatents) -> dict[str, Any]:

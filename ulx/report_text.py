@@ -98,6 +98,18 @@ def solver_in_words(sampler: Metric, part: str) -> str:
     return f"{sampler[part]}, {sampler[f'{part}_steps']} steps" + (f", churn {churn:g}" if churn else "")
 
 
+def _flow_rows(metrics: Metric) -> list[list[str]]:
+    flow = metrics.get("flow")
+    if flow is None:
+        return []
+    rate = flow["bits_per_pixel"]
+    how = f"−h(q) − log p(z_0) by the prior's probability flow, {rate['probes']} Hutchinson probes"
+    return [
+        _row("bits/pixel under the prior's flow", rate, f"{how}, {rate['solver_steps']} steps"),
+        _row("bound less flow, the same images", flow["bound_less_flow"], "of two models: no gap of the bound"),
+    ]
+
+
 def metrics_rows(metrics: Metric) -> list[list[str]]:
     """The rows under METRICS_HEADER."""
     bits, sampler = metrics["bits_per_pixel"], metrics["sampler"]
@@ -118,6 +130,7 @@ def metrics_rows(metrics: Metric) -> list[list[str]]:
             unweighted,
             f"{_estimated('L_x', unweighted)}; leaves out {unweighted['leaves_out'].replace('-', '−')}",
         ),
+        *_flow_rows(metrics),
         _row("PSNR, dB", metrics["psnr"], decoder),
         _row(
             "PSNR of the mean training image, dB", metrics["psnr_of_mean_training_image"], "what no latent would give"
