@@ -21,7 +21,7 @@ from ulx.metrics import efficientnet
 from ulx.metrics_log import MetricsLog, read_metrics
 from ulx.models import UnifiedLatents
 from ulx.progress import duration
-from ulx.rate_control import RateController, loss_factor
+from ulx.rate_control import RateController, held_out_images
 from ulx.seeding import root_int, root_key
 from ulx.snapshots import Snapshots
 from ulx.stages import CollapseWatch, autoencoder_loss, base_loss, collapsed, decoder_loss
@@ -60,12 +60,19 @@ def train_autoencoder(state: TrainState, dataset: Dataset, config: Config) -> Un
         controller = None
         if config.rate.target_bits_per_pixel is not None:
             key = root_key(config.seed, "rate control")
-            controller = RateController.on(dataset, config.rate, config.train.steps, key=key)
+            controller = RateController(
+                config.rate,
+                config.train.steps,
+                config.train.ema_decay,
+                config.prior_warmup[1],
+                held_out_images(dataset, config.rate.images),
+                key,
+            )
         loss, watch = autoencoder_loss(config), CollapseWatch(config)
         state = train_stage("stage1", state, None, loss, dataset, config, watch, controller)
         model = state.ema_model
         if state.control is not None:
-            found = float(loss_factor(state.control))
+            found = float(state.control.loss_factor)
             print(f"rate control ended at --loss-factor {found:.4g}, which without it gives the same rate")
             config = dataclasses.replace(config, loss_factor=found)
     if "decoder" in config.stages:

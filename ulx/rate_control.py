@@ -3,18 +3,19 @@
     python experiments/openmoji.py --rate.target-bits-per-pixel 0.3 --name r030
 
 The rate follows the cut-off λ* = b + ln(c_lf − 1), the log-SNR up to which detail is worth its bits, so that is what is
-moved, from where `loss_factor` and `sigmoid_bias` put it. Every few steps the rate of some held-out images is measured,
-and λ* moves by
+moved, from where `loss_factor` and `sigmoid_bias` put it. It follows late: the encoder takes its time, and the averaged
+weights, whose rate counts, take theirs. So the controller keeps a model of it,
 
-    Δλ* = −(Δt/τ) · log(rate/target)/SENSITIVITY
+    log rate = a + SENSITIVITY · λ*_felt,    λ*_felt: λ* through both lags,
 
-dual ascent on the constraint rate = target, in logarithms. Before the window it waits, because a rate that is still
-falling as the prior learns says little about where it will end; after it c_lf is left alone, so that the end of the
-training is that of a run with this c_lf from the start.
+reads a off the rate of some held-out images, and goes part of the way to the λ* at which this model meets the target.
+What drifts while the prior learns is in a, and is measured anew each time. It begins after the prior's warm-up, before
+which the rate says nothing, and ends before the training does, which is then that of a run with this c_lf throughout.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -28,15 +29,18 @@ from ulx.data.pixels import to_float
 from ulx.data.source import Dataset
 from ulx.diffusion import split_keys
 from ulx.models import UnifiedLatents
+from ulx.typing import pytree
 from ulx.weightings import Sigmoid
 
-__all__ = ["RateConfig", "RateController", "controlled", "log_excess", "loss_factor"]
+__all__ = ["Control", "RateConfig", "RateController", "controlled", "held_out_images", "log_excess"]
 
-SENSITIVITY = 0.3
-"""d log(rate)/dλ*, about: the step's size follows from it, not where it ends."""
-LARGEST_ERROR = 0.5
-"""|log(rate/target)| beyond this counts as this: far away the linear picture is too bold."""
-LEVELS = 16
+SENSITIVITY = 0.4
+"""d log(rate)/dλ*, about. The loop closes also if it is off by half."""
+ENCODER_LAG = 60
+"""Steps, about, after which the rate has followed a new λ* by 1 − 1/e."""
+LARGEST_MOVE = 1.0
+"""How far the λ* to go to may lie from where it is: far away the linear model is too bold."""
+LEVELS = 8
 """Noise levels per image at which the rate is measured."""
 
 
@@ -44,10 +48,10 @@ LEVELS = 16
 class RateConfig:
     target_bits_per_pixel: float | None = None
     """Adapt the loss factor so that the held-out rate lands here; by default it stays as it is."""
-    window: tuple[float, float] = (0.3, 0.9)
-    """When it is adapted, in parts of stage 1."""
+    window: tuple[float, float] = (0.15, 0.9)
+    """When it is adapted, in parts of what of stage 1 is left after the prior's warm-up."""
     time_constant: float = 0.1
-    """τ, in parts of stage 1: how soon an error is to be gone."""
+    """How soon it goes to where the model meets the target, in parts of stage 1."""
     every: int = 10
     """Steps between two adaptations."""
     images: int = 128
@@ -58,7 +62,7 @@ class RateConfig:
         if target is not None and not (target > 0 and math.isfinite(target)):
             raise ValueError(f"target_bits_per_pixel must be positive, got {target}")
         if not 0 <= self.window[0] < self.window[1] <= 1:
-            raise ValueError(f"window is (first, last) part of stage 1, 0 to 1 with first < last, got {self.window}")
+            raise ValueError(f"window is (first, last) part, 0 to 1 with first < last, got {self.window}")
         if not self.time_constant > 0:
             raise ValueError(f"time_constant must be positive, got {self.time_constant}")
         for name in ("every", "images"):
@@ -75,46 +79,77 @@ def log_excess(factor: float) -> float:
     return math.log(factor - 1)
 
 
-def loss_factor(excess: Float[Array, ""] | float) -> Float[Array, ""]:
-    """c_lf = 1 + exp(λ* − b)."""
-    return 1 + jnp.exp(jnp.asarray(excess, jnp.float32))
+@pytree
+@dataclasses.dataclass(frozen=True)
+class Control:
+    """What is adapted, and how much of it has arrived: λ* − b = ln(c_lf − 1)."""
+
+    excess: Float[Array, ""]
+    """As it is."""
+    followed: Float[Array, ""]
+    """As the encoder has followed it."""
+    averaged: Float[Array, ""]
+    """As the averaged weights have."""
+
+    @classmethod
+    def start(cls, factor: float) -> "Control":
+        """Raises ValueError for a loss factor of 1 or below."""
+        # Three arrays of their own: a training step donates its state, and no buffer may be donated twice.
+        return cls(*(jnp.asarray(log_excess(factor), jnp.float32) for _ in range(3)))
+
+    @property
+    def loss_factor(self) -> Float[Array, ""]:
+        """c_lf = 1 + exp(λ* − b)."""
+        return 1 + jnp.exp(self.excess)
 
 
 @dataclasses.dataclass(frozen=True)
 class RateController:
-    """`controller(step, model, excess) -> excess`, to be called after every step with the weights as they are."""
+    """`controller(step, model, control) -> control`, to be called after every step with the averaged weights."""
 
     config: RateConfig
     steps: int
     """Of stage 1."""
+    ema_decay: float
+    """Of the averaged weights."""
+    warmup_end: int
+    """The last step of the prior's warm-up."""
     images: UInt8[np.ndarray, "n h w c"]
     """Held-out ones."""
     key: Key[Array, ""]
 
-    @classmethod
-    def on(cls, dataset: Dataset, config: RateConfig, steps: int, *, key: Key[Array, ""]) -> "RateController":
-        """With the images that it measures, spread over the held-out split."""
-        count = min(config.images, len(dataset.validation))
-        chosen = np.linspace(0, len(dataset.validation) - 1, count).astype(int)
-        images = np.stack([dataset.validation[int(i)]["image"] for i in chosen])
-        return cls(config, steps, images, key)
-
     def acts(self, step: int) -> bool:
-        first, last = (part * self.steps for part in self.config.window)
+        left = self.steps - self.warmup_end
+        first, last = (self.warmup_end + part * left for part in self.config.window)
         return step % self.config.every == 0 and first < step <= last
 
-    def __call__(self, step: int, model: UnifiedLatents, excess: Float[Array, ""]) -> Float[Array, ""]:
+    def __call__(self, step: int, model: Callable[[], UnifiedLatents], control: Control) -> Control:
+        control = self.lagged(control)
         if not self.acts(step):
-            return excess
-        bits = _held_out_bits(model, jnp.asarray(to_float(self.images)), jax.random.fold_in(self.key, step))
-        return self.moved(excess, bits)
+            return control
+        x = jnp.asarray(to_float(self.images))
+        return self.moved(control, _held_out_bits(model(), x, jax.random.fold_in(self.key, step)))
 
-    def moved(self, excess: Float[Array, ""], bits_per_pixel: Float[Array, ""]) -> Float[Array, ""]:
-        """ln(c_lf − 1) after one adaptation to a measured rate."""
+    def lagged(self, control: Control) -> Control:
+        """One training step later."""
+        followed = control.followed + (control.excess - control.followed) / ENCODER_LAG
+        averaged = control.averaged + (followed - control.averaged) * (1 - self.ema_decay)
+        return dataclasses.replace(control, followed=followed, averaged=averaged)
+
+    def moved(self, control: Control, bits_per_pixel: Float[Array, ""]) -> Control:
+        """After one adaptation to a measured rate."""
         assert self.config.target_bits_per_pixel is not None
         error = jnp.log(bits_per_pixel / self.config.target_bits_per_pixel)
-        part = self.config.every / (self.config.time_constant * self.steps)
-        return excess - part * jnp.clip(error, -LARGEST_ERROR, LARGEST_ERROR) / SENSITIVITY
+        wanted = control.averaged - error / SENSITIVITY
+        part = min(1.0, self.config.every / (self.config.time_constant * self.steps))
+        move = part * jnp.clip(wanted - control.excess, -LARGEST_MOVE, LARGEST_MOVE)
+        return dataclasses.replace(control, excess=control.excess + move)
+
+
+def held_out_images(dataset: Dataset, count: int) -> UInt8[np.ndarray, "n h w c"]:
+    """`count` images (or all there are), spread over the held-out split."""
+    chosen = np.linspace(0, len(dataset.validation) - 1, min(count, len(dataset.validation))).astype(int)
+    return np.stack([dataset.validation[int(i)]["image"] for i in chosen])
 
 
 @eqx.filter_jit
@@ -133,6 +168,6 @@ def _held_out_bits(model: UnifiedLatents, x: Float[Array, "b *space c"], key: Ke
     return losses.bits_per_pixel(rate, num_pixels=math.prod(model.shape[:-1])).mean()
 
 
-def controlled(weighting: Sigmoid, excess: Float[Array, ""] | None) -> Sigmoid:
+def controlled(weighting: Sigmoid, control: Control | None) -> Sigmoid:
     """The decoder's weighting with the loss factor as it is now; None: as it was set."""
-    return weighting if excess is None else dataclasses.replace(weighting, factor=loss_factor(excess))
+    return weighting if control is None else dataclasses.replace(weighting, factor=control.loss_factor)

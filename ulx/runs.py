@@ -28,7 +28,7 @@ from ulx.decoders import DiffusionDecoder
 from ulx.denoiser import Denoiser
 from ulx.ema import gamma_of
 from ulx.models import UnifiedLatents
-from ulx.rate_control import log_excess
+from ulx.rate_control import Control
 from ulx.seeding import root_key
 from ulx.snapshots import Snapshots
 from ulx.stages import make_base, make_decoder
@@ -143,7 +143,7 @@ def stage1_state(config: Config, num_classes: int = 0) -> TrainState:
     shape = (config.data.resolution, config.data.resolution, 3)
     key = root_key(config.seed, "stage1 weights")
     model = UnifiedLatents(shape, config.model, num_classes=num_classes if config.single_stage else 0, key=key)
-    control = None if config.rate.target_bits_per_pixel is None else log_excess(config.loss_factor)
+    control = None if config.rate.target_bits_per_pixel is None else Control.start(config.loss_factor)
     posthoc = len(config.train.posthoc_ema)
     return TrainState(model, make_optimizer(config.train), posthoc=posthoc, control=control)
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Int, Key
 
 from ulx import diffusion, losses, schedules, weightings
 from ulx.config import Config
@@ -19,7 +19,7 @@ from ulx.denoiser import Denoiser
 from ulx.models import UnifiedLatents
 from ulx.nn.uvit import UViT
 from ulx.posterior import Posterior
-from ulx.rate_control import controlled
+from ulx.rate_control import Control, controlled
 from ulx.training import Batch, Draws, Loss
 from ulx.typing import Keys
 
@@ -52,7 +52,7 @@ def autoencoder_loss(config: Config) -> Loss:
         batch: Batch,
         draws: Draws,
         step: Int[Array, ""],
-        control: Float[Array, ""] | None = None,
+        control: Control | None = None,
     ):
         weighting = controlled(config.decoder_weighting, control)
         x = to_float(batch["image"])

@@ -39,7 +39,7 @@ class TrainState(eqx.Module):
     posthoc: tuple[PyTree, ...]
     """Their averages by power functions of the step (`ulx.ema`), in float32: one for each of `posthoc_ema`."""
     opt_state: optax.OptState
-    control: Float[Array, ""] | None
+    control: PyTree
     """What is adapted between steps (`ulx.rate_control`); None: nothing."""
 
     def __init__(
@@ -48,7 +48,7 @@ class TrainState(eqx.Module):
         optimizer: optax.GradientTransformation,
         *,
         posthoc: int = 0,
-        control: float | None = None,
+        control: PyTree = None,
     ):
         params = eqx.filter(model, eqx.is_inexact_array)
         self.step = jnp.zeros((), jnp.int32)
@@ -61,7 +61,7 @@ class TrainState(eqx.Module):
         self.ema = average()
         self.posthoc = tuple(average() for _ in range(posthoc))
         self.opt_state = optimizer.init(params)
-        self.control = None if control is None else jnp.asarray(control, jnp.float32)
+        self.control = control
 
     @property
     def ema_model(self) -> PyTree:
@@ -85,8 +85,8 @@ class Draws:
 Batch = dict[str, Array]
 Loss = Callable[..., tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
 """loss(model, frozen, batch, draws, step, control) -> (what is minimised, what is logged)."""
-Controller = Callable[[int, Any, Float[Array, ""]], Float[Array, ""]]
-"""controller(step, model, control) -> control, called after every step."""
+Controller = Callable[[int, Callable[[], Any], PyTree], PyTree]
+"""controller(step, averaged model, control) -> control, called after every step; the model is made when asked for."""
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -203,7 +203,7 @@ def fit(
                 progress.restart()
             state, metrics = compiled((frozen, batch), state)
             if controller is not None and state.control is not None:
-                control = controller(number, state.model, state.control)
+                control = controller(number, lambda now=state: now.ema_model, state.control)
                 state = eqx.tree_at(lambda s: s.control, state, control)
             # Look at the step before, so that this one is under way while the host waits.
             if previous is not None:
