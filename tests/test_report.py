@@ -392,12 +392,14 @@ class TestIncomplete:
         assert "nan" not in text(html)
         assert "counted at the end of training" in text(html)
 
-    def test_another_average_than_training_s_is_named(self, finished, html, copy_of):
+    def test_another_average_than_training_s_is_named(self, finished, html, small_dataset, copy_of, monkeypatch):
         path = copy_of(finished)
-        found = evaluation.Evaluation.load(path / "evaluation")
-        found.metrics["weights"] = "EMA; stage2: sigma_rel 0.07"
-        found.save(path / "evaluation")
-        assert "Weights: EMA; stage2: sigma_rel 0.07" in text(report.write(path).read_text())
+        found, config = evaluation.Evaluation.load(path / "evaluation"), runs.read_config(path)
+        monkeypatch.setattr(job, "evaluate", lambda *_: found)
+        monkeypatch.setattr(job, "cost", lambda *_: found.metrics["cost"])
+        model = eqx.filter_eval_shape(runs.stage1_state, config).model
+        written = job.measure(path, model, model.prior, small_dataset, config, weights="EMA; stage2: sigma_rel 0.07")
+        assert "Weights: EMA; stage2: sigma_rel 0.07" in text(written.read_text())
         assert "Weights:" not in text(html)
 
     def test_a_run_that_cannot_guide_has_no_guided_samples(self, finished, small_config, copy_of):

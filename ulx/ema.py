@@ -82,11 +82,11 @@ class Synthesis:
     """How to sum snapshots to the average of another profile p."""
 
     weights: Float[np.ndarray, " snapshots"]
-    """w: near 1 in sum, as good as the fit is; some are negative."""
+    """w: 1 in sum; some are negative."""
     error: float
     """‖p − Σ w_i p_i‖ / ‖p‖, which is 0 for a profile among the snapshots.
 
-    The sum is off by at most error · ‖p‖ · √Σ_τ (θ(τ) − θ̄)² + |1 − Σ w| |θ̄|, for any θ̄ (Cauchy–Schwarz).
+    The sum is off by at most error · ‖p‖ · √Σ_τ (θ(τ) − θ̄)², for any θ̄ (Cauchy–Schwarz).
     """
 
 
@@ -99,7 +99,9 @@ def synthesis(
 ) -> Synthesis:
     """The least-squares weights of snapshots (of width `sigma_rels[i]` after step `steps[i]`) for another average.
 
-    What is least is ∫ (p − Σ w_i p_i)² dτ (§3.2, App. C): the normal equations hold inner products of profiles.
+    What is least is ∫ (p − Σ w_i p_i)² dτ (§3.2, App. C): the normal equations hold inner products of profiles. Beyond
+    the paper the weights must sum to 1. Where they only nearly do, the whole network is scaled, and at the end of
+    training its parameters move so little that, with few snapshots, this can outweigh what is averaged.
 
     Args:
         sigma_rel: width of the average that is wanted, after step `step`, in 0 < σ_rel < 12^(−1/2).
@@ -116,9 +118,11 @@ def synthesis(
     norm = math.sqrt(float(inner_product(gamma, end, gamma, end)))
     matrix = inner_product(gammas[:, None], ends[:, None], gammas, ends) / (norms[:, None] * norms)
     wanted = inner_product(gammas, ends, gamma, end) / (norms * norm)
-    found = np.linalg.lstsq(matrix, wanted, rcond=None)[0]
+    scale = norm / norms  # of the weights, and so the constraint's gradient
+    found, pull = np.linalg.lstsq(matrix, np.stack([wanted, scale], axis=1), rcond=None)[0].T
+    found = found + pull * (1 - scale @ found) / (scale @ pull)  # Lagrange's multiplier
     square = 1 - 2 * wanted @ found + found @ matrix @ found
-    return Synthesis(weights=found * norm / norms, error=math.sqrt(max(0.0, float(square))))
+    return Synthesis(weights=scale * found, error=math.sqrt(max(0.0, float(square))))
 
 
 def combined(snapshots: Iterable[PyTree], weights: Float[np.ndarray, " snapshots"]) -> PyTree:
