@@ -2,7 +2,7 @@
 
     python experiments/openmoji.py                                      the default run, 32×32 pixels
     python experiments/openmoji.py --preset smoke                       everything, small, in a minute or two
-    python experiments/openmoji.py --loss-factor 3 --name lf3           change one thing
+    python experiments/openmoji.py --loss-factor 8 --name lf8           change one thing
     python experiments/openmoji.py --variant learned-variance --name d  a variant of the paper, or a baseline
     python experiments/openmoji.py --resume                             continue after an interruption
     python experiments/openmoji.py --data.source folder --data.path DIR --name mine      your own images
