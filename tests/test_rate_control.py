@@ -39,10 +39,13 @@ def test_loss_factor_and_cut_off():
 
 def test_one_move_by_hand():
     """Ten steps of a time constant of 100: a tenth of the way to where the model meets the target, no more than 0.1."""
-    moved = lambda control, bits: float(controller().moved(control, jnp.asarray(bits)).excess)  # noqa: E731
+    moved = lambda control, bits: float(controller().moved(1000, control, jnp.asarray(bits)).excess)  # noqa: E731
     assert moved(settled(0.3), 0.4) == pytest.approx(0.3, abs=1e-6)
     assert moved(settled(0.3), 0.44) == pytest.approx(0.3 - 0.1 * math.log(1.1) / 0.4, rel=1e-5)
     assert moved(settled(0.3), 0.1) == pytest.approx(0.3 + 0.1, rel=1e-5)
+    # With half of the training to come, a rate that is 0.125 too high in logarithm is on its way to the target.
+    halfway = controller().moved(500, settled(0.3), jnp.asarray(0.4 * math.exp(0.125)))
+    assert float(halfway.excess) == pytest.approx(0.3, abs=1e-5)
     # On its way: of λ* = 0.3 only 0.1 has arrived, with which the rate is on target. So 0.1 is where to go.
     arriving = Control(jnp.asarray(0.3), jnp.asarray(0.2), jnp.asarray(0.1))
     assert moved(arriving, 0.4) == pytest.approx(0.3 - 0.1 * 0.2, rel=1e-5)
@@ -66,22 +69,23 @@ def test_acts_within_its_window_alone():
     assert acting == [40, 50, 60, 70, 80, 90]  # of the 80 steps after the warm-up: 32 < step <= 92, every ten
 
 
-@pytest.mark.parametrize("sensitivity", [0.3, 0.4, 0.6])
-@pytest.mark.parametrize("lag", [30, 60, 90])
+@pytest.mark.parametrize("sensitivity", [0.35, 0.5])
+@pytest.mark.parametrize("lag", [30, 90])
+@pytest.mark.parametrize("drift", [0.15, 0.35])
 @pytest.mark.parametrize("start", [0.3, 0.55])
-def test_loop_closes_on_a_training_unlike_its_model(sensitivity, lag, start):
-    """A rate that falls as the prior learns, follows λ* sooner or later than assumed, more or less than assumed."""
+def test_loop_closes_on_a_training_unlike_its_model(sensitivity, lag, drift, start):
+    """A rate that falls as the prior learns, and follows λ*, both more or less, sooner or later than assumed."""
     control, followed, average = settled(0.0), 0.0, 0.0
     rate, low = start, 0.0
     for step in range(1, 1001):
         followed += (float(control.excess) - followed) / lag
         average += (followed - average) * 0.01
-        rate = start * math.exp(sensitivity * average + 0.7 * math.exp(-step / 100))
+        rate = start * math.exp(sensitivity * average + 0.4 * math.exp(-step / 100) + drift * (1 - step / 1000))
         control = controller().lagged(control)
         if controller().acts(step):
-            control = controller().moved(control, jnp.asarray(rate))
+            control = controller().moved(step, control, jnp.asarray(rate))
         low = min(low, float(control.excess))
-    assert rate == pytest.approx(0.4, rel=0.05)
+    assert rate == pytest.approx(0.4, rel=0.06)  # 0.05 in the worst of these
     assert abs(math.log(start / 0.4)) > 0.25  # where it would have ended by itself
     # It does not dive on its way: a latent that has collapsed does not come back.
     assert low > min(0.0, math.log(0.4 / start) / sensitivity) - 0.35
@@ -101,7 +105,7 @@ def test_measures_the_held_out_rate(small_config, small_dataset):
     assert float(measured) == pytest.approx(exact, rel=0.06)
     control = dataclasses.replace(controller(steps=10, warmup_end=0, window=(0.0, 1.0), every=3), images=images)
     found = control(3, lambda: model, settled(0.0))
-    expected = control.moved(control.lagged(settled(0.0)), measured)
+    expected = control.moved(3, control.lagged(settled(0.0)), measured)
     np.testing.assert_allclose(found.excess, expected.excess, rtol=1e-4)
     np.testing.assert_array_equal(control(4, lambda: pytest.fail("measured"), settled(0.5)).excess, 0.5)
 
