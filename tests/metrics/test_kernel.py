@@ -1,6 +1,7 @@
 """The kernel distance: exactly unbiased over every possible draw, Gaussians in closed form, every pair once."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from ulx.metrics.kernel import kernel_distance
 
 
-def draw(count, dims=6, seed=0, mean=0.0, scale=1.0):
+def draw(count, dims=6, seed=0, mean: Any = 0.0, scale=1.0):
     return mean + scale * np.random.default_rng(seed).normal(size=(count, dims))
 
 

@@ -5,9 +5,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float64, Int64, Num
 
-__all__ = ["nearest", "psnr", "ssim"]
+__all__ = ["SSIM_WINDOW", "nearest", "psnr", "ssim"]
 
-_WINDOW, _WINDOW_SIGMA = 11, 1.5
+SSIM_WINDOW = 11
+"""Pixels each way, under a Gaussian of σ = 1.5."""
+_SSIM_SIGMA = 1.5
 _K1, _K2 = 0.01, 0.03
 
 
@@ -43,8 +45,10 @@ def ssim(
     """
     if a.shape != b.shape:
         raise ValueError(f"ssim compares images of one shape, got {a.shape} and {b.shape}")
-    if min(a.shape[1:3]) < _WINDOW:
-        raise ValueError(f"ssim needs images of at least {_WINDOW}×{_WINDOW} pixels, got {a.shape[1]}×{a.shape[2]}")
+    if min(a.shape[1:3]) < SSIM_WINDOW:
+        raise ValueError(
+            f"ssim needs images of at least {SSIM_WINDOW}×{SSIM_WINDOW} pixels, got {a.shape[1]}×{a.shape[2]}"
+        )
     x, y = ((jnp.asarray(image, jnp.float32) + 1.0) / 2.0 for image in (a, b))
     # Variances are those of values from which the image's mean is taken: E x² − (E x)² of the values themselves would
     # cancel to noise of the size of C₂ · 1e-4 where a bright image is flat.
@@ -60,11 +64,11 @@ def ssim(
 
 def _windowed(x: Float[Array, "*batch h w c"]) -> Float[Array, "*batch h2 w2 c"]:
     """Averages under the Gaussian window, one axis after the other, as sums of shifted copies."""
-    weights = np.exp(-0.5 * ((np.arange(_WINDOW) - _WINDOW // 2) / _WINDOW_SIGMA) ** 2)
+    weights = np.exp(-0.5 * ((np.arange(SSIM_WINDOW) - SSIM_WINDOW // 2) / _SSIM_SIGMA) ** 2)
     weights /= weights.sum()
     for axis in (x.ndim - 3, x.ndim - 2):
-        size = x.shape[axis] - _WINDOW + 1
-        shifted = (lax.slice_in_dim(x, i, i + size, axis=axis) for i in range(_WINDOW))
+        size = x.shape[axis] - SSIM_WINDOW + 1
+        shifted = (lax.slice_in_dim(x, i, i + size, axis=axis) for i in range(SSIM_WINDOW))
         x = sum((float(w) * part for w, part in zip(weights, shifted, strict=True)), start=jnp.zeros(()))
     return x
 
