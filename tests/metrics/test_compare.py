@@ -97,6 +97,18 @@ def test_card_and_table(folders, originals, tmp_path, capsys):
     assert not list(out.parent.glob("*aside*"))
 
 
+def test_precision_is_b_s_and_recall_a_s(folders, originals, tmp_path):
+    """B holds copies of A's first image but for a level of its first pixel: all of them are in A, little of A in B."""
+    for level in range(4):
+        image = originals[0].copy()
+        image[0, 0, 0] = image[0, 0, 0] // 8 * 8 + level
+        write_png(tmp_path / "c" / f"{level}.png", image)
+    metrics = compare.compare(folders[0], tmp_path / "c")["metrics"]
+    assert metrics["precision"]["value"] == 1
+    assert metrics["recall"]["value"] <= 1 / 6
+    assert {(metric["n_a"], metric["n_b"]) for metric in metrics.values()} == {(6, 4)}
+
+
 def test_the_hash_is_of_the_pixels(folders, originals, tmp_path):
     """Another name and another compression are the same pixels; one level in one of them is not."""
     card = compare.compare(*folders)
@@ -126,6 +138,17 @@ def test_pairs_go_by_name_and_not_by_order(tmp_path, originals):
     assert command._json(card)["metrics"]["psnr"]["value"] is None
     (tmp_path / "b" / "e.webp").rename(tmp_path / "b" / "f.webp")
     assert "psnr" in compare.compare(tmp_path / "a", tmp_path / "b")["left_out"]
+
+
+def test_names_that_could_be_one_another_s_are_no_pairs(tmp_path, originals):
+    for name in ("x.bmp", "x.png", "x.bmp.png"):
+        for folder in ("a", "b"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.fromarray(originals[0]).save(tmp_path / folder / name)
+    a, b = (ImageFolder(tmp_path / folder, None) for folder in ("a", "b"))
+    assert compare._pairs(a, b) == [(name, name) for name in a.names]
+    (tmp_path / "b" / "x.bmp.png").unlink()
+    assert compare._pairs(a, ImageFolder(tmp_path / "b", None)) is None
 
 
 def test_resolution_is_the_data_cache_s_rule(folders, originals, capsys):

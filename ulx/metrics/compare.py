@@ -139,6 +139,8 @@ def _refuse_unreadable(folder: ImageFolder) -> None:
 
 def _pairs(a: ImageFolder, b: ImageFolder) -> list[tuple[str, str]] | None:
     """The files of one name in both, or None unless every file has its other one."""
+    if a.names == b.names:
+        return list(zip(a.names, b.names, strict=True))
     of_a, of_b = (dict(zip(_without_suffixes(folder.names), folder.names, strict=True)) for folder in (a, b))
     if of_a.keys() != of_b.keys() or not len(of_a) == len(a.names) == len(b.names):
         return None
