@@ -213,6 +213,11 @@ class TestPage:
         assert not any("rank-deficient" in cell for row in report_text.metrics_rows(full) for cell in row)
         assert "the same held-out originals" in cells["fd_efflite0, reconstruction"][4]
         assert float(cells["fd_efflite0, reconstruction"][0]) == pytest.approx(8 * SHIFT**2)  # a shift in 8 features
+        held_out = metrics["against_held_out_images"]
+        assert cells["kd_efflite0, prior"][0] == report_text.rounded(held_out["prior"]["kd_efflite0"])[0]
+        assert cells["precision, reconstruction"][2] == cells["recall, reconstruction"][2] == "5"
+        assert "against held-out images, N = 5" in cells["recall, base"][4]
+        assert cells["SSIM"][0].startswith("0.9")
         assert "L_z, w = 1, 4 noise levels × 1 draws per image" in cells["bits/pixel, held out"][4]
         # 5 images with 20.5 (i + 1) nats under the base model, and 100 (one of them 120) nats of the decoder's.
         base, decoder = cells["bits/pixel under the base model"], cells["decoder bits/pixel"]

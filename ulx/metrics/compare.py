@@ -26,7 +26,7 @@ from ulx.metrics.kernel import kernel_distance
 from ulx.metrics.manifold import NEIGHBOURS, precision_recall
 from ulx.progress import Progress
 
-__all__ = ["compare", "distances"]
+__all__ = ["compare", "kernel_and_manifolds"]
 
 RULE = f"""\
 upright, on white, halved by averaging while at least twice too large, then bicubic to the resolution, centre-cropped \
@@ -65,7 +65,15 @@ def compare(a: Path, b: Path, *, resolution: int | None = None, batch_size: int 
         raise ValueError(f"the images have two sizes, {sizes}: give a --resolution")
     network = efficientnet.load()
     found, facts = zip(*(_measured(network, folder, batch_size) for folder in folders), strict=True)
-    metrics, left_out = distances(*found)
+    moments = [Moments.of(each) for each in found]
+    frechet = {
+        "value": frechet_distance(*moments),
+        "n_a": moments[0].count,
+        "n_b": moments[1].count,
+        "rank_deficient": any(each.rank_deficient for each in moments),
+    }
+    metrics, left_out = kernel_and_manifolds(*found)
+    metrics = {efficientnet.METRIC: frechet, **metrics}
     names = _pairs(reference, compared)
     if names is None:
         left_out |= dict.fromkeys(("psnr", "ssim"), "the folders do not hold the same file names")
@@ -86,18 +94,15 @@ def compare(a: Path, b: Path, *, resolution: int | None = None, batch_size: int 
     }
 
 
-def distances(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -> tuple[dict[str, Metric], dict[str, str]]:
-    """The distances between two sets of at least two features each, and why some are left out."""
+def kernel_and_manifolds(
+    a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]
+) -> tuple[dict[str, Metric], dict[str, str]]:
+    """Kernel distance, precision and recall of EfficientNet-lite0's features b against a, at least two of each; and why
+    some are left out."""
     count = {"n_a": len(a), "n_b": len(b)}
-    moments = Moments.of(a), Moments.of(b)
     kernel = kernel_distance(a, b)
     metrics: dict[str, Metric] = {
-        "fd_efflite0": {
-            "value": frechet_distance(*moments),
-            **count,
-            "rank_deficient": any(each.rank_deficient for each in moments),
-        },
-        "kd_efflite0": {"value": kernel.value, "standard_error": kernel.standard_error, **count},
+        "kd_efflite0": {"value": kernel.value, "standard_error": kernel.standard_error, **count}
     }
     if min(len(a), len(b)) <= NEIGHBOURS:
         reason = f"they need more than {NEIGHBOURS} images in each folder"
