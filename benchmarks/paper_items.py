@@ -156,15 +156,33 @@ ITEMS = (
     ),
     Item(
         "§5.2",
-        "FLOPs; PSNR; Fréchet distances",
-        ("flops.forward_flops", "cost.network_costs", "metrics.images.psnr", "metrics.frechet.frechet_distance"),
+        "FLOPs; PSNR; Fréchet distances, also of two folders",
+        (
+            "flops.forward_flops",
+            "cost.network_costs",
+            "metrics.images.psnr",
+            "metrics.frechet.frechet_distance",
+            "metrics.compare.compare",
+        ),
         (
             "test_flops.py::test_transformer_block_forward_and_backward",
             "test_presets.py::test_base_flops",
             "metrics/test_images.py::test_psnr_of_a_known_error",
             "metrics/test_frechet.py::test_other_gaussians_against_scipy",
+            "metrics/test_compare.py::test_card_and_table",
         ),
         missing="InceptionV3 (FID) and I3D (FVD)",
+    ),
+    Item(
+        "beyond it",
+        "kernel distance (KID's estimator); precision and recall; SSIM",
+        ("metrics.kernel.kernel_distance", "metrics.manifold.precision_recall", "metrics.images.ssim"),
+        (
+            "metrics/test_kernel.py::test_is_exactly_unbiased",
+            "metrics/test_kernel.py::test_gaussians_in_one_dimension",
+            "metrics/test_manifold.py::test_is_the_definition",
+            "metrics/test_images.py::test_ssim_against_scipy",
+        ),
     ),
     Item(
         "Tab. 1, Fig. 6",

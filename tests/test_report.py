@@ -21,6 +21,7 @@ from ulx import evaluation, figures, job, page, report, report_text, runs
 from ulx.bound import DiffusionEstimate, RateEstimate
 from ulx.image_files import contact_sheet
 from ulx.metrics.frechet import Moments
+from ulx.metrics.kernel import kernel_distance
 from ulx.metrics_log import MetricsLog
 
 SHIFT = 5  # levels by which the decoder is off: PSNR 20 log10(255 / 5) = 34.15 dB everywhere
@@ -205,7 +206,7 @@ class TestPage:
         for sample, shown in pairs:
             assert np.array_equal(shown, min(train, key=lambda image: np.sum((image - sample.astype(int)) ** 2)))
 
-    def test_metrics_table(self, html, metrics):
+    def test_metrics_table(self, html, metrics, small_dataset):
         rows = re.findall(r"<tr>(.*?)</tr>", sections(html)["All metrics"], re.S)
         cells = {row[0]: row[1:] for row in (re.findall(r"<td>(.*?)</td>", row) for row in rows) if row}
         assert cells["PSNR, dB"][0] == "34.15"
@@ -216,6 +217,14 @@ class TestPage:
         assert not any("rank-deficient" in cell for row in report_text.metrics_rows(full) for cell in row)
         assert "the same held-out originals" in cells["fd_efflite0, reconstruction"][4]
         assert float(cells["fd_efflite0, reconstruction"][0]) == pytest.approx(8 * SHIFT**2)  # a shift in 8 features
+        originals = np.stack([example["image"] for example in small_dataset.validation])
+        grey = np.repeat(120.0 + np.arange(8)[:, None] % 7, 8, axis=1)  # the Runner's samples of the prior
+        kernel = kernel_distance(corners(None, originals), grey)
+        rounded = report_text.rounded({"value": kernel.value, "standard_error": kernel.standard_error})
+        assert tuple(cells["kd_efflite0, prior"][:2]) == rounded
+        assert cells["precision, reconstruction"][2] == cells["recall, reconstruction"][2] == "5"
+        assert "against held-out images, N = 5" in cells["recall, base"][4]
+        assert cells["SSIM"][0].startswith("0.9")
         assert "L_z, w = 1, 4 noise levels × 1 draws per image" in cells["bits/pixel, held out"][4]
         # 5 images with 20.5 (i + 1) nats under the base model, and 100 (one of them 120) nats of the decoder's.
         base, decoder = cells["bits/pixel under the base model"], cells["decoder bits/pixel"]

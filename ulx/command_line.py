@@ -52,9 +52,10 @@ def parse(
 def parse_arguments(kind: type[Settings], description: str, args: Sequence[str] | None = None) -> Settings:
     """A command's options from the command line; fields without a default are positional."""
     tyro = optional("tyro", extra="run")
+    script = Path(sys.argv[0])
     return tyro.cli(
         kind,
-        prog=f"python -m ulx.{Path(sys.argv[0]).stem}",
+        prog=f"python -m ulx.{script.parent.name if script.stem == '__main__' else script.stem}",
         description=description,
         args=args,
         config=(tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff),

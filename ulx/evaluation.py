@@ -25,9 +25,10 @@ from ulx.diffusion import split_keys
 from ulx.generate import decode, encode, in_batches, sample_latents
 from ulx.likelihood import FlowRate, flow_rate
 from ulx.metrics import efficientnet
+from ulx.metrics.compare import kernel_and_manifolds
 from ulx.metrics.features import features
 from ulx.metrics.frechet import Moments, frechet_distance
-from ulx.metrics.images import nearest, psnr
+from ulx.metrics.images import SSIM_WINDOW, nearest, psnr, ssim
 from ulx.metrics.reference import training_moments
 from ulx.models import UnifiedLatents
 from ulx.progress import Progress
@@ -131,6 +132,7 @@ def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Co
         "decoder_bits_per_pixel": _bits_per_pixel(decoder.total, decoder, model)
         | {"leaves_out": "x's terminal KL and -log p(x | x_0)"},
         "psnr": _psnr(reconstructions, held_out) | {"nfe": decoder_nfe, "solver": config.sample.decoder_solver},
+        **({} if config.data.resolution < SSIM_WINDOW else {"ssim": _ssim(reconstructions, held_out)}),
         "psnr_of_mean_training_image": _psnr(np.broadcast_to(_mean_image(dataset), held_out.shape), held_out),
         "swap": _swap(swapped, held_out),
         "fd_efflite0": {
@@ -139,6 +141,11 @@ def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Co
             "reconstruction": _distance(reconstruction_features, Moments.of(held_out_features))
             | {"nfe": decoder_nfe, "against": "the same held-out originals"},
             "held_out_images": _distance(held_out_features, reference) | {"against": "training images"},
+        },
+        "against_held_out_images": {
+            "base": kernel_and_manifolds(held_out_features, base_features)[0],
+            "prior": kernel_and_manifolds(held_out_features, prior_features)[0],
+            "reconstruction": kernel_and_manifolds(held_out_features, reconstruction_features)[0],
         },
         "sampler": {
             "latent": config.sample.solver,
@@ -344,6 +351,11 @@ def _measured(estimate: DiffusionEstimate) -> dict[str, Any]:
 
 def _psnr(images: Images, originals: Images) -> dict[str, Any]:
     return _mean(psnr(to_float(images), to_float(originals)))
+
+
+def _ssim(images: Images, originals: Images, rows: int = 64) -> dict[str, Any]:
+    parts = [slice(start, start + rows) for start in range(0, len(images), rows)]
+    return _mean(np.concatenate([ssim(to_float(images[part]), to_float(originals[part])) for part in parts]))
 
 
 def _mean(per_image: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from jaxtyping import UInt8
 
 from ulx.data.cache import UnreadableError
 from ulx.data.extras import optional
-from ulx.data.folder import SUFFIXES, find_images, read_image
+from ulx.data.folder import SUFFIXES, find_images, image_size, read_image
 
 __all__ = ["ImageFolder", "claim", "contact_sheet", "png", "png_names", "write_png", "zoom_for"]
 
@@ -19,27 +20,50 @@ Images = UInt8[np.ndarray, "n h w 3"]
 
 NAMED = 10  # files named in a message; the rest are counted
 TILE = 96  # pixels; smaller images are enlarged to at least this
+SHEETS = re.compile(r"(.*/)?(contact_sheet|(base|prior)-seed-?\d+-sheet)\.png")
+"""The contact sheets that the commands write beside their images."""
 GAP, CAPTION = 6, 14  # pixels between the tiles of a sheet, and for a line of text under them
 
 
 class ImageFolder:
     """The images of a folder, prepared as for training: upright, on white, centre-cropped, resized to `resolution`.
 
-    `names` are the relative paths of all image files, sorted. Files that cannot be read are found while reading;
-    they are left out and kept in `skipped` with the reason.
-    Raises FileNotFoundError, NotADirectoryError, ValueError for a folder without images.
+    With None for it they must be squares of one size already, and that is the resolution.
+    `names` are the relative paths of all image files, sorted, but for `sheets`, contact sheets written by the commands.
+    Files that cannot be read are found while reading; they are left out and kept in `skipped` with the reason.
+    Raises FileNotFoundError, NotADirectoryError, ValueError for a folder without images, and without a resolution for
+    images that are not of one size or whose size cannot be read.
     """
 
-    def __init__(self, folder: Path, resolution: int):
+    def __init__(self, folder: Path, resolution: int | None):
         if not folder.is_dir():
             kind = NotADirectoryError if folder.exists() else FileNotFoundError
             raise kind(f"{folder} is no folder: give the one that holds the images")
-        self.folder, self.resolution = folder, resolution
-        self.names = find_images(folder)
+        self.folder = folder
+        found = find_images(folder)
+        self.sheets = [name for name in found if SHEETS.fullmatch(name)]
+        self.names = [name for name in found if name not in self.sheets]
         if not self.names:
             raise ValueError(f"no images in {folder} (looked for {' '.join(SUFFIXES)}, subfolders included)")
         self.skipped: list[tuple[str, str]] = []
         self.enlarged = 0
+        self.resolution = self._one_size() if resolution is None else resolution
+
+    def _one_size(self) -> int:
+        side, first = 0, self.names[0]
+        for name in self.names:
+            file = self.folder / name
+            try:
+                width, height = image_size(file)
+            except UnreadableError as error:
+                raise ValueError(f"{file} cannot be read as an image ({error}): repair or remove it") from error
+            side = side or width
+            if not width == height == side:
+                of_first = "" if name == first else f", and {first} is {side}×{side}"
+                raise ValueError(
+                    f"{file} is {width}×{height} pixels{of_first}: give a --resolution, or squares of one size"
+                )
+        return side
 
     def batches(self, size: int) -> Iterator[tuple[list[str], Images]]:
         """Names and images, `size` at a time (fewer at the end). Raises ValueError if not one could be read."""
@@ -72,6 +96,8 @@ class ImageFolder:
         ]
         if self.enlarged:
             lines.append(f"{self.enlarged} of them are smaller than that and were enlarged")
+        if self.sheets:
+            lines.append(f"left out as contact sheets: {', '.join(self.sheets[:NAMED])}")
         if self.skipped:
             lines.append(
                 f"{len(self.skipped)} of {len(self.names)} files cannot be read and were skipped: {self._skipped()}"

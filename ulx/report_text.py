@@ -132,6 +132,7 @@ def metrics_rows(metrics: Metric) -> list[list[str]]:
         ),
         *_flow_rows(metrics),
         _row("PSNR, dB", metrics["psnr"], decoder),
+        *([_row("SSIM", metrics["ssim"], decoder)] if "ssim" in metrics else []),
         _row(
             "PSNR of the mean training image, dB", metrics["psnr_of_mean_training_image"], "what no latent would give"
         ),
@@ -143,6 +144,10 @@ def metrics_rows(metrics: Metric) -> list[list[str]]:
         remark = f"against {distance['against']}, N = {distance['n_reference']:,}"
         remark += "; rank-deficient, so biased: compare at equal N only" if distance["rank_deficient"] else ""
         rows.append(_row(f"fd_efflite0, {name.replace('_', ' ')}", distance, remark))
+    for name, against in metrics.get("against_held_out_images", {}).items():  # not in a run evaluated before
+        for what, metric in against.items():
+            remark = f"against held-out images, N = {metric['n_a']:,}"
+            rows.append(_row(f"{what}, {name}", metric | {"n": metric["n_b"]}, remark))
     found = metrics["copies"]
     rows += [
         [f"share of {what} near a training image", f"{share:.1%}", "", f"{n:,}", "", found["space"]]
@@ -221,6 +226,10 @@ PSNR
 10 log10(peak²/MSE) of each reconstruction, averaged over images. The decoder is a diffusion model sampled from z_0, the
 latent with its noise: two decodings of an image differ.
 
+SSIM
+Structural similarity of each reconstruction in [0, 1] (an 11×11 Gaussian window of σ 1.5 within the image, K₁ = 0.01,
+K₂ = 0.03), averaged over the channels and over images. 1 is equal.
+
 fd_efflite0
 The Fréchet distance between Gaussians fitted to the 1,280 features of an ImageNet EfficientNet-lite0. It is not FID,
 which takes the features of InceptionV3: the two cannot be compared. Lower is better.
@@ -232,6 +241,14 @@ the more so the smaller N. Such a value can be compared with others of the same 
 fd_efflite0 of reconstructions and of held-out images
 Reconstructions against the same held-out originals. Held-out images against the training images: what perfect samples
 would get at that N.
+
+kd_efflite0
+The kernel distance on the same features against the held-out images: KID's unbiased estimator (of all pairs, with a
+jackknife error), but not KID, which takes the features of InceptionV3. Around 0 for perfect samples, at any N.
+
+Precision and recall
+With a ball around each image's features that reaches its third neighbour in its set: the share of samples within the
+held-out images' balls, and the share of held-out images within the samples'. They move with N.
 
 Base model and raw prior
 The prior is trained together with encoder and decoder on the plain bound, and measures bits. The base model is trained

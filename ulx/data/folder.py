@@ -21,7 +21,7 @@ from ulx.data.extras import optional
 from ulx.data.source import Dataset
 from ulx.data.split import Item, held_out, subset, unit_hash
 
-__all__ = ["SUFFIXES", "center_crop", "find_images", "open_folder", "read_image"]
+__all__ = ["SUFFIXES", "center_crop", "find_images", "image_size", "open_folder", "read_image"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 PREPARATION = 1  # of read_image; a change makes every cache anew
@@ -114,6 +114,16 @@ def read_image(path: str | os.PathLike[str], resolution: int) -> tuple[UInt8[np.
         raise UnreadableError(_reason(Path(path), error)) from error
     smaller = min(image.size) < resolution
     return center_crop(image, resolution), smaller
+
+
+def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Width and height as the file's header has them, before it is turned upright. Raises `UnreadableError`."""
+    image_module = optional("PIL.Image")
+    try:
+        with image_module.open(path) as opened:
+            return opened.size
+    except Exception as error:
+        raise UnreadableError(_reason(Path(path), error)) from error
 
 
 def center_crop(image: Any, resolution: int) -> UInt8[np.ndarray, "h w 3"]:

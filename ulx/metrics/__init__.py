@@ -5,7 +5,10 @@ Nothing is imported here; take the module you need:
 * `frechet`: `Moments` of features (float64, mergeable, cached) and `frechet_distance` between two of them.
 * `efficientnet`: the packaged EfficientNet-lite0, whose Fréchet distance is named `fd_efflite0`. It is not
   FID (that is InceptionV3's name) and the two cannot be compared.
+* `kernel`: `kernel_distance`, KID's unbiased estimator; on EfficientNet-lite0's features it is `kd_efflite0`.
+* `manifold`: `precision_recall` of generated features by balls that reach the third neighbour.
 * `features`: any network over any number of images, in batches of one fixed shape.
-* `images`: `psnr` per image, and `nearest`, the search for an image's closest one in a reference set.
+* `images`: `psnr` and `ssim` per image, and `nearest`, the search for an image's closest one in a reference set.
+* `compare`: all of them between two folders of images, on a card (`python -m ulx.metrics DIR_A DIR_B`).
 * `weights`: sha256-checked weight files, read by an unpickler that builds arrays and nothing else.
 """

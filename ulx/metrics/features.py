@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Num
 
 from ulx.progress import Progress
 
-__all__ = ["feature_batches", "features"]
+__all__ = ["Network", "feature_batches", "features"]
 
 # Underscores: the parts of an iterable may differ in length, and a change of size gets an error of its own.
 Images = Num[Array, "_n _h _w _c"] | Num[np.ndarray, "_n _h _w _c"]

@@ -1,0 +1,199 @@
+"""Two folders of images measured against each other: every number on a card with what it is and what went in.
+
+The first folder, A, is the reference: real images, or the originals. The second, B, is what is measured against it.
+"""
+
+import hashlib
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, UInt8
+
+import ulx
+from ulx.data.folder import PREPARATION, read_image
+from ulx.data.pixels import to_float
+from ulx.image_files import ImageFolder
+from ulx.metrics import efficientnet
+from ulx.metrics.features import Network, features
+from ulx.metrics.frechet import Moments, frechet_distance
+from ulx.metrics.images import SSIM_WINDOW, psnr, ssim
+from ulx.metrics.kernel import kernel_distance
+from ulx.metrics.manifold import NEIGHBOURS, precision_recall
+from ulx.progress import Progress
+
+__all__ = ["compare", "kernel_and_manifolds"]
+
+RULE = f"""\
+upright, on white, halved by averaging while at least twice too large, then bicubic to the resolution, centre-cropped \
+(ulx.data.folder.read_image, version {PREPARATION}); the network resizes further"""
+
+DEFINITIONS = {
+    "fd_efflite0": "Fréchet distance between Gaussians fitted to the pooled features of A and of B, unbiased "
+    "covariances; biased upwards, the more the smaller N. Not FID, whose features are InceptionV3's",
+    "kd_efflite0": "KID's estimator on these features: unbiased squared MMD of the kernel (x·y/d + 1)^3 over all "
+    "pairs; standard error by the jackknife. Not KID, whose features are InceptionV3's",
+    "precision": f"share of B's features within the manifold of A's: balls that reach neighbour {NEIGHBOURS}",
+    "recall": f"share of A's features within the manifold of B's: balls that reach neighbour {NEIGHBOURS}",
+    "psnr": "10 log10(255²/MSE) in dB of each pair of one name, mean over pairs; null: infinite, from an equal pair",
+    "ssim": f"structural similarity of each pair of one name, mean over pairs: {SSIM_WINDOW}×{SSIM_WINDOW} Gaussian "
+    "window of σ 1.5 within the image, K1 0.01, K2 0.03, range 0 to 1, mean over RGB",
+}
+
+Images = UInt8[np.ndarray, "n h w 3"]
+Metric = dict[str, Any]
+
+
+def compare(a: Path, b: Path, *, resolution: int | None = None, batch_size: int = 64) -> dict[str, Any]:
+    """The card: all metrics that the two folders allow under "metrics", why others are not there under "left_out".
+
+    Without a resolution all images must be squares of one size. `batch_size` images are read at a time; changes no
+    result beyond rounding.
+    Raises FileNotFoundError, NotADirectoryError, ValueError for a folder with fewer than two images, a file that cannot
+    be read, or images of several sizes.
+    """
+    folders = reference, compared = ImageFolder(a, resolution), ImageFolder(b, resolution)
+    for folder in folders:
+        if len(folder.names) < 2:
+            raise ValueError(f"{folder.folder} holds one image: a comparison needs at least 2 in each folder")
+    if reference.resolution != compared.resolution:
+        sizes = " and ".join(f"{folder.folder} {folder.resolution}×{folder.resolution}" for folder in folders)
+        raise ValueError(f"the images have two sizes, {sizes}: give a --resolution")
+    network = efficientnet.load()
+    found, facts = zip(*(_measured(network, folder, batch_size) for folder in folders), strict=True)
+    moments = [Moments.of(each) for each in found]
+    frechet = {
+        "value": frechet_distance(*moments),
+        "n_a": moments[0].count,
+        "n_b": moments[1].count,
+        "rank_deficient": any(each.rank_deficient for each in moments),
+    }
+    metrics, left_out = kernel_and_manifolds(*found)
+    metrics = {efficientnet.METRIC: frechet, **metrics}
+    names = _pairs(reference, compared)
+    if names is None:
+        left_out |= dict.fromkeys(("psnr", "ssim"), "the folders do not hold the same file names")
+    else:
+        pairs, reasons = _errors(reference, compared, names, batch_size)
+        metrics, left_out = metrics | pairs, left_out | reasons
+    return {
+        "metrics": {name: metric | {"definition": DEFINITIONS[name]} for name, metric in metrics.items()},
+        "left_out": left_out,
+        "a": facts[0],
+        "b": facts[1],
+        "resolution": reference.resolution,
+        "preparation": RULE,
+        "network": {"definition": efficientnet.DEFINITION, "sha256": efficientnet.SHA256, "dtype": "float32"},
+        "device": jax.devices()[0].device_kind,
+        "ulx": ulx.__version__,
+        "commit": _commit(),
+    }
+
+
+def kernel_and_manifolds(
+    a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]
+) -> tuple[dict[str, Metric], dict[str, str]]:
+    """Kernel distance, precision and recall of EfficientNet-lite0's features b against a, at least two of each; and why
+    some are left out."""
+    count = {"n_a": len(a), "n_b": len(b)}
+    kernel = kernel_distance(a, b)
+    metrics: dict[str, Metric] = {
+        "kd_efflite0": {"value": kernel.value, "standard_error": kernel.standard_error, **count}
+    }
+    if min(len(a), len(b)) <= NEIGHBOURS:
+        reason = f"they need more than {NEIGHBOURS} images in each folder"
+        return metrics, {"precision": reason, "recall": reason}
+    shares = precision_recall(a, b)
+    metrics["precision"] = {"value": shares.precision, "neighbours": NEIGHBOURS, **count}
+    metrics["recall"] = {"value": shares.recall, "neighbours": NEIGHBOURS, **count}
+    return metrics, {}
+
+
+def _measured(
+    network: Network, folder: ImageFolder, batch_size: int
+) -> tuple[Float[np.ndarray, "n d"], dict[str, Any]]:
+    """A folder's features, and what the card says of it."""
+    digest = hashlib.sha256()
+
+    def parts() -> Iterator[Images]:
+        for _, images in folder.batches(batch_size):
+            _refuse_unreadable(folder)
+            digest.update(images.tobytes())
+            yield images
+
+    total, description = len(folder.names), f"features of {folder.folder}"
+    found = features(network, parts(), batch_size, total=total, description=description)
+    _refuse_unreadable(folder)
+    return found, {
+        "path": str(folder.folder),
+        "n": len(found),
+        "pixels_sha256": digest.hexdigest(),
+        "enlarged": folder.enlarged,
+        "contact_sheets_left_out": folder.sheets,
+    }
+
+
+def _refuse_unreadable(folder: ImageFolder) -> None:
+    for name, reason in folder.skipped:
+        raise ValueError(f"{folder.folder / name} cannot be read as an image ({reason}): repair or remove it")
+
+
+def _pairs(a: ImageFolder, b: ImageFolder) -> list[tuple[str, str]] | None:
+    """The files of one name in both, or None unless every file has its other one."""
+    if a.names == b.names:
+        return list(zip(a.names, b.names, strict=True))
+    of_a, of_b = (dict(zip(_without_suffixes(folder.names), folder.names, strict=True)) for folder in (a, b))
+    if of_a.keys() != of_b.keys() or not len(of_a) == len(a.names) == len(b.names):
+        return None
+    return [(of_a[name], of_b[name]) for name in of_a]
+
+
+def _without_suffixes(names: list[str]) -> list[str]:
+    """A name's suffix does not count (`ulx.reconstruct` makes a.png of a.jpg), unless that makes two names one."""
+    plain = [PurePosixPath(name).with_suffix("").as_posix() for name in names]
+    times = Counter(plain)
+    return [short if times[short] == 1 else name for name, short in zip(names, plain, strict=True)]
+
+
+def _errors(
+    a: ImageFolder, b: ImageFolder, names: list[tuple[str, str]], batch_size: int
+) -> tuple[dict[str, Metric], dict[str, str]]:
+    """PSNR and SSIM of the pairs, and why SSIM is left out."""
+    measures, left_out = {"psnr": jax.jit(psnr), "ssim": jax.jit(ssim)}, {}
+    if a.resolution < SSIM_WINDOW:
+        del measures["ssim"]
+        left_out["ssim"] = f"its window has {SSIM_WINDOW}×{SSIM_WINDOW} pixels, the images are smaller"
+    values: dict[str, list[np.ndarray]] = {name: [] for name in measures}
+    with Progress("pairs", total=len(names), unit="pairs") as progress:
+        for start in range(0, len(names), batch_size):
+            part = names[start : start + batch_size]
+            x, y = (
+                to_float(np.stack([read_image(folder.folder / pair[side], folder.resolution)[0] for pair in part]))
+                for side, folder in enumerate((a, b))
+            )
+            for name, measure in measures.items():
+                values[name].append(np.asarray(measure(x, y), np.float64))
+            progress.advance(len(part))
+    return {name: _mean(np.concatenate(parts)) for name, parts in values.items()}, left_out
+
+
+def _mean(values: Float[np.ndarray, " n"]) -> Metric:
+    infinite = bool(np.isinf(values).any())  # equal pairs, and the PSNR's mean with them
+    error = float("nan") if infinite else float(values.std(ddof=1) / np.sqrt(len(values)))
+    return {"value": float(values.mean()), "standard_error": error, "n_pairs": len(values)}
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this code runs from, "-dirty" where it was changed; None where it is in none."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        # A repository that ulx is merely installed inside of does not track this file.
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], check=True, capture_output=True)
+        describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(describe, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
