@@ -26,9 +26,10 @@ from ulx.generate import decode, encode, in_batches, sample_latents
 from ulx.likelihood import FlowRate, flow_rate
 from ulx.metrics import efficientnet
 from ulx.metrics.compare import kernel_and_manifolds
+from ulx.metrics.copies import copies_among, spread_over
 from ulx.metrics.features import features
 from ulx.metrics.frechet import Moments, frechet_distance
-from ulx.metrics.images import SSIM_WINDOW, nearest, psnr, ssim
+from ulx.metrics.images import SSIM_WINDOW, psnr, ssim
 from ulx.metrics.reference import training_moments
 from ulx.models import UnifiedLatents
 from ulx.progress import Progress
@@ -41,8 +42,6 @@ RECONSTRUCT, SAMPLE = "reconstruct", "sample"
 """Purposes of noise. Reconstructions, swapped or not, share theirs; so do the samples of all models, row by row."""
 PICTURES = 64
 """Images of each kind that the report shows."""
-NEAREST_AMONG = 50_000
-"""Training images among which the nearest one to a sample is sought; in a larger set, that many spread over it."""
 
 FLOW_PROBES, FLOW_TOLERANCE = 2, 1e-4
 """Of the flow's likelihood: Hutchinson's probes, and the tolerance of a step, about 1e-3 nats per dimension in all."""
@@ -95,8 +94,8 @@ def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Co
     # A base model that never saw its null label is asked about each image as one of its class.
     own_labels = dataset.validation.labels if config.label_dropout == 0 else None
 
-    train_originals = np.stack([dataset.train[i]["image"] for i in _some(len(dataset.train), 2 * PICTURES)])
-    flow_of = _some(len(held_out), options.flow_images)
+    train_originals = np.stack([dataset.train[i]["image"] for i in spread_over(len(dataset.train), 2 * PICTURES)])
+    flow_of = spread_over(len(held_out), options.flow_images)
     total = 5 * len(held_out) + len(flow_of) + min(PICTURES, len(held_out)) + 2 * options.num_samples + PICTURES
     with Progress("evaluate", total=total + 2 * len(train_originals), unit="images") as progress:
         run = _Runner(model, config, progress)
@@ -121,7 +120,7 @@ def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Co
     prior_features = seen(prior_samples, "prior samples")
     held_out_features = seen(held_out, "held-out images")
     reconstruction_features = seen(reconstructions, "reconstructions")
-    copies, nearest_index = _copies(dataset.train, base_samples, held_out, train_originals, train_copies)
+    copies, nearest_index = copies_among(dataset.train, base_samples, held_out, train_originals, train_copies)
 
     metrics: dict[str, Any] = {
         "held_out": {"n": len(held_out), "data": dataset.name, "split": "validation"},
@@ -383,44 +382,6 @@ def _swap(swapped: Images, originals: Images) -> dict[str, Any]:
     return {"psnr_to_the_latents_image": _mean(own), "psnr_to_the_other": _mean(other), "gap": _mean(own - other)}
 
 
-def _copies(
-    train: Split, samples: Images, held_out: Images, originals: Images, reconstructions: Images
-) -> tuple[dict[str, Any], Int[np.ndarray, " n"]]:
-    """Are samples copies, and which training image is nearest to each? By pixels, at 32×32 or less.
-
-    A sample counts as a copy where it is as near to a training image as that image's own reconstruction typically is:
-    closer than that the decoder cannot come even to an image it was given. The same share among held-out images, real
-    and surely no copies, says how much of it is chance.
-    """
-    kept = _some(len(train), NEAREST_AMONG)
-    thumbnails = np.concatenate([_thumbnails(train[i]["image"][None]) for i in kept])
-    index, distance = nearest(_thumbnails(samples), thumbnails)
-    _, held_out_distance = nearest(_thumbnails(held_out), thumbnails)
-    difference = _thumbnails(originals) - _thumbnails(reconstructions)
-    threshold = float(np.median(np.sqrt(np.sum(difference**2, axis=(1, 2, 3)))))
-    rms = 1 / np.sqrt(thumbnails[0].size)  # distances are reported per pixel and channel, in grey levels of 255
-    return {
-        "share_of_samples": float(np.mean(distance <= threshold)),
-        "share_of_held_out_images": float(np.mean(held_out_distance <= threshold)),
-        "threshold": threshold * rms,
-        "median_distance_of_samples": float(np.median(distance)) * rms,
-        "median_distance_of_held_out_images": float(np.median(held_out_distance)) * rms,
-        "n": len(samples),
-        "n_reference": len(thumbnails),
-        "space": "RMS difference in grey levels of 255, at 32x32 pixels or less",
-    }, np.asarray(kept)[index]
-
-
-def _thumbnails(images: Images) -> Float[np.ndarray, "n h w c"]:
-    """Averaged over blocks down to at most 32 pixels; sizes that do not divide stay as they are."""
-    count, height, width, channels = images.shape
-    factor = max(1, height // 32)
-    if height % factor or width % factor:
-        return images.astype(np.float32)
-    blocks = images.reshape(count, height // factor, factor, width // factor, factor, channels)
-    return blocks.mean(axis=(2, 4), dtype=np.float32)
-
-
 def _images(split: Split) -> Images:
     return np.stack([example["image"] for example in split])
 
@@ -435,8 +396,3 @@ def _mean_image(dataset: Dataset) -> UInt8[np.ndarray, "h w c"]:
 def _labels_like(labels: Int32[np.ndarray, " n"], count: int, seed: int) -> Int32[np.ndarray, " m"]:
     """Labels drawn with the training set's frequencies."""
     return np.random.default_rng(seed).choice(labels, count).astype(np.int32)
-
-
-def _some(total: int, count: int) -> list[int]:
-    """`count` indices spread over range(total)."""
-    return np.linspace(0, total - 1, min(count, total)).astype(int).tolist()

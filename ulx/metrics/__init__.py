@@ -10,5 +10,6 @@ Nothing is imported here; take the module you need:
 * `features`: any network over any number of images, in batches of one fixed shape.
 * `images`: `psnr` and `ssim` per image, and `nearest`, the search for an image's closest one in a reference set.
 * `compare`: all of them between two folders of images, on a card (`python -m ulx.metrics DIR_A DIR_B`).
+* `copies`: which training image is nearest to each sample, and whether it is one.
 * `weights`: sha256-checked weight files, read by an unpickler that builds arrays and nothing else.
 """
