@@ -163,7 +163,7 @@ def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Co
     }
     if flow_of:
         pixels = int(np.prod(model.shape[:-1]))
-        bits = lambda nats: _mean(losses.bits_per_pixel(nats, num_pixels=pixels))  # noqa: E731
+        bits = lambda nats: _mean(losses.bits_per_pixel(jnp.asarray(nats), num_pixels=pixels))  # noqa: E731
         metrics["flow"] = {
             "bits_per_pixel": bits(flow) | {"probes": FLOW_PROBES, "solver_steps": flow_steps},
             "bound_less_flow": bits(np.asarray(rate.rate)[flow_of] - flow),
