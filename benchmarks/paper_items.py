@@ -120,7 +120,7 @@ ITEMS = (
         "rate control: c_lf adapted until the held-out rate is the one asked for",
         ("rate_control.RateController", "rate_control.RateConfig", "benchmarks/rate_control.py"),
         (
-            "test_rate_control.py::test_loop_closes_on_a_training_that_lags_and_drifts",
+            "test_rate_control.py::test_loop_closes_on_a_training_unlike_its_model",
             "test_rate_control.py::test_adapts_logs_and_resumes_bit_for_bit",
         ),
     ),

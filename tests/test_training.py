@@ -33,7 +33,7 @@ class Line(eqx.Module):
     bias: jax.Array
 
 
-def line_loss(model, frozen, batch, draws, step):
+def line_loss(model, frozen, batch, draws, step, control):
     error = model.weight * batch["x"] + model.bias - batch["y"]
     loss = jnp.mean(error**2)
     return loss, {"loss": loss}
@@ -88,7 +88,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
     config = TrainConfig(steps=2, dtype="bfloat16", warmup_steps=0)
     seen = []
 
-    def loss(model, frozen, batch, draws, step):
+    def loss(model, frozen, batch, draws, step, control):
         seen.append((model.weight.dtype, frozen.dtype))  # what is frozen stays exact: it makes the targets
         return line_loss(model, frozen, batch, draws, step)
 
@@ -185,7 +185,7 @@ def test_non_finite_values_stop_the_run_and_say_where(config, small_dataset, tmp
     poisoned = state.model.decoder.denoiser.network.project_out.bias.at[0].set(jnp.nan)
     state = eqx.tree_at(lambda s: s.model.decoder.denoiser.network.project_out.bias, state, poisoned)
     with pytest.raises(NonFiniteError, match=r"not finite at step 1: .*decoder.*gradient/decoder") as error:
-        job.train_stage("stage1", state, None, autoencoder_loss(config), small_dataset, config, config.train)
+        job.train_stage("stage1", state, None, autoencoder_loss(config), small_dataset, config)
     assert "gradient/prior" not in str(error.value)  # the prior is innocent, and not named
     with Checkpoints(path / "checkpoints" / "stage1") as checkpoints:
         assert checkpoints.latest is None
