@@ -90,7 +90,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
 
     def loss(model, frozen, batch, draws, step, control):
         seen.append((model.weight.dtype, frozen.dtype))  # what is frozen stays exact: it makes the targets
-        return line_loss(model, frozen, batch, draws, step)
+        return line_loss(model, frozen, batch, draws, step, control)
 
     state = TrainState(Line(jnp.asarray(2.0), jnp.asarray(1.0)), make_optimizer(config))
     batch = {"x": jnp.ones(2), "y": jnp.zeros(2)}
