@@ -10,11 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from PIL import Image
 
 from ulx import job, losses, runs, schedules
 from ulx.config import Config, from_json, to_json
 from ulx.decoders import DiffusionDecoder, PixelDecoder, RegressionDecoder
 from ulx.denoiser import Denoiser, StandardNormal
+from ulx.encode import Options as EncodeOptions
+from ulx.encode import encode
 from ulx.generate import decode, sample_latents
 from ulx.nn.encoder import Pixels
 from ulx.stages import autoencoder_loss, base_loss, decoder_loss
@@ -208,6 +211,14 @@ COVERING = ("mse", "single-stage-logistic", "pixels", "kl-autoencoder")
 REST = [pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS if name not in (*COVERING, "unified")]
 
 
+def _folder_of_images(folder: Path) -> Path:
+    folder.mkdir()
+    for i in range(2):
+        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
+
+
 @pytest.mark.parametrize("name", [*COVERING, *REST])
 def test_runs_from_end_to_end(quick, small_config, small_dataset, tmp_path, name):
     """Trains every stage that it has, is measured and reported, and loads with the weights that were measured."""
@@ -228,6 +239,11 @@ def test_runs_from_end_to_end(quick, small_config, small_dataset, tmp_path, name
     sample = sample_latents(run.base, run.model.latent_schedule, config.sample, keys=keys, label=jnp.asarray([0, 1]))
     image = decode(run.model, sample.z, config.sample, keys=keys)
     assert image.z.shape == (2, 16, 16, 3)
+    if name == "kl-autoencoder":
+        found = np.load(encode(EncodeOptions(path, _folder_of_images(tmp_path / "images"))))
+        assert found["z_std"].shape == found["z_clean"].shape == (2, 8, 8, 4)
+        assert found["z_std"].min() > 0
+        assert not np.allclose(found["z_std"], found["z_clean"])
     if name == "mse":
         assert isinstance(run.model.decoder, DiffusionDecoder)
 

@@ -7,6 +7,7 @@ Images are prepared as for training: upright, on white, centre-cropped and resiz
 cannot be read are named and skipped. Writes one .npz file (`numpy.load` without pickles) with
 
     z_clean       float32 `n h w k`, the encoder's output (EMA weights); of an encoder of variance its mean
+    z_std         of an encoder of variance its standard deviation, in the same shape; else not there
     names         the files, relative to DIR with /, in the order of the rows
     logsnr_0      λ_z(0), the noise level of the latent
     run, step     the run's folder and the steps of stage 1 that its encoder was trained for
@@ -18,6 +19,8 @@ Decoder, prior and base model work on z_0, not on z_clean. It is left to the rea
 
     alpha, sigma = sigmoid(logsnr_0) ** 0.5, sigmoid(-logsnr_0) ** 0.5
     z_0 = alpha * z_clean + sigma * standard_normal(z_clean.shape)
+
+with z_clean + z_std * standard_normal(z_clean.shape) in z_clean's place where there is a z_std.
 """
 
 import dataclasses
@@ -75,12 +78,13 @@ def encode(options: Options) -> Path:
         )
     out.parent.mkdir(parents=True, exist_ok=True)
 
-    def latents(x: UInt8[np.ndarray, "b h w c"], *, keys: Key[Array, " b"]) -> Float[Array, "b *latent k"]:
-        return posterior(run.model, jnp.asarray(to_float(x))).mean  # which draws nothing: the keys are not needed
+    def latents(x: UInt8[np.ndarray, "b h w c"], *, keys: Key[Array, " b"]) -> dict[str, Float[Array, "b *latent k"]]:
+        found = posterior(run.model, jnp.asarray(to_float(x)))  # which draws nothing: the keys are not needed
+        return {"z_clean": found.mean} | ({} if found.std is None else {"z_std": found.std})
 
     size = min(options.batch_size or run.config.evaluate.batch_size, len(folder.names))
     names: list[str] = []
-    parts: list[np.ndarray] = []
+    parts: list[dict[str, np.ndarray]] = []
     with Progress("encode", total=len(folder.names), unit="images") as progress:
         for part, images in folder.batches(size):
             parts.append(in_batches(latents, images, batch_size=size, key=root_key(0, "encode")))
@@ -88,12 +92,12 @@ def encode(options: Options) -> Path:
             progress.total = len(folder.names) - len(folder.skipped)
             progress.advance(len(part))
 
-    found = np.concatenate(parts)
+    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     aside = out.with_name(f"{out.stem}.aside.npz")
     np.savez(
         aside,
         allow_pickle=False,
-        z_clean=found,
+        **found,
         names=np.array(names),
         logsnr_0=np.float32(run.model.latent_schedule.logsnr_max),
         run=np.array(str(options.run)),
@@ -104,7 +108,8 @@ def encode(options: Options) -> Path:
     )
     aside.replace(out)
     print(folder.summary())
-    print(f"z_clean {' × '.join(map(str, found.shape))}, standard deviation {found.std(axis=0).mean():.3f} -> {out}")
+    mean = found["z_clean"]
+    print(f"z_clean {' × '.join(map(str, mean.shape))}, standard deviation {mean.std(axis=0).mean():.3f} -> {out}")
     return out
 
 

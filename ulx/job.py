@@ -73,7 +73,7 @@ def train_autoencoder(state: TrainState, dataset: Dataset, config: Config) -> Un
         model = state.ema_model
         if state.control is not None:
             found = float(state.control.loss_factor)
-            print(f"rate control ended at --loss-factor {found:.4g}, which without it gives the same rate")
+            print(f"rate control ended at --loss-factor {found:.4g}, which is to give about the same rate without it")
             config = dataclasses.replace(config, loss_factor=found)
     if "decoder" in config.stages:
         untrained = runs.decoder_state(config, model)
