@@ -1,4 +1,5 @@
 import dataclasses
+import gc
 from pathlib import Path
 
 import equinox as eqx
@@ -17,6 +18,15 @@ from ulx.nn.encoder import EncoderConfig
 from ulx.nn.transformer import BlockConfig
 from ulx.nn.uvit import UViTConfig
 from ulx.snapshots import Snapshots
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_compiled_programs():
+    """XLA maps several regions of memory for each program, and a process may have some 65,000 (vm.max_map_count): the
+    suite in one process runs into that, and compiling then crashes. No test uses another module's programs."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
