@@ -46,7 +46,6 @@ def config_of(factor: float, settings: Settings) -> "Config":
         tiny,
         name=name,
         runs=settings.runs,
-        resume=(Path(settings.runs) / name).exists(),
         seed=settings.seed,
         loss_factor=factor,
         sigmoid_bias=None,  # the resolution rule's: with it the paper's factors keep the latent alive

@@ -1,15 +1,17 @@
-"""What benchmarks of stage 1 share: train it with some settings, measure it once, and keep the result in a file."""
+"""What benchmarks share: train with some settings, measure the run once, and keep the result as a line of a file."""
 
+import dataclasses
 import datetime
 import json
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ulx.config import Config
+    from ulx.config import Config, TrainConfig
 
-__all__ = ["RESULTS", "identity", "measured", "read", "stage1"]
+__all__ = ["RESULTS", "identity", "measured", "of_length", "read", "resumable", "stage1", "whole"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -18,28 +20,32 @@ def identity(config: "Config") -> str:
     """What makes a measured point this one: everything that it was trained and measured with."""
     from ulx.config import fingerprint
 
-    return fingerprint(config, ignore=("name", "runs", "resume", "data.cache_dir", "data.workers"))
+    # Where an autoencoder was copied from tells nothing that its settings, which the configuration holds too, do not.
+    return fingerprint(config, ignore=("name", "runs", "resume", "autoencoder", "data.cache_dir", "data.workers"))
 
 
 def read(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def measured(config: "Config", file: Path) -> dict[str, Any]:
-    """The point of `config`: as it is in `file` already, or else trained, measured and added to it."""
-    name = identity(config)
-    for point in read(file):
-        if point.get("settings") == name:
-            return point
-    point = stage1(config)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as out:
-        out.write(json.dumps(point) + "\n")
-    return point
+def of_length(train: "TrainConfig", steps: int) -> "TrainConfig":
+    """That recipe in so many steps: its warm-up and the reach of its average are cut, or grow, with them."""
+    part = steps / train.steps
+    return dataclasses.replace(
+        train,
+        steps=steps,
+        warmup_steps=round(part * train.warmup_steps),
+        ema_decay=max(0.0, 1 - (1 - train.ema_decay) / part),
+    )
+
+
+def resumable(config: "Config") -> "Config":
+    """`config`, to be continued if its run was begun."""
+    return dataclasses.replace(config, resume=(config.path / "config.json").exists())
 
 
 def stage1(config: "Config") -> dict[str, Any]:
-    """Train stage 1 with these settings, continuing an interrupted run of them, and measure it on held-out images."""
+    """Train stage 1 and measure it on held-out images: bits and PSNR."""
     from ulx import job, runs
     from ulx.data import open_dataset
     from ulx.evaluation import evaluate_autoencoder
@@ -55,13 +61,38 @@ def stage1(config: "Config") -> dict[str, Any]:
     return {
         "loss_factor": log[-1].get("loss_factor", config.loss_factor),
         "target_bits_per_pixel": config.rate.target_bits_per_pixel,
-        "steps": config.train.steps,
-        "seed": config.seed,
-        "settings": identity(config),
         "bits_per_pixel": found["bits_per_pixel"],
         "psnr": found["psnr"],
         "collapsed": collapsed(config, log),
-        "data": dataset.fingerprint,
+    }
+
+
+def whole(config: "Config") -> dict[str, Any]:
+    """The main job with these settings, report and all; the point is its metrics.json."""
+    from ulx import job
+
+    metrics = job.run(config).parent / "evaluation" / "metrics.json"
+    return {"loss_factor": config.loss_factor, "sigmoid_bias": config.decoder_weighting.bias} | json.loads(
+        metrics.read_text()
+    )
+
+
+def measured(config: "Config", file: Path, measure: Callable[["Config"], dict[str, Any]] = stage1) -> dict[str, Any]:
+    """The point of `config`: as it is in `file` already, or else measured and added to it."""
+    name = identity(config)
+    for point in read(file):
+        if point.get("settings") == name:
+            return point
+    point = measure(resumable(config)) | {
+        "steps": config.train.steps,
+        "base_steps": config.train_base.steps,
+        "seed": config.seed,
+        "settings": name,
+        "data": json.loads((config.path / "dataset.json").read_text())["fingerprint"],
         "machine": f"{platform.processor() or platform.machine()}, CPU",
         "date": datetime.date.today().isoformat(),
     }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as out:
+        out.write(json.dumps(point) + "\n")
+    return point

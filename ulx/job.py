@@ -25,7 +25,7 @@ from ulx.rate_control import RateController, held_out_images
 from ulx.seeding import root_int, root_key
 from ulx.snapshots import Snapshots
 from ulx.stages import CollapseWatch, autoencoder_loss, base_loss, collapsed, decoder_loss
-from ulx.training import Controller, Loss, TrainState, fit, make_optimizer, make_step
+from ulx.training import Controller, Loss, TrainState, fit, make_optimizer, make_step, pace
 
 __all__ = ["cost", "measure", "run", "train_autoencoder", "train_base", "train_stage"]
 
@@ -62,7 +62,7 @@ def train_autoencoder(state: TrainState, dataset: Dataset, config: Config) -> Un
             key = root_key(config.seed, "rate control")
             controller = RateController(
                 config.rate,
-                config.train.steps,
+                pace(config.train),
                 config.train.ema_decay,
                 config.prior_warmup[1],
                 held_out_images(dataset, config.rate.images),

@@ -3,20 +3,21 @@
     python experiments/openmoji.py --rate.target-bits-per-pixel 0.3 --name r030
 
 The rate follows the cut-off λ* = b + ln(c_lf − 1), the log-SNR up to which detail is worth its bits, so that is what is
-moved, from where `loss_factor` and `sigmoid_bias` put it. It follows late: the encoder takes its time, and the averaged
-weights, whose rate counts, take theirs. So the controller keeps a model of it,
+moved, from where `loss_factor` and `sigmoid_bias` put it. It follows late: the encoder takes its time, all the more the
+lower the learning rate, and the averaged weights, whose rate counts, take theirs. So the controller keeps a model,
 
-    log rate = a + SENSITIVITY · λ*_felt,    λ*_felt: λ* through both lags,
+    log rate = a + SENSITIVITY · λ*_felt + DRIFT · left,
 
-reads a off the rate of some held-out images, and goes part of the way to the λ* at which this model meets the target at
-the end of training, until when a falls by DRIFT times the part of training that is left. It begins after the prior's
-warm-up, before which the rate says nothing, and ends before the training does, which is then much like that of a run
-with this c_lf throughout.
+in which time is the sum of the learning rates, `left` the part of it that is to come, averaged as the weights are, and
+λ*_felt is λ* through both lags. It reads a off the rate of some held-out images and goes to the λ* at which the model
+meets the target at the end of training. It begins after the prior's warm-up, before which the rate says little, and
+goes fast: what it finds early is felt until the end, and a run with this c_lf throughout is then much like it.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import cached_property
 
 import equinox as eqx
 import jax
@@ -37,11 +38,10 @@ __all__ = ["Control", "RateConfig", "RateController", "controlled", "held_out_im
 
 SENSITIVITY = 0.4
 """d log(rate)/dλ*, about. The loop closes also if it is off by half."""
-ENCODER_LAG = 60
-"""Steps, about, after which the rate has followed a new λ* by 1 − 1/e."""
-DRIFT = 0.25
-"""How much log(rate) falls at one λ*, about, in a time as long as the training: the prior learns, and the learning rate
-decays. By 0.22 to 0.30 in the second halves of runs of 400 and 1000 steps on OpenMoji."""
+ENCODER_LAG = 35
+"""Steps at the peak learning rate, about, after which the rate has followed a new λ* by 1 − 1/e."""
+DRIFT = 0.6
+"""How much log(rate) falls at one λ*, about, in the time of the whole training: the prior learns."""
 LARGEST_MOVE = 1.0
 """How far the λ* to go to may lie from where it is: far away the linear model is too bold."""
 LEVELS = 8
@@ -52,9 +52,9 @@ LEVELS = 8
 class RateConfig:
     target_bits_per_pixel: float | None = None
     """Adapt the loss factor so that the held-out rate lands here; by default it stays as it is."""
-    window: tuple[float, float] = (0.15, 0.9)
+    window: tuple[float, float] = (0.05, 0.9)
     """When it is adapted, in parts of what of stage 1 is left after the prior's warm-up."""
-    time_constant: float = 0.1
+    time_constant: float = 0.02
     """How soon it goes to where the model meets the target, in parts of stage 1."""
     every: int = 10
     """Steps between two adaptations."""
@@ -112,8 +112,8 @@ class RateController:
     """`controller(step, model, control) -> control`, to be called after every step with the averaged weights."""
 
     config: RateConfig
-    steps: int
-    """Of stage 1."""
+    pace: Float[np.ndarray, " steps"]
+    """Learning rates of stage 1's steps, as parts of the peak."""
     ema_decay: float
     """Of the averaged weights."""
     warmup_end: int
@@ -123,29 +123,39 @@ class RateController:
     key: Key[Array, ""]
 
     def acts(self, step: int) -> bool:
-        left = self.steps - self.warmup_end
+        left = len(self.pace) - self.warmup_end
         first, last = (self.warmup_end + part * left for part in self.config.window)
         return step % self.config.every == 0 and first < step <= last
 
     def __call__(self, step: int, model: Callable[[], UnifiedLatents], control: Control) -> Control:
-        control = self.lagged(control)
+        control = self.lagged(step, control)
         if not self.acts(step):
             return control
         x = jnp.asarray(to_float(self.images))
         return self.moved(step, control, _held_out_bits(model(), x, jax.random.fold_in(self.key, step)))
 
-    def lagged(self, control: Control) -> Control:
-        """One training step later."""
-        followed = control.followed + (control.excess - control.followed) / ENCODER_LAG
+    @cached_property
+    def left(self) -> Float[np.ndarray, " steps"]:
+        """After each step: the part of training that was left, by the learning rates, averaged as the weights are."""
+        left, average = 1 - np.cumsum(self.pace) / self.pace.sum(), 1.0
+        for i, value in enumerate(left):
+            average += (value - average) * (1 - self.ema_decay)
+            left[i] = average
+        return left
+
+    def lagged(self, step: int, control: Control) -> Control:
+        """After the training step that is number `step`."""
+        part = min(1.0, float(self.pace[step - 1]) / ENCODER_LAG)
+        followed = control.followed + part * (control.excess - control.followed)
         averaged = control.averaged + (followed - control.averaged) * (1 - self.ema_decay)
         return dataclasses.replace(control, followed=followed, averaged=averaged)
 
     def moved(self, step: int, control: Control, bits_per_pixel: Float[Array, ""]) -> Control:
         """After one adaptation to the rate measured at `step`."""
         assert self.config.target_bits_per_pixel is not None
-        error = jnp.log(bits_per_pixel / self.config.target_bits_per_pixel) - DRIFT * (1 - step / self.steps)
+        error = jnp.log(bits_per_pixel / self.config.target_bits_per_pixel) - DRIFT * self.left[step - 1]
         wanted = control.averaged - error / SENSITIVITY
-        part = min(1.0, self.config.every / (self.config.time_constant * self.steps))
+        part = min(1.0, self.config.every / (self.config.time_constant * len(self.pace)))
         move = part * jnp.clip(wanted - control.excess, -LARGEST_MOVE, LARGEST_MOVE)
         return dataclasses.replace(control, excess=control.excess + move)
 

@@ -26,7 +26,7 @@ from ulx.progress import Progress
 from ulx.snapshots import Snapshots
 from ulx.typing import PerExample, pytree
 
-__all__ = ["Draws", "Interrupted", "NonFiniteError", "TrainState", "fit", "make_optimizer", "make_step"]
+__all__ = ["Draws", "Interrupted", "NonFiniteError", "TrainState", "fit", "make_optimizer", "make_step", "pace"]
 
 
 class TrainState(eqx.Module):
@@ -89,10 +89,10 @@ Controller = Callable[[int, Callable[[], Any], PyTree], PyTree]
 """controller(step, averaged model, control) -> control, called after every step; the model is made when asked for."""
 
 
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Clip → AdamW with linear warm-up and cosine decay. Only entries called `weight` decay."""
+def learning_rates(config: TrainConfig) -> optax.Schedule:
+    """Linear warm-up and cosine decay, by step."""
     warmup = min(config.warmup_steps, config.steps - 1)
-    learning_rate = optax.warmup_cosine_decay_schedule(
+    return optax.warmup_cosine_decay_schedule(
         0.0 if warmup else config.learning_rate,
         config.learning_rate,
         warmup,
@@ -100,13 +100,22 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
         config.learning_rate * config.final_lr_fraction,
     )
 
+
+def pace(config: TrainConfig) -> Float[np.ndarray, " steps"]:
+    """The learning rate of every step, as a part of the peak."""
+    return np.asarray(jax.vmap(learning_rates(config))(jnp.arange(config.steps)), np.float64) / config.learning_rate
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """Clip → AdamW with the learning rates above. Only entries called `weight` decay."""
+
     def decays(params: PyTree) -> PyTree:
         is_weight = lambda path: getattr(path[-1], "name", None) == "weight"  # noqa: E731
         return jax.tree_util.tree_map_with_path(lambda path, _: is_weight(path), params)
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(learning_rate, b2=config.beta2, weight_decay=config.weight_decay, mask=decays),
+        optax.adamw(learning_rates(config), b2=config.beta2, weight_decay=config.weight_decay, mask=decays),
     )
 
 

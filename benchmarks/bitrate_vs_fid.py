@@ -1,0 +1,233 @@
+"""Bits, reconstruction and generation against the loss factor and the bias (Tab. 2, Fig. 6, 7 and 8), on OpenMoji.
+
+    python benchmarks/bitrate_vs_fid.py                          six autoencoders, two base models on each
+    python benchmarks/bitrate_vs_fid.py --pairs 1.4 2 1.4 4 --seeds 0 1
+    python benchmarks/bitrate_vs_fid.py --preset smoke           does it work?
+
+Every autoencoder is trained once, and a base model of each of `BASES` on its latents; each of these is one run of the
+main job and leaves its own report under runs/. Points that are in the results file already, with the same settings, are
+not run again, and interrupted ones are resumed. The distance is `fd_efflite0`, not FID: InceptionV3's weights are in no
+package. Leaves benchmarks/results/bitrate_vs_fid.jsonl, a table, a plot and reconstructions.
+"""
+
+import dataclasses
+import math
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import points
+
+if TYPE_CHECKING:
+    from ulx.config import Config
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+
+SHOWN = 12
+"""Held-out images whose reconstructions are shown."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Bits and distances against (b, c_lf)."""
+
+    preset: Literal["tiny", "smoke"] = "tiny"
+    """What each point is trained like: a preset of experiments/openmoji.py."""
+    pairs: tuple[tuple[float, float], ...] = ((1.4, 2.0), (1.4, 4.0), (1.4, 8.0), (1.4, 16.0), (2.5, 1.7), (2.5, 2.5))
+    """The decoder's bias b and loss factor c_lf of each autoencoder."""
+    seeds: tuple[int, ...] = (0,)
+    """Each trains all of them."""
+    results: str = str(points.RESULTS)
+    """Folder of the results."""
+    runs: str = "runs"
+    """Folder of the runs."""
+
+
+def configs_of(pair: tuple[float, float], seed: int, settings: Settings) -> dict[str, "Config"]:
+    """The runs of one autoencoder, by the size of the base model; those after the first copy its stage 1."""
+    from openmoji import PRESETS
+
+    preset, (bias, factor) = PRESETS[settings.preset], pair
+    width, blocks = preset.model.base.channels[0], preset.model.base.blocks[0]
+    # An eighth of the FLOPs in its products: half of the width, half of the blocks.
+    small = dataclasses.replace(preset.model.base, channels=(width // 2,), blocks=(max(1, blocks // 2),))
+    name = f"sweep_{settings.preset}_b{bias:g}_c{factor:g}_s{seed}"
+    large = dataclasses.replace(
+        preset,
+        name=f"{name}_large",
+        runs=settings.runs,
+        seed=seed,
+        loss_factor=factor,
+        sigmoid_bias=bias,
+        evaluate=dataclasses.replace(preset.evaluate, flow_images=0),
+    )
+    model = dataclasses.replace(large.model, base=small)
+    return {
+        "large": large,
+        "small": dataclasses.replace(large, name=f"{name}_small", model=model, autoencoder=str(large.path)),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One autoencoder and what was measured with each base model."""
+
+    pair: tuple[float, float]
+    seed: int
+    runs: dict[str, "Config"]
+    found: dict[str, dict[str, Any]]
+
+    @property
+    def autoencoder(self) -> dict[str, Any]:
+        return self.found["large"]
+
+    def value(self, *path: str, base: str = "large") -> float:
+        """A number of metrics.json."""
+        entry = self.found[base]
+        for name in path:
+            entry = entry[name]
+        return entry["value"]
+
+    @property
+    def bits(self) -> float:
+        return self.value("bits_per_pixel")
+
+
+COLUMNS = (
+    *("b", "c_lf", "λ*", "bits/pixel", "PSNR (dB)", "fd reconstructions"),
+    *("fd small base", "fd large base", "kd small", "kd large"),
+    *("bits/pixel under small", "under large", "seed", "date"),
+)
+
+
+def table(shown: list[Point]) -> str:
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    for point in shown:
+        bias, factor = point.pair
+        bits, psnr = point.autoencoder["bits_per_pixel"], point.autoencoder["psnr"]
+        both = lambda digits, *path, of=point: [  # noqa: E731
+            f"{of.value(*path, base=base):.{digits}f}" for base in ("small", "large")
+        ]
+        cells = [
+            f"{bias:g}",
+            f"{factor:g}",
+            f"{cut_off(point.pair):.2f}",
+            f"{bits['value']:.3f} ± {bits['standard_error']:.3f}",
+            f"{psnr['value']:.2f} ± {psnr['standard_error']:.2f}",
+            f"{point.value('fd_efflite0', 'reconstruction'):.1f}",
+            *both(1, "fd_efflite0", "base"),
+            *both(3, "against_held_out_images", "base", "kd_efflite0"),
+            *both(3, "bits_per_pixel_base"),
+            str(point.seed),
+            point.autoencoder["date"],
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cut_off(pair: tuple[float, float]) -> float:
+    """λ* = b + ln(c_lf − 1)."""
+    return pair[0] + math.log(pair[1] - 1)
+
+
+def plot(shown: list[Point], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(9, 7), layout="constrained")
+    pairs = sorted({point.pair for point in shown}, key=cut_off)
+
+    def mean(pair: tuple[float, float], value: Callable[[Point], float]) -> float:
+        return statistics.fmean(value(point) for point in shown if point.pair == pair)
+
+    def draw(axis, value: Callable[[Point], float], label: str | None = None) -> None:
+        """Against bits, through the mean over seeds; every run is a dot."""
+        order = sorted(pairs, key=lambda pair: mean(pair, lambda p: p.bits))
+        (line,) = axis.plot(
+            [mean(pair, lambda p: p.bits) for pair in order], [mean(pair, value) for pair in order], label=label
+        )
+        axis.scatter([p.bits for p in shown], [value(p) for p in shown], color=line.get_color(), s=16)
+
+    for bias in sorted({pair[0] for pair in pairs}):
+        own = [pair for pair in pairs if pair[0] == bias]
+        bits = [mean(pair, lambda p: p.bits) for pair in own]
+        axes[0, 0].plot([pair[1] for pair in own], bits, marker="o", label=f"b = {bias:g}")
+    axes[0, 0].set(xlabel="loss factor c_lf", ylabel="held-out bits/pixel", xscale="log", title="Rate (Fig. 8)")
+    axes[0, 0].legend()
+    draw(axes[0, 1], lambda p: p.value("psnr"))
+    axes[0, 1].set(xlabel="held-out bits/pixel", ylabel="PSNR (dB)", title="Reconstruction (Tab. 2)")
+    draw(axes[1, 0], lambda p: p.value("fd_efflite0", "reconstruction"))
+    axes[1, 0].set(xlabel="held-out bits/pixel", ylabel="fd_efflite0", title="Reconstructions to their originals")
+    for base in ("small", "large"):
+        draw(axes[1, 1], lambda p, base=base: p.value("fd_efflite0", "base", base=base), label=f"{base} base")
+    axes[1, 1].set(xlabel="held-out bits/pixel", ylabel="fd_efflite0", title="Samples to the training set (Fig. 6)")
+    axes[1, 1].legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def pictures(shown: list[Point], path: Path) -> None:
+    """Reconstructions by rate (Fig. 7), of the first seed's runs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    from ulx.evaluation import Evaluation
+
+    own = sorted((point for point in shown if point.seed == shown[0].seed), key=lambda point: point.bits)
+    saved = [Evaluation.load(point.runs["large"].path / "evaluation").pictures for point in own]
+    rows = [saved[0]["originals"], *(entry["reconstructions"] for entry in saved)]
+    names = ["original", *(f"{p.bits:.2f} bits/pixel\nb {p.pair[0]:g}, c_lf {p.pair[1]:g}" for p in own)]
+    figure, axes = plt.subplots(len(rows), 1, figsize=(SHOWN * 0.75 + 1.2, len(rows) * 0.8), layout="constrained")
+    for axis, row, name in zip(axes, rows, names, strict=True):
+        axis.imshow(np.concatenate(list(row[:SHOWN]), axis=1), interpolation="nearest")
+        axis.set(xticks=[], yticks=[])
+        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    import tyro
+
+    settings = tyro.cli(Settings, description=__doc__)
+    from ulx.command_line import run_command
+
+    def work() -> None:
+        name = "bitrate_vs_fid" if settings.preset == "tiny" else f"bitrate_vs_fid_{settings.preset}"
+        file = Path(settings.results) / f"{name}.jsonl"
+        shown = []
+        for seed in settings.seeds:
+            for pair in settings.pairs:
+                runs = configs_of(pair, seed, settings)
+                found = {size: points.measured(config, file, points.whole) for size, config in runs.items()}
+                shown.append(Point(pair, seed, runs, found))
+                write(sorted(shown, key=lambda point: (cut_off(point.pair), point.seed)), file)
+        print((file.parent / f"{name}.md").read_text())
+
+    def write(shown: list[Point], file: Path) -> None:
+        """All of what is there by now, after every autoencoder."""
+        first = shown[0].autoencoder
+        samples = first["fd_efflite0"]["base"]
+        file.with_suffix(".md").write_text(
+            f"Measured by `python benchmarks/bitrate_vs_fid.py`: the `{settings.preset}` preset, EMA weights, held-out "
+            f"OpenMoji by family; fd is fd_efflite0 of {samples['n']} samples to the {samples['n_reference']} training "
+            f"images, or of {first['held_out']['n']} reconstructions to their originals (fewer than features: compare "
+            "within the table alone), kd the kernel distance to the held-out images. λ* = b + ln(c_lf − 1). ± is one "
+            f"standard error over images. Machine: {first['machine']}, 2 cores.\n\n{table(shown)}\n"
+        )
+        plot(shown, file.with_suffix(".png"))
+        if all((point.runs["large"].path / "evaluation").exists() for point in shown):
+            pictures(shown, file.with_name(f"{file.stem}_reconstructions.png"))
+
+    run_command(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Distance of samples against training compute (Fig. 4): Unified Latents, a KL autoencoder and pixels, on OpenMoji.
+
+    python benchmarks/compute_vs_fid.py                          three methods, four lengths of the base's training
+    python benchmarks/compute_vs_fid.py --methods unified pixels --base-steps 2000
+    python benchmarks/compute_vs_fid.py --preset smoke           does it work?
+
+The base model is one architecture throughout, on as many tokens: latents of a quarter of the images' side, or patches
+of 4×4 pixels. Each length is a training of its own, warm-up, decay and average cut to it. Compute is counted by the
+paper's convention (`ulx.flops`): of the base model alone, as in Fig. 4, and with the autoencoder's. Every run is one of
+the main job, resumed if interrupted, and not run again once it is in the results file. The distance is `fd_efflite0`,
+not FID. Leaves benchmarks/results/compute_vs_fid.jsonl, a table and a plot.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import points
+
+if TYPE_CHECKING:
+    from ulx.config import Config
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+
+Method = Literal["unified", "kl-autoencoder", "pixels"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Distance against training compute."""
+
+    preset: Literal["tiny", "smoke"] = "tiny"
+    """What is trained: a preset of experiments/openmoji.py."""
+    methods: tuple[Method, ...] = ("unified", "kl-autoencoder", "pixels")
+    """Which of `ulx.variants`."""
+    base_steps: tuple[int, ...] = (500, 1000, 2000, 4000)
+    """Lengths of the base model's training."""
+    sample_steps: int = 32
+    """Solver steps of its sampler."""
+    seed: int = 0
+    """Seed of every run."""
+    results: str = str(points.RESULTS)
+    """Folder of the results."""
+    runs: str = "runs"
+    """Folder of the runs."""
+
+
+def configs_of(method: Method, settings: Settings) -> list["Config"]:
+    """The runs of one method by length; those after the first copy its stage 1."""
+    from openmoji import PRESETS
+
+    from ulx.variants import VARIANTS
+
+    preset = PRESETS[settings.preset]
+    config = VARIANTS[method].change(preset)
+    base, pixels = preset.model.base, config.model.latent == "pixels"
+    if pixels:
+        base = dataclasses.replace(base, patch=4 * base.patch)
+    config = dataclasses.replace(
+        config,
+        variant=method,
+        runs=settings.runs,
+        seed=settings.seed,
+        model=dataclasses.replace(config.model, base=base),
+        sample=dataclasses.replace(config.sample, num_steps=settings.sample_steps),
+        evaluate=dataclasses.replace(config.evaluate, flow_images=0),
+    )
+    runs = []
+    for steps in sorted(settings.base_steps):
+        name = f"compute_{settings.preset}_{method}_{steps}_s{settings.seed}"
+        autoencoder = str(runs[0].path) if runs and not pixels else None
+        train = points.of_length(config.train_base, steps)
+        runs.append(dataclasses.replace(config, name=name, train_base=train, autoencoder=autoencoder))
+    return runs
+
+
+def compute(point: dict[str, Any]) -> tuple[float, float]:
+    """Training FLOPs of the base model, and of all."""
+    cost = point["cost"]
+    stages = [value for name, value in cost.items() if name.startswith("training_flops_")]
+    return cost["training_flops_stage2"], sum(stages)
+
+
+def table(found: dict[str, list[dict[str, Any]]]) -> str:
+    lines = [
+        "| method | base steps | base PFLOPs | all PFLOPs | bits/pixel | fd reconstructions | fd samples | kd samples "
+        "| NFE | seed | date |",
+        "|" + "---|" * 11,
+    ]
+    for method, shown in found.items():
+        for p in shown:
+            alone, together = compute(p)
+            bits = p.get("bits_per_pixel")
+            cells = [
+                method,
+                str(p["base_steps"]),
+                f"{alone / 1e15:.3f}",
+                f"{together / 1e15:.3f}",
+                f"{bits['value']:.3f}" if bits else "",
+                f"{p['fd_efflite0']['reconstruction']['value']:.1f}" if "reconstruction" in p["fd_efflite0"] else "",
+                f"{p['fd_efflite0']['base']['value']:.1f}",
+                f"{p['against_held_out_images']['base']['kd_efflite0']['value']:.3f}",
+                str(p["fd_efflite0"]["base"]["nfe"]),
+                str(p["seed"]),
+                p["date"],
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
+    for which, (axis, what) in enumerate(zip(axes, ("the base model (Fig. 4)", "all that is trained"), strict=True)):
+        for method, shown in found.items():
+            distances = [p["fd_efflite0"]["base"]["value"] for p in shown]
+            axis.plot([compute(p)[which] / 1e15 for p in shown], distances, marker="o", label=method)
+        axis.set(xscale="log", xlabel=f"training PFLOPs of {what}", ylabel="fd_efflite0 of samples")
+    axes[0].legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    import tyro
+
+    settings = tyro.cli(Settings, description=__doc__)
+    from ulx.command_line import run_command
+
+    def work() -> None:
+        name = "compute_vs_fid" if settings.preset == "tiny" else f"compute_vs_fid_{settings.preset}"
+        file = Path(settings.results) / f"{name}.jsonl"
+        found: dict[str, list[dict[str, Any]]] = {}
+        for method in settings.methods:
+            found[method] = []
+            for config in configs_of(method, settings):
+                found[method].append(points.measured(config, file, points.whole))
+                write(found, file)
+        print(file.with_suffix(".md").read_text())
+
+    def write(found: dict[str, list[dict[str, Any]]], file: Path) -> None:
+        """All of what is there by now, after every run."""
+        first = next(iter(found.values()))[0]
+        samples = first["fd_efflite0"]["base"]
+        file.with_suffix(".md").write_text(
+            f"Measured by `python benchmarks/compute_vs_fid.py`: the `{settings.preset}` preset on OpenMoji, EMA "
+            f"weights; fd is fd_efflite0 of {samples['n']} samples without guidance to the {samples['n_reference']} "
+            "training images (fewer than features: compare within the table alone), kd the kernel distance to the "
+            "held-out images; FLOPs of training by the paper's convention. Machine: "
+            f"{first['machine']}, 2 cores.\n\n{table(found)}\n"
+        )
+        plot(found, file.with_suffix(".png"))
+
+    run_command(work)
+
+
+if __name__ == "__main__":
+    main()
