@@ -153,14 +153,14 @@ def test_every_layer_and_the_features(network, state):
 
 
 def test_images_are_resized_first_and_logits_are_the_classifier_of_the_features(network):
-    images = jnp.asarray(np.random.default_rng(2).uniform(-1, 1, (1, 32, 32, 3)), jnp.float32)
+    images = jnp.asarray(np.random.default_rng(2).uniform(-1, 1, (3, 32, 32, 3)), jnp.float32)
     short = eqx.tree_at(lambda net: net.layers, network, (lambda x: jnp.tile(x[..., :2], 1024),))
     for resize in ("tf1-bilinear", "clean-bicubic"):
         short = from_resize(short, resize)
         features = short(images)
         expected = np.tile(np.asarray(preprocess(images, resize)).mean(axis=(1, 2))[:, :2], 1024)
         np.testing.assert_allclose(features, expected, atol=1e-5)  # float32 means of 89,401
-        assert short.logits(images).shape == (1, inception.CLASSES)
+        assert short.logits(images).shape == (3, inception.CLASSES)
         assert relative(short.logits(images), np.asarray(network.classifier(features), np.float64)) < 1e-5
 
 

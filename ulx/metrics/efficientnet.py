@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from ulx.metrics.chunks import in_chunks
 from ulx.metrics.weights import packaged, read_torch_legacy, verified
 
 __all__ = ["DEFINITION", "FEATURES", "METRIC", "RESOLUTION", "SHA256", "EfficientNetLite0", "load"]
@@ -122,16 +123,10 @@ class EfficientNetLite0(eqx.Module):
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b 1280"]:
         """Pooled features of square images of any size, `b h w 3` in [-1, 1]. ValueError if not square."""
-        count, height, width, _ = images.shape
+        height, width = images.shape[1:3]
         if height != width:
             raise ValueError(f"EfficientNet-lite0 takes square images, got {height}×{width}: crop or pad first")
-        chunk = min(_CPU_CHUNK, count) if jax.default_backend() == "cpu" else count
-        if chunk == count:
-            return self._features(images)
-        extra = -count % chunk
-        chunks = jnp.pad(images, ((0, extra), (0, 0), (0, 0), (0, 0)))
-        chunks = chunks.reshape(-1, chunk, *images.shape[1:])
-        return lax.map(self._features, chunks).reshape(-1, FEATURES)[:count]
+        return in_chunks(self._features, images, _CPU_CHUNK)
 
     def logits(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b 1000"]:
         """ImageNet class scores before the softmax, for checks of the network itself."""

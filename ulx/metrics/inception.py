@@ -28,6 +28,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from ulx.metrics.chunks import in_chunks
 from ulx.metrics.efficientnet import Pointwise
 from ulx.metrics.weights import is_torch, read_numpy_pickle, read_torch
 
@@ -68,6 +69,8 @@ LAYERS = (
 _EPS = 1e-3
 # Full float32 products on accelerators too, whose default rounds inputs to TF32 or bfloat16.
 _PRECISION = lax.Precision.HIGHEST
+# 12 images/s one at a time against 8 for sixteen at once (2 cores under load, jit, jax 0.10.2).
+_CPU_CHUNK = 1
 
 Padding = Literal["SAME", "VALID"]
 Layer = Callable[[Float[Array, "b h w c_in"]], Float[Array, "b h2 w2 c_out"]]
@@ -145,7 +148,7 @@ class InceptionV3(eqx.Module):
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b 2048"]:
         """Pooled features (pool3) of images of any size, `b h w 3` in [-1, 1]; quantise first what a PNG would hold."""
-        return self.pooled(preprocess(images, self.resize))
+        return in_chunks(lambda part: self.pooled(preprocess(part, self.resize)), images, _CPU_CHUNK)
 
     def logits(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b 1008"]:
         """Class scores before the softmax. Raises ValueError if the file held no classifier (fc)."""
