@@ -289,7 +289,8 @@ def test_other_weights_are_named(state, tmp_path):
         from_state_dict(state | {"Mixed_8a.conv.weight": np.zeros(3)})
     with pytest.raises(FileNotFoundError, match=r"w\.pth is no file: name the weights.*6726825d\.pth or .*\.pickle"):
         inception.load(tmp_path / "w.pth")
-    for data in (zip_file(tensors({"w": np.ones(3)})), legacy_file(tensors({"w": np.ones(3)})), pickle.dumps({})):
+    other = {"w": np.ones(3)}
+    for data in (zip_file(tensors(other)), legacy_file(tensors(other)), pickle.dumps(other, 4), pickle.dumps({})):
         (tmp_path / "w.pth").write_bytes(data)
         with pytest.raises(ValueError, match=r"w\.pth: there is no Conv2d_1a_3x3\.conv\.weight"):
             inception.load(tmp_path / "w.pth")

@@ -9,10 +9,10 @@ Nothing is imported here; take the module you need:
 * `kernel`: `kernel_distance`, KID's unbiased estimator; on EfficientNet-lite0's features it is `kd_efflite0`.
 * `manifold`: `precision_recall` of generated features by balls that reach the third neighbour.
 * `features`: any network over any number of images, in batches of one fixed shape, on all of the process's devices.
-* `chunks`: networks that go over a few images at a time on a CPU.
 * `images`: `psnr` and `ssim` per image, and `nearest`, the search for an image's closest one in a reference set.
 * `compare`: all of them between two folders of images, on a card (`python -m ulx.metrics DIR_A DIR_B`).
 * `copies`: which training image is nearest to each sample, and whether it is one.
+* `layers`: what the networks share.
 * `weights`: weight files of torch (old and new format) and pickles of numpy arrays, read by an unpickler that builds
   arrays and nothing else; those of packages checked by sha256.
 """

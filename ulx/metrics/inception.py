@@ -19,7 +19,7 @@ Preprocessing: images in [-1, 1] of any size are resized to 299×299 in one of t
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import equinox as eqx
 import jax
@@ -28,9 +28,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from ulx.metrics.chunks import in_chunks
-from ulx.metrics.efficientnet import Pointwise
-from ulx.metrics.weights import is_torch, read_numpy_pickle, read_torch
+from ulx.metrics.layers import PRECISION, Pointwise, in_chunks
+from ulx.metrics.weights import is_torch, read_pickled_arrays, read_torch
 
 __all__ = [
     "CLASSES",
@@ -67,8 +66,6 @@ LAYERS = (
 """Names of `InceptionV3.layers`, in order: those of the weights."""
 
 _EPS = 1e-3
-# Full float32 products on accelerators too, whose default rounds inputs to TF32 or bfloat16.
-_PRECISION = lax.Precision.HIGHEST
 # 12 images/s one at a time against 8 for sixteen at once (2 cores under load, jit, jax 0.10.2).
 _CPU_CHUNK = 1
 
@@ -91,7 +88,7 @@ class Conv(eqx.Module):
             (self.stride, self.stride),
             self.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=_PRECISION,
+            precision=PRECISION,
         )
         return jax.nn.relu(y + self.bias)
 
@@ -148,7 +145,7 @@ class InceptionV3(eqx.Module):
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b 2048"]:
         """Pooled features (pool3) of images of any size, `b h w 3` in [-1, 1]; quantise first what a PNG would hold."""
-        return in_chunks(lambda part: self.pooled(preprocess(part, self.resize)), images, _CPU_CHUNK)
+        return in_chunks(lambda part: self.pooled(preprocess(part, self.resize)), _CPU_CHUNK, images)
 
     def logits(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b 1008"]:
         """Class scores before the softmax. Raises ValueError if the file held no classifier (fc)."""
@@ -187,8 +184,8 @@ def preprocess(images: Float[Array, "b h w 3"], resize: Resize) -> Float[Array, 
     x = 127.5 * (images.astype(jnp.float32) + 1.0)
     weights = {"tf1-bilinear": _tf1_bilinear, "clean-bicubic": _pil_bicubic}[resize]
     rows, columns = (weights(size).astype(np.float32) for size in images.shape[1:3])
-    x = jnp.einsum("jw,bhwc->bhjc", columns, x, precision=_PRECISION)
-    x = jnp.einsum("ih,bhjc->bijc", rows, x, precision=_PRECISION)
+    x = jnp.einsum("jw,bhwc->bhjc", columns, x, precision=PRECISION)
+    x = jnp.einsum("ih,bhjc->bijc", rows, x, precision=PRECISION)
     if resize == "clean-bicubic":  # a cubic overshoots
         x = jnp.clip(x, 0.0, 255.0)
     return (x - 128.0) / 128.0
@@ -228,7 +225,7 @@ def load(path: str | Path, resize: Resize = "tf1-bilinear") -> InceptionV3:
         known = " or ".join(SHA256.values())
         raise FileNotFoundError(f"{path} is no file: name the weights of FID's InceptionV3, {known}")
     data = path.read_bytes()
-    state = read_torch(data, path.name) if is_torch(data) else _from_tree(read_numpy_pickle(data, path.name))
+    state = read_torch(data, path.name) if is_torch(data) else _from_tree(read_pickled_arrays(data, path.name))
     return from_state_dict(state, path.name, resize=resize, sha256=hashlib.sha256(data).hexdigest())
 
 
@@ -241,18 +238,15 @@ _IN_TREE = {
 }
 
 
-def _from_tree(tree: dict[str, Any], *names: str) -> dict[str, np.ndarray]:
-    """jax-fid's nested dicts under PyTorch's names and with its axes: `out in kh kw` and `out in`."""
+def _from_tree(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """jax-fid's arrays under PyTorch's names and with its axes: `out in kh kw` and `out in`."""
     state: dict[str, np.ndarray] = {}
-    for name, value in tree.items():
-        path = (*names, name)
-        if isinstance(value, dict):
-            state |= _from_tree(value, *path)
-            continue
-        if name == "kernel":
+    for name, value in arrays.items():
+        path = name.split("/")
+        if path[-1] == "kernel":
             value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
-        part = ".".join(path[-2:])
-        state[".".join((*path[:-2], _IN_TREE.get(part, part)))] = value
+        last = ".".join(path[-2:])
+        state[".".join((*path[:-2], _IN_TREE.get(last, last)))] = value
     return state
 
 

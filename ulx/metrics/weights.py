@@ -25,7 +25,7 @@ __all__ = [
     "RestrictedUnpickler",
     "is_torch",
     "packaged",
-    "read_numpy_pickle",
+    "read_pickled_arrays",
     "read_torch",
     "read_torch_legacy",
     "read_torch_zip",
@@ -263,89 +263,85 @@ def read_torch(data: bytes, source: str = "weights") -> dict[str, np.ndarray]:
     return (read_torch_zip if data.startswith(b"PK") else read_torch_legacy)(data, source)
 
 
-# --- Pickles of numpy arrays in nested dicts -------------------------------------------------------------
-# An array is pickled as _reconstruct(...) followed by its state, or since protocol 5 as _frombuffer(...).
-# Stand-ins take notes of both: numpy itself sees a list of plain number types and as many bytes as they need.
+# --- Trees of NumPy arrays --------------------------------------------------------------------------------
+# Dictionaries within dictionaries whose leaves are arrays: what `pickle.dump` makes of a JAX project's parameters.
+# NumPy asks for an empty array and a dtype by name, and then sets the state of either; ours only take notes.
 
-_NUMBERS = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}
+_NUMBERS = frozenset(("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"))
 
 
-class _Dtype:
-    """Stands in for numpy.dtype."""
-
+class _PickledDtype:
     def __init__(self, code: Any, *_: Any):
         self.code, self.order = code, "="
 
     def __setstate__(self, state: Any) -> None:
         self.order = state[1]
 
-    @property
-    def numpy(self) -> np.dtype:
-        if self.code not in _NUMBERS or self.order not in ("<", ">", "=", "|"):
-            raise ValueError(f"elements of type {self.order!r} {self.code!r}")
-        return np.dtype(self.code).newbyteorder(self.order)
 
-
-class _Array:
-    """Stands in for numpy.ndarray; `value` makes the array."""
-
-    notes: Any = None
+class _PickledArray:
+    def __init__(self, *_: Any):
+        self.state: Any = None
 
     def __setstate__(self, state: Any) -> None:
-        _, shape, dtype, column_major, data = state
-        self.notes = data, dtype, shape, "F" if column_major else "C"
+        self.state = state
 
-    @classmethod
-    def noted(cls, *notes: Any) -> "_Array":
-        array = cls()
-        array.notes = notes
-        return array
+    def array(self, what: str) -> np.ndarray:
+        """The array itself, a copy in the machine's byte order."""
+        match self.state:
+            case (int(), tuple(shape), _PickledDtype(code=str(code), order=str(order)), bool(fortran), bytes(raw)):
+                pass
+            case _:
+                raise ValueError(f"{what} is not an array of numbers")
+        if code not in _NUMBERS or order not in ("<", ">", "|", "="):
+            raise ValueError(f"{what} has elements {order}{code}, which are not numbers")
+        dtype = np.dtype(order + code)
+        if not all(isinstance(n, int) and n >= 0 for n in shape) or len(raw) != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{what} has {len(raw)} bytes, which make no array of shape {shape}")
+        array = np.frombuffer(raw, dtype).reshape(shape, order="F" if fortran else "C")
+        return np.array(array, dtype.newbyteorder("="), order="C")
 
-    def value(self) -> np.ndarray:
-        match self.notes:
-            case (bytes() | bytearray() as data, _Dtype() as dtype, tuple(shape), ("C" | "F") as order):
-                elements = np.frombuffer(data, dtype.numpy)
-                return elements.astype(elements.dtype.newbyteorder("=")).reshape(shape, order=order)
-        raise ValueError("its state is missing or of another kind")
 
-
-def _encode(text: Any, encoding: Any) -> bytes:
-    """How protocols below 3 spell bytes."""
-    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-        raise ValueError(f"bytes in {encoding!r}")
-    return text.encode("latin1")
+def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> _PickledArray:
+    """How protocol 5 writes an array, all of it at once."""
+    array = _PickledArray()
+    array.state = (1, shape, dtype, order == "F", bytes(data) if isinstance(data, bytes | bytearray) else None)
+    return array
 
 
 _NUMPY: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("numpy", "ndarray"): _Array,
-    ("numpy", "dtype"): _Dtype,
-    ("_codecs", "encode"): _encode,
-    # numpy 2 moved numpy.core to numpy._core.
-    **{(f"numpy.{core}.multiarray", "_reconstruct"): lambda *_: _Array() for core in ("core", "_core")},
-    **{(f"numpy.{core}.numeric", "_frombuffer"): _Array.noted for core in ("core", "_core")},
+    ("numpy", "ndarray"): None,  # only handed to the one below
+    ("numpy", "dtype"): _PickledDtype,
+    # The module's name before NumPy 2, and since.
+    ("numpy.core.multiarray", "_reconstruct"): _PickledArray,
+    ("numpy._core.multiarray", "_reconstruct"): _PickledArray,
+    ("numpy.core.numeric", "_frombuffer"): _from_buffer,
+    ("numpy._core.numeric", "_frombuffer"): _from_buffer,
 }
 
 
-def read_numpy_pickle(data: bytes, source: str = "weights") -> dict[str, Any]:
-    """Nested dicts of numpy arrays out of a pickle, each array a copy.
+def read_pickled_arrays(data: bytes, source: str = "weights") -> dict[str, np.ndarray]:
+    """A pickled tree of dictionaries and NumPy arrays, as name -> array (a copy): the keys on the way, joined by "/".
 
     `source` names the file in errors. Raises ValueError for anything that is not such a file, is cut short, holds
-    something other than arrays under names, or asks for a name outside the allow-list.
+    something other than arrays of numbers under names, or asks for a name outside the allow-list.
     """
-
-    def arrays(value: Any, name: str) -> Any:
-        if isinstance(value, dict):
-            if wrong := [key for key in value if not isinstance(key, str)]:
-                raise Refused(f"{source}: {name or 'the file'} has a key that is no name, {wrong[0]!r}")
-            return {key: arrays(item, f"{name}/{key}" if name else key) for key, item in value.items()}
-        if not isinstance(value, _Array):
-            raise Refused(f"{source}: {name or 'the file'} is neither an array nor a dict of arrays")
-        with _readable(f"{source}: {name}", "an array of plain numbers"):
-            return value.value()
-
     with _readable(source, "a pickle of arrays"):
-        read = RestrictedUnpickler(io.BytesIO(data), _NUMPY, source).load()
-    if not isinstance(read, dict):
-        raise Refused(f"{source}: holds no dict of arrays")
-    return arrays(read, "")
+        tree = RestrictedUnpickler(io.BytesIO(data), _NUMPY, source).load()
+    arrays: dict[str, np.ndarray] = {}
+
+    def walk(node: Any, path: tuple[str, ...]) -> None:
+        name = "/".join(path)
+        if isinstance(node, _PickledArray) and path:
+            if name in arrays:
+                raise ValueError(f"{source}: two arrays are named {name!r}")
+            arrays[name] = node.array(f"{source}: {name}")
+        elif isinstance(node, dict):
+            for key, child in node.items():
+                if not isinstance(key, str):
+                    raise ValueError(f"{source}: {key!r} in {name!r} is not a name")
+                walk(child, (*path, key))
+        else:
+            raise ValueError(f"{source}: {name!r} is neither a dictionary nor an array")
+
+    walk(tree, ())
+    return arrays
