@@ -5,11 +5,14 @@ Nothing is imported here; take the module you need:
 * `frechet`: `Moments` of features (float64, mergeable, cached) and `frechet_distance` between two of them.
 * `efficientnet`: the packaged EfficientNet-lite0, whose Fréchet distance is named `fd_efflite0`. It is not
   FID (that is InceptionV3's name) and the two cannot be compared.
+* `inception`: FID's own InceptionV3, with weights from a file that you name; prepared as FID or as Clean-FID.
 * `kernel`: `kernel_distance`, KID's unbiased estimator; on EfficientNet-lite0's features it is `kd_efflite0`.
 * `manifold`: `precision_recall` of generated features by balls that reach the third neighbour.
-* `features`: any network over any number of images, in batches of one fixed shape.
+* `features`: any network over any number of images, in batches of one fixed shape, on all of the process's devices.
 * `images`: `psnr` and `ssim` per image, and `nearest`, the search for an image's closest one in a reference set.
 * `compare`: all of them between two folders of images, on a card (`python -m ulx.metrics DIR_A DIR_B`).
 * `copies`: which training image is nearest to each sample, and whether it is one.
-* `weights`: sha256-checked weight files, read by an unpickler that builds arrays and nothing else.
+* `layers`: what the networks share.
+* `weights`: weight files of torch (old and new format) and pickles of numpy arrays, read by an unpickler that builds
+  arrays and nothing else; those of packages checked by sha256.
 """

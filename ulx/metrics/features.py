@@ -1,10 +1,16 @@
-"""A network's features of many images, on the host, in batches of one fixed shape (one compilation)."""
+"""A network's features of many images, on the host, in batches of one fixed shape (one compilation).
+
+Each of this process's devices takes an equal part of every batch, by itself: the number of devices changes nothing
+beyond rounding.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import equinox as eqx
-import jax.numpy as jnp
+import jax
 import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Num
 
 from ulx.progress import Progress
@@ -41,8 +47,9 @@ def feature_batches(
 
     `images` is one array `n h w c` or an iterable of such arrays of any lengths, as uint8 (0 to 255) or as
     floats in [-1, 1], which are used as they are: to measure what a PNG would hold, quantise first.
-    `network` maps `batch_size h w c` in [-1, 1] to `batch_size d`; short batches are padded for it and the
-    padding's features dropped. `total`, the number of images, is needed for the progress of an iterable.
+    `network` maps `n h w c` in [-1, 1] to `n d`, n being a device's share of `batch_size`; batches that are short, or
+    that the devices do not divide, are padded for it and the padding's features dropped. `total`, the number of images,
+    is needed for the progress of an iterable.
     Raises ValueError for no images, sizes that change, or values that are not finite or plainly not [-1, 1].
     """
     if batch_size < 1:
@@ -53,18 +60,34 @@ def feature_batches(
     if total is None:
         raise ValueError("an iterable of images needs total=, the number of images it will give")
 
+    devices = jax.local_devices()
+    mesh = jax.make_mesh((len(devices),), ("batch",), axis_types=(AxisType.Auto,), devices=devices)
+    split = NamedSharding(mesh, PartitionSpec("batch"))
+    network = eqx.filter_shard(network, NamedSharding(mesh, PartitionSpec()))
+    padded_size = -(-batch_size // len(devices)) * len(devices)
     with Progress(description, total, unit="images") as progress:
         for batch in _rebatched(images, batch_size):
-            padded = np.pad(batch, [(0, batch_size - len(batch)), (0, 0), (0, 0), (0, 0)])
-            # asarray waits for the device, so progress counts finished images.
-            found = np.asarray(_apply(network, jnp.asarray(padded)))[: len(batch)]
+            padded = np.pad(batch, [(0, padded_size - len(batch)), (0, 0), (0, 0), (0, 0)])
+            # asarray waits for the devices, so progress counts finished images.
+            found = np.asarray(_apply(network, jax.device_put(padded, split), mesh))[: len(batch)]
             progress.advance(len(batch))
             yield found
 
 
 @eqx.filter_jit
-def _apply(network: Network, images: Float[Array, "b h w c"]) -> Float[Array, "b d"]:
-    return network(images)
+def _apply(network: Network, images: Float[Array, "b h w c"], mesh: Mesh) -> Float[Array, "b d"]:
+    """The network on each device by itself: left to the compiler, a network that takes a few images at a time (a loop
+    over the batch) would have every device do all of them."""
+    arrays, static = eqx.partition(network, eqx.is_array)
+
+    def each(arrays: Any, images: Float[Array, "b h w c"]) -> Float[Array, "b d"]:
+        return eqx.combine(arrays, static)(images)
+
+    everywhere, batch = PartitionSpec(), PartitionSpec("batch")
+    # Any network is let in: one with a loop does not say how its state varies over devices, so JAX cannot check it.
+    return jax.shard_map(each, mesh=mesh, in_specs=(everywhere, batch), out_specs=batch, check_vma=False)(
+        arrays, images
+    )
 
 
 def _rebatched(parts: Iterable[Images], size: int) -> Iterator[Float[np.ndarray, "b h w c"]]:
