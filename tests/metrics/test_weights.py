@@ -11,7 +11,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 
-from ulx.metrics.weights import RestrictedUnpickler, packaged, read_torch_legacy, verified
+from ulx.metrics.weights import RestrictedUnpickler, packaged, read_pickled_arrays, read_torch_legacy, verified
 
 STORAGES = {"f": "FloatStorage", "d": "DoubleStorage", "l": "LongStorage", "e": "HalfStorage", "?": "BoolStorage"}
 
@@ -161,6 +161,92 @@ def test_damaged_files_give_one_clear_error(legacy):
     for broken in (b"", b"not a pickle", whole[:40], whole[:150]):
         with pytest.raises(ValueError, match="not a legacy torch file"):
             read_torch_legacy(broken)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_trees_of_arrays_are_read_exactly(protocol):
+    grid = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    tree = {
+        "conv": {"a/b": {"kernel": grid, "bias": np.array([1.5, -2.0])}},
+        "transposed": grid.T,
+        "big endian": np.arange(5, dtype=">i4"),
+        "scalar": np.array(7),
+        "empty": np.zeros((0, 3), np.float16),
+        "flags": np.array([True, False]),
+        "nothing": {},
+    }
+    if protocol == 2:  # wrote bytes as text, by a function that no weight file of ours needs
+        with pytest.raises(ValueError, match=r"refused to load _codecs\.encode"):
+            read_pickled_arrays(pickle.dumps(tree, protocol))
+        return
+    read = read_pickled_arrays(pickle.dumps(tree, protocol))
+    assert list(read) == [
+        *("conv/a/b/kernel", "conv/a/b/bias", "transposed", "big endian", "scalar", "empty", "flags"),
+    ]
+    expected = [grid, tree["conv"]["a/b"]["bias"], *(tree[name] for name in list(tree)[1:-1])]
+    for array, (name, found) in zip(expected, read.items(), strict=True):
+        np.testing.assert_array_equal(found, array, err_msg=name)
+        assert found.dtype == array.dtype.newbyteorder("=")
+        assert found.flags.c_contiguous
+        assert found.flags.writeable
+
+
+@pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
+def test_arrays_of_either_numpy(module):
+    written = pickle.dumps({"w": np.arange(3.0)}, 3)
+    name = np.array(0).__reduce__()[0].__module__  # what this NumPy calls it
+    assert name.encode() in written
+    read = read_pickled_arrays(written.replace(name.encode(), module.encode()))
+    np.testing.assert_array_equal(read["w"], [0.0, 1.0, 2.0])
+
+
+def test_a_malicious_tree_is_refused_by_name_and_not_run(tmp_path):
+    trap = tmp_path / "executed"
+    written = pickle.dumps({"w": np.zeros(3), "x": Runs(os.mkdir, str(trap))})
+    with pytest.raises(ValueError, match=rf"w\.ckpt: refused to load {os.mkdir.__module__}\.mkdir"):
+        read_pickled_arrays(written, "w.ckpt")
+    assert not trap.exists()
+
+
+class State:
+    """Pickles as an array whose state is this."""
+
+    def __init__(self, *state):
+        self.state = state
+
+    def __reduce__(self):
+        return (*np.array(0).__reduce__()[:2], self.state)
+
+
+F4 = np.dtype("f4")
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"w": np.array([None])}, r"m: w has elements \|O8, which are not numbers|m: w is not an array of numbers"),
+        ({"w": np.array(["text"])}, "m: w has elements"),
+        ({"w": np.zeros(2, [("a", "f4")])}, "m: w has elements"),
+        ({"w": State(1, (3,), F4, False, bytes(8))}, r"m: w has 8 bytes, which make no array of shape \(3,\)"),
+        ({"w": State(1, (-1, -2), F4, False, bytes(8))}, r"m: w has 8 bytes, .* \(-1, -2\)"),
+        ({"w": State(1, ("2",), F4, False, bytes(8))}, "m: w has 8 bytes"),
+        ({"w": State(1, (2,), "f4", False, bytes(8))}, "m: w is not an array of numbers"),
+        ({"w": [np.zeros(2)]}, "m: 'w' is neither a dictionary nor an array"),
+        ({"a": {3: np.zeros(2)}}, "m: 3 in 'a' is not a name"),
+        ({"a/b": np.zeros(2), "a": {"b": np.zeros(2)}}, "m: two arrays are named 'a/b'"),
+        (np.zeros(2), "m: '' is neither a dictionary nor an array"),
+    ],
+)
+def test_other_things_than_arrays_of_numbers_are_refused(tree, message):
+    with pytest.raises(ValueError, match=message):
+        read_pickled_arrays(pickle.dumps(tree, 4), "m")
+
+
+def test_a_tree_cut_short_is_refused():
+    whole = pickle.dumps({"w": np.zeros(100)}, 4)
+    for broken in (b"", b"not a pickle", whole[:-1], whole[:200]):
+        with pytest.raises(ValueError, match="m: not a pickle of arrays"):
+            read_pickled_arrays(broken, "m")
 
 
 def test_a_changed_byte_is_refused(tmp_path):

@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from ulx.metrics.layers import PRECISION, Pointwise, in_chunks
 from ulx.metrics.weights import packaged, read_torch_legacy, verified
 
 __all__ = ["DEFINITION", "FEATURES", "METRIC", "RESOLUTION", "SHA256", "EfficientNetLite0", "load"]
@@ -34,8 +35,6 @@ _EPS = 1e-3
 # On a CPU the early activations (4.8 MB an image at 112×112×96) of a whole batch stream through main memory.
 # Four images at a time stay near the caches: 120 images/s against 69 for a batch of 32 at once (2 cores).
 _CPU_CHUNK = 4
-# Full float32 products on accelerators too, whose default rounds inputs to TF32 or bfloat16.
-_PRECISION = lax.Precision.HIGHEST
 
 
 def _relu6(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -88,17 +87,6 @@ class Depthwise(eqx.Module):
         return _relu6(y)
 
 
-class Pointwise(eqx.Module):
-    """A 1×1 convolution, which is one matrix product over all pixels."""
-
-    weight: Float[Array, "c_in c_out"]
-    bias: Float[Array, " c_out"]
-
-    def __call__(self, x: Float[Array, "*shape c_in"]) -> Float[Array, "*shape c_out"]:
-        y = jnp.dot(x.reshape(-1, x.shape[-1]), self.weight, precision=_PRECISION) + self.bias
-        return y.reshape(*x.shape[:-1], -1)
-
-
 class Block(eqx.Module):
     """Inverted bottleneck: widen (not in the first block), filter in space, narrow; skip where shapes allow."""
 
@@ -122,16 +110,10 @@ class EfficientNetLite0(eqx.Module):
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b 1280"]:
         """Pooled features of square images of any size, `b h w 3` in [-1, 1]. ValueError if not square."""
-        count, height, width, _ = images.shape
+        _, height, width, _ = images.shape
         if height != width:
             raise ValueError(f"EfficientNet-lite0 takes square images, got {height}×{width}: crop or pad first")
-        chunk = min(_CPU_CHUNK, count) if jax.default_backend() == "cpu" else count
-        if chunk == count:
-            return self._features(images)
-        extra = -count % chunk
-        chunks = jnp.pad(images, ((0, extra), (0, 0), (0, 0), (0, 0)))
-        chunks = chunks.reshape(-1, chunk, *images.shape[1:])
-        return lax.map(self._features, chunks).reshape(-1, FEATURES)[:count]
+        return in_chunks(self._features, _CPU_CHUNK, images)
 
     def logits(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b 1000"]:
         """ImageNet class scores before the softmax, for checks of the network itself."""
@@ -149,7 +131,7 @@ def preprocess(images: Float[Array, "b h w 3"]) -> Float[Array, "b 224 224 3"]:
     images = images.astype(jnp.float32)
     if images.shape[1:3] != (RESOLUTION, RESOLUTION):
         shape = (images.shape[0], RESOLUTION, RESOLUTION, 3)
-        images = jax.image.resize(images, shape, "bilinear", antialias=True, precision=_PRECISION)
+        images = jax.image.resize(images, shape, "bilinear", antialias=True, precision=PRECISION)
     return (127.5 * images + 0.5) / 128.0
 
 

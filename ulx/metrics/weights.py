@@ -1,13 +1,14 @@
 """Network weights out of files that other people made: located, checked by sha256, read without running them.
 
-A `.pth` file is a pickle, and a pickle is a program. Two guards stand before it: the file's sha256 must be the
-one written in our code, and the unpickler resolves only the few names listed here, each to something of ours
-that builds an array. torch is not needed.
+A `.pth` file is a pickle, as are the dumps of arrays that JAX projects leave, and a pickle is a program. Two guards
+stand before it: the file's sha256 must be the one written in our code, and the unpickler resolves only the few names
+listed here, each to something of ours that builds an array. torch is not needed.
 """
 
 import hashlib
 import importlib.util
 import io
+import math
 import pickle
 import struct
 from collections import OrderedDict
@@ -18,7 +19,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-__all__ = ["RestrictedUnpickler", "packaged", "read_torch_legacy", "verified"]
+__all__ = ["RestrictedUnpickler", "packaged", "read_pickled_arrays", "read_torch_legacy", "verified"]
 
 
 def packaged(module: str, path: str, extra: str) -> Path:
@@ -184,3 +185,80 @@ def _materialise(view: _View, storage: np.ndarray, what: str) -> np.ndarray:
         raise ValueError(f"{what}: reaches element {last} of a storage of {storage.size}")
     strides = [stride * storage.itemsize for stride in view.strides]
     return np.lib.stride_tricks.as_strided(storage[view.offset :], view.shape, strides).copy()
+
+
+# --- Trees of NumPy arrays --------------------------------------------------------------------------------
+# Dictionaries within dictionaries whose leaves are arrays: what `pickle.dump` makes of a JAX project's parameters.
+# NumPy asks for an empty array and a dtype by name, and then sets the state of either; ours only take notes.
+
+_NUMBERS = frozenset(("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"))
+
+
+class _PickledDtype:
+    def __init__(self, code: Any, *_: Any):
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = state[1]
+
+
+class _PickledArray:
+    def __init__(self, *_: Any):
+        self.state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def array(self, what: str) -> np.ndarray:
+        """The array itself, a copy in the machine's byte order."""
+        match self.state:
+            case (int(), tuple(shape), _PickledDtype(code=str(code), order=str(order)), bool(fortran), bytes(raw)):
+                pass
+            case _:
+                raise ValueError(f"{what} is not an array of numbers")
+        if code not in _NUMBERS or order not in ("<", ">", "|", "="):
+            raise ValueError(f"{what} has elements {order}{code}, which are not numbers")
+        dtype = np.dtype(order + code)
+        if not all(isinstance(n, int) and n >= 0 for n in shape) or len(raw) != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{what} has {len(raw)} bytes, which make no array of shape {shape}")
+        array = np.frombuffer(raw, dtype).reshape(shape, order="F" if fortran else "C")
+        return np.array(array, dtype.newbyteorder("="), order="C")
+
+
+_NUMPY: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): None,  # only handed to the one below
+    ("numpy", "dtype"): _PickledDtype,
+    # The module's name before NumPy 2, and since.
+    ("numpy.core.multiarray", "_reconstruct"): _PickledArray,
+    ("numpy._core.multiarray", "_reconstruct"): _PickledArray,
+}
+
+
+def read_pickled_arrays(data: bytes, source: str = "weights") -> dict[str, np.ndarray]:
+    """A pickled tree of dictionaries and NumPy arrays, as name -> array (a copy): the keys on the way, joined by "/".
+
+    `source` names the file in errors. Raises ValueError for anything that is not such a file, is cut short, holds
+    something other than arrays of numbers under names, or asks for a name outside the allow-list.
+    """
+    try:
+        tree = RestrictedUnpickler(io.BytesIO(data), _NUMPY, source).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, IndexError, KeyError) as error:
+        raise ValueError(f"{source}: not a pickle of arrays ({error})") from error
+    arrays: dict[str, np.ndarray] = {}
+
+    def walk(node: Any, path: tuple[str, ...]) -> None:
+        name = "/".join(path)
+        if isinstance(node, _PickledArray) and path:
+            if name in arrays:
+                raise ValueError(f"{source}: two arrays are named {name!r}")
+            arrays[name] = node.array(f"{source}: {name}")
+        elif isinstance(node, dict):
+            for key, child in node.items():
+                if not isinstance(key, str):
+                    raise ValueError(f"{source}: {key!r} in {name!r} is not a name")
+                walk(child, (*path, key))
+        else:
+            raise ValueError(f"{source}: {name!r} is neither a dictionary nor an array")
+
+    walk(tree, ())
+    return arrays
