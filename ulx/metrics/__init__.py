@@ -5,11 +5,14 @@ Nothing is imported here; take the module you need:
 * `frechet`: `Moments` of features (float64, mergeable, cached) and `frechet_distance` between two of them.
 * `efficientnet`: the packaged EfficientNet-lite0, whose Fréchet distance is named `fd_efflite0`. It is not
   FID (that is InceptionV3's name) and the two cannot be compared.
+* `i3d`: the packaged I3D, whose logits FVD compares; `features` takes its videos as it takes images.
 * `kernel`: `kernel_distance`, KID's unbiased estimator; on EfficientNet-lite0's features it is `kd_efflite0`.
 * `manifold`: `precision_recall` of generated features by balls that reach the third neighbour.
 * `features`: any network over any number of images, in batches of one fixed shape.
 * `images`: `psnr` and `ssim` per image, and `nearest`, the search for an image's closest one in a reference set.
+* `lpips`: the distance between two images in the packaged VGG16's activations.
 * `compare`: all of them between two folders of images, on a card (`python -m ulx.metrics DIR_A DIR_B`).
 * `copies`: which training image is nearest to each sample, and whether it is one.
+* `layers`: what the networks share.
 * `weights`: sha256-checked weight files, read by an unpickler that builds arrays and nothing else.
 """
