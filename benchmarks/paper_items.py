@@ -156,13 +156,14 @@ ITEMS = (
     ),
     Item(
         "§5.2",
-        "FLOPs; PSNR; Fréchet distances, also of two folders",
+        "FLOPs; PSNR; Fréchet distances, also of two folders; FVD's network",
         (
             "flops.forward_flops",
             "cost.network_costs",
             "metrics.images.psnr",
             "metrics.frechet.frechet_distance",
             "metrics.compare.compare",
+            "metrics.i3d.I3D",
         ),
         (
             "test_flops.py::test_transformer_block_forward_and_backward",
@@ -170,18 +171,25 @@ ITEMS = (
             "metrics/test_images.py::test_psnr_of_a_known_error",
             "metrics/test_frechet.py::test_other_gaussians_against_scipy",
             "metrics/test_compare.py::test_card_and_table",
+            "metrics/test_i3d.py::test_logits_of_a_black_video_are_those_of_the_original_module",
         ),
-        missing="InceptionV3 (FID) and I3D (FVD)",
+        missing="InceptionV3 (FID)",
     ),
     Item(
         "beyond it",
-        "kernel distance (KID's estimator); precision and recall; SSIM",
-        ("metrics.kernel.kernel_distance", "metrics.manifold.precision_recall", "metrics.images.ssim"),
+        "kernel distance (KID's estimator); precision and recall; SSIM; LPIPS",
+        (
+            "metrics.kernel.kernel_distance",
+            "metrics.manifold.precision_recall",
+            "metrics.images.ssim",
+            "metrics.lpips.LPIPS",
+        ),
         (
             "metrics/test_kernel.py::test_is_exactly_unbiased",
             "metrics/test_kernel.py::test_gaussians_in_one_dimension",
             "metrics/test_manifold.py::test_is_the_definition",
             "metrics/test_images.py::test_ssim_against_scipy",
+            "metrics/test_lpips.py::test_activations_and_distance_with_drawn_weights",
         ),
     ),
     Item(

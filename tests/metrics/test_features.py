@@ -44,6 +44,18 @@ def test_parts_of_any_length_are_the_same_images():
     assert set(network.traced) == {(3, 4, 4, 3), (4, 4, 4, 3)}
 
 
+def test_videos_as_well_as_images(capsys):
+    videos = uniform(7 * 3).reshape(7, 3, 4, 4, 3)
+
+    def first_and_last_frame(videos):
+        return jnp.stack([videos[:, 0].mean(axis=(1, 2, 3)), videos[:, -1, 0, 0, 0]], axis=-1)
+
+    found = features(first_and_last_frame, videos, 4, unit="videos")
+    np.testing.assert_allclose(found[:, 0], videos[:, 0].mean(axis=(1, 2, 3)), atol=1e-6)
+    np.testing.assert_array_equal(found[:, 1], videos[:, -1, 0, 0, 0])
+    assert "7/7 videos" in capsys.readouterr().err
+
+
 def test_bytes_are_minus_one_to_one():
     levels = np.array([0, 127, 128, 255], np.uint8)
     images = np.broadcast_to(levels[:, None, None, None], (4, 2, 2, 3))

@@ -6,10 +6,12 @@ Nothing is imported here; take the module you need:
 * `efficientnet`: the packaged EfficientNet-lite0, whose Fréchet distance is named `fd_efflite0`. It is not
   FID (that is InceptionV3's name) and the two cannot be compared.
 * `inception`: FID's own InceptionV3, with weights from a file that you name; prepared as FID or as Clean-FID.
+* `i3d`: the packaged I3D, whose logits FVD compares; `features` takes its videos as it takes images.
 * `kernel`: `kernel_distance`, KID's unbiased estimator; on EfficientNet-lite0's features it is `kd_efflite0`.
 * `manifold`: `precision_recall` of generated features by balls that reach the third neighbour.
 * `features`: any network over any number of images, in batches of one fixed shape, on all of the process's devices.
 * `images`: `psnr` and `ssim` per image, and `nearest`, the search for an image's closest one in a reference set.
+* `lpips`: the distance between two images in the packaged VGG16's activations.
 * `compare`: all of them between two folders of images, on a card (`python -m ulx.metrics DIR_A DIR_B`).
 * `copies`: which training image is nearest to each sample, and whether it is one.
 * `layers`: what the networks share.

@@ -1,4 +1,4 @@
-"""A network's features of many images, on the host, in batches of one fixed shape (one compilation).
+"""A network's features of many images or videos, on the host, in batches of one fixed shape (one compilation).
 
 Each of this process's devices takes an equal part of every batch, by itself: the number of devices changes nothing
 beyond rounding.
@@ -18,8 +18,8 @@ from ulx.progress import Progress
 __all__ = ["Network", "feature_batches", "features"]
 
 # Underscores: the parts of an iterable may differ in length, and a change of size gets an error of its own.
-Images = Num[Array, "_n _h _w _c"] | Num[np.ndarray, "_n _h _w _c"]
-Network = Callable[[Float[Array, "b h w c"]], Float[Array, "b d"]]
+Images = Num[Array, "..."] | Num[np.ndarray, "..."]
+Network = Callable[[Float[Array, "b ..."]], Float[Array, "b d"]]
 
 
 def features(
@@ -29,9 +29,10 @@ def features(
     *,
     total: int | None = None,
     description: str = "features",
+    unit: str = "images",
 ) -> Float[np.ndarray, "n d"]:
     """The features of all images, in order; see `feature_batches` for the arguments and errors."""
-    parts = feature_batches(network, images, batch_size, total=total, description=description)
+    parts = feature_batches(network, images, batch_size, total=total, description=description, unit=unit)
     return np.concatenate(list(parts))
 
 
@@ -42,14 +43,15 @@ def feature_batches(
     *,
     total: int | None = None,
     description: str = "features",
+    unit: str = "images",
 ) -> Iterator[Float[np.ndarray, "b d"]]:
     """Yields the features of the images batch by batch (the last may be shorter), showing progress.
 
-    `images` is one array `n h w c` or an iterable of such arrays of any lengths, as uint8 (0 to 255) or as
-    floats in [-1, 1], which are used as they are: to measure what a PNG would hold, quantise first.
-    `network` maps `n h w c` in [-1, 1] to `n d`, n being a device's share of `batch_size`; batches that are short, or
-    that the devices do not divide, are padded for it and the padding's features dropped. `total`, the number of images,
-    is needed for the progress of an iterable.
+    `images` is one array, `n h w c` or of videos `n t h w c`, or an iterable of such arrays of any lengths, as uint8
+    (0 to 255) or as floats in [-1, 1], which are used as they are: to measure what a PNG would hold, quantise first.
+    `network` maps `n h w c` or `n t h w c` in [-1, 1] to `n d`, n being a device's share of `batch_size`; batches that
+    are short, or that the devices do not divide, are padded for it and the padding's features dropped. `total`, the
+    number of images, is needed for the progress of an iterable, which calls them `unit`.
     Raises ValueError for no images, sizes that change, or values that are not finite or plainly not [-1, 1].
     """
     if batch_size < 1:
@@ -65,9 +67,9 @@ def feature_batches(
     split = NamedSharding(mesh, PartitionSpec("batch"))
     network = eqx.filter_shard(network, NamedSharding(mesh, PartitionSpec()))
     padded_size = -(-batch_size // len(devices)) * len(devices)
-    with Progress(description, total, unit="images") as progress:
+    with Progress(description, total, unit=unit) as progress:
         for batch in _rebatched(images, batch_size):
-            padded = np.pad(batch, [(0, padded_size - len(batch)), (0, 0), (0, 0), (0, 0)])
+            padded = np.pad(batch, [(0, padded_size - len(batch))] + [(0, 0)] * (batch.ndim - 1))
             # asarray waits for the devices, so progress counts finished images.
             found = np.asarray(_apply(network, jax.device_put(padded, split), mesh))[: len(batch)]
             progress.advance(len(batch))
@@ -75,12 +77,12 @@ def feature_batches(
 
 
 @eqx.filter_jit
-def _apply(network: Network, images: Float[Array, "b h w c"], mesh: Mesh) -> Float[Array, "b d"]:
+def _apply(network: Network, images: Float[Array, "b *shape"], mesh: Mesh) -> Float[Array, "b d"]:
     """The network on each device by itself: left to the compiler, a network that takes a few images at a time (a loop
     over the batch) would have every device do all of them."""
     arrays, static = eqx.partition(network, eqx.is_array)
 
-    def each(arrays: Any, images: Float[Array, "b h w c"]) -> Float[Array, "b d"]:
+    def each(arrays: Any, images: Float[Array, "b *shape"]) -> Float[Array, "b d"]:
         return eqx.combine(arrays, static)(images)
 
     everywhere, batch = PartitionSpec(), PartitionSpec("batch")
@@ -90,7 +92,7 @@ def _apply(network: Network, images: Float[Array, "b h w c"], mesh: Mesh) -> Flo
     )
 
 
-def _rebatched(parts: Iterable[Images], size: int) -> Iterator[Float[np.ndarray, "b h w c"]]:
+def _rebatched(parts: Iterable[Images], size: int) -> Iterator[Float[np.ndarray, "..."]]:
     """Arrays of any lengths, cut and joined into arrays of `size` (the last one may be shorter)."""
     held: list[np.ndarray] = []
     count, seen, shape = 0, 0, None
@@ -110,16 +112,16 @@ def _rebatched(parts: Iterable[Images], size: int) -> Iterator[Float[np.ndarray,
         yield np.concatenate(held)
 
 
-def _floats(images: np.ndarray, first: int) -> Float[np.ndarray, "b h w c"]:
+def _floats(images: np.ndarray, first: int) -> Float[np.ndarray, "b *shape"]:
     """uint8 to [-1, 1]; floats are checked, because a wrong range or a NaN only shows as a strange distance."""
-    if images.ndim != 4:
-        raise ValueError(f"images must have four axes, `n h w c`, got shape {images.shape}")
+    if images.ndim not in (4, 5):
+        raise ValueError(f"images must have axes `n h w c`, or videos `n t h w c`, got shape {images.shape}")
     if images.dtype == np.uint8:
         return images.astype(np.float32) / 127.5 - 1.0
     if not np.issubdtype(images.dtype, np.floating):
         raise ValueError(f"images must be uint8 (0 to 255) or floats in [-1, 1], got {images.dtype}")
     images = images.astype(np.float32)
-    largest = np.abs(images).max(axis=(1, 2, 3), initial=0.0)
+    largest = np.abs(images).max(axis=tuple(range(1, images.ndim)), initial=0.0)
     # Samples may overshoot a little; beyond 2 it is another convention, such as 0 to 255.
     if (wrong := np.flatnonzero(~(largest <= 2.0))).size:
         i = int(wrong[0])

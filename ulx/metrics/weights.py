@@ -1,8 +1,9 @@
 """Network weights out of files that other people made: located, checked by sha256, read without running them.
 
-A `.pth` file is a pickle, and a pickle is a program. Two guards stand before it: the file's sha256 must be the
-one written in our code (a file that the user names has the second guard alone), and the unpickler resolves only the
-few names listed here, each to something of ours that builds an array. torch is not needed.
+A `.pth` file is a pickle, as are the dumps of arrays that JAX projects leave, and a pickle is a program. Two guards
+stand before it: the file's sha256 must be the one written in our code (a file that the user names has the second guard
+alone), and the unpickler resolves only the few names listed here, each to something of ours that builds an array. torch
+is not needed.
 """
 
 import contextlib
