@@ -59,7 +59,7 @@ def stage1(config: "Config") -> dict[str, Any]:
     found = evaluate_autoencoder(model, dataset, config)
     log = read_metrics(path / "stage1.jsonl")
     return {
-        "loss_factor": log[-1].get("loss_factor", config.loss_factor),
+        "loss_factor": log[-1].get("felt_loss_factor", config.loss_factor),
         "target_bits_per_pixel": config.rate.target_bits_per_pixel,
         "bits_per_pixel": found["bits_per_pixel"],
         "psnr": found["psnr"],

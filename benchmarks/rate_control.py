@@ -3,7 +3,7 @@
     python benchmarks/rate_control.py                             three targets, stage 1 alone, each run twice
     python benchmarks/rate_control.py --targets 0.3 --steps 2000
 
-Each target is two runs: one under `--rate.target-bits-per-pixel`, one with the loss factor that it ended at, set from
+Each target is two runs: one under `--rate.target-bits-per-pixel`, one with the loss factor that it reports, set from
 the start. Points that are in the results file already, with the same settings, are not run again; an interrupted run is
 resumed. Leaves benchmarks/results/rate_control.jsonl, a table and a plot of the loss factor on its way.
 """
@@ -82,9 +82,11 @@ def plot(logs: dict[float, list[dict]], path: Path) -> None:
     for target, log in logs.items():
         steps = [line["step"] for line in log]
         (line,) = factors.plot(steps, [entry["loss_factor"] for entry in log], label=f"{target:g} bits/pixel")
+        felt = [entry["felt_loss_factor"] for entry in log]
+        factors.plot(steps, felt, color=line.get_color(), linestyle="--", linewidth=1)
         rates.plot(steps, [entry["rate"] for entry in log], color=line.get_color(), alpha=0.7)
         rates.axhline(target, color=line.get_color(), linestyle="--", linewidth=1)
-    factors.set(ylabel="loss factor", yscale="log", title="Rate control, OpenMoji 32×32")
+    factors.set(ylabel="loss factor", yscale="log", title="Rate control, OpenMoji 32×32 (dashed: as felt)")
     factors.legend(title="target")
     rates.set(xlabel="step", ylabel="training bits/pixel", yscale="log")
     figure.savefig(path, dpi=150)

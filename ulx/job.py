@@ -72,7 +72,7 @@ def train_autoencoder(state: TrainState, dataset: Dataset, config: Config) -> Un
         state = train_stage("stage1", state, None, loss, dataset, config, watch, controller)
         model = state.ema_model
         if state.control is not None:
-            found = float(state.control.loss_factor)
+            found = float(state.control.felt_loss_factor)
             print(f"rate control ended at --loss-factor {found:.4g}, which is to give about the same rate without it")
             config = dataclasses.replace(config, loss_factor=found)
     if "decoder" in config.stages:

@@ -85,9 +85,9 @@ class _Run:
 
     @property
     def loss_factor(self) -> float:
-        """As set, or under rate control as it was last."""
+        """As set, or under rate control as it is to be set for the same rate."""
         log = self.logs.get("stage1")
-        return log[-1].get("loss_factor", self.config.loss_factor) if log else self.config.loss_factor
+        return log[-1].get("felt_loss_factor", self.config.loss_factor) if log else self.config.loss_factor
 
     def labels(self, name: str) -> list[str]:
         assert self.evaluation is not None
@@ -300,7 +300,10 @@ def _curves(run: _Run) -> str:
             run, "stage1", "stage1_latent", {"latent_std": "standard deviation"}, "z_clean", noise,
             "Stage 1: the latent's standard deviation over the images of a batch. Near its noise it has collapsed.",
         ),
-        _curve(run, "stage1", "stage1_loss_factor", {"loss_factor": "c_lf"}, "loss factor", {}, "Rate control."),
+        _curve(
+            run, "stage1", "stage1_loss_factor", {"loss_factor": "c_lf", "felt_loss_factor": "c_lf as felt"},
+            "loss factor", {}, "Rate control.",
+        ),
         _curve(run, "decoder", "decoder_loss", {"loss": "loss"}, "bits/pixel", {}, "The decoder alone: L_x."),
         _curve(run, "stage2", "stage2_loss", {"loss": "loss"}, "weighted bits/pixel", {}, "Stage 2: sigmoid-weighted."),
     ]  # fmt: skip
