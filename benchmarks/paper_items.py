@@ -156,24 +156,28 @@ ITEMS = (
     ),
     Item(
         "§5.2",
-        "FLOPs; PSNR; Fréchet distances, also of two folders; FVD's network",
+        "FLOPs; PSNR; Fréchet distances; the networks of FID and FVD; two folders, and cards, compared",
         (
             "flops.forward_flops",
             "cost.network_costs",
             "metrics.images.psnr",
             "metrics.frechet.frechet_distance",
-            "metrics.compare.compare",
+            "metrics.inception.InceptionV3",
             "metrics.i3d.I3D",
+            "metrics.compare.compare",
+            "cards.differences",
         ),
         (
             "test_flops.py::test_transformer_block_forward_and_backward",
             "test_presets.py::test_base_flops",
             "metrics/test_images.py::test_psnr_of_a_known_error",
             "metrics/test_frechet.py::test_other_gaussians_against_scipy",
-            "metrics/test_compare.py::test_card_and_table",
+            "metrics/test_inception.py::test_every_layer_and_the_features",
             "metrics/test_i3d.py::test_logits_of_a_black_video_are_those_of_the_original_module",
+            "metrics/test_compare.py::test_card_and_table",
+            "test_cards.py::test_refuses_with_the_field_that_differs",
         ),
-        missing="InceptionV3 (FID)",
+        missing="FID and FVD in the evaluation of a run",
     ),
     Item(
         "beyond it",
@@ -206,9 +210,9 @@ ITEMS = (
     Item(
         "Tab. 2",
         "loss factor",
-        ("config.Config.loss_factor", "benchmarks/loss_factor.py"),
+        ("config.Config.loss_factor", "benchmarks/loss_factor.py", "benchmarks/bitrate_vs_fid.py"),
         ("test_weightings.py::TestSigmoid",),
-        missing="rFID, gFID, ImageNet",
+        missing="results of generation; ImageNet",
     ),
     Item(
         "Tab. 3",
@@ -274,9 +278,9 @@ ITEMS = (
     Item(
         "Fig. 8",
         "b against c_lf",
-        ("config.Config.sigmoid_bias", "config.Config.loss_factor", "weightings.cutoff"),
+        ("config.Config.sigmoid_bias", "weightings.cutoff", "benchmarks/bitrate_vs_fid.py"),
         ("test_weightings.py::test_cutoff_is_where_the_weight_is_one",),
-        missing="the benchmark",
+        missing="results",
     ),
 )
 

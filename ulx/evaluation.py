@@ -142,9 +142,9 @@ def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Co
             "held_out_images": _distance(held_out_features, reference) | {"against": "training images"},
         },
         "against_held_out_images": {
-            "base": kernel_and_manifolds(held_out_features, base_features)[0],
-            "prior": kernel_and_manifolds(held_out_features, prior_features)[0],
-            "reconstruction": kernel_and_manifolds(held_out_features, reconstruction_features)[0],
+            "base": _kernel_and_manifolds(held_out_features, base_features),
+            "prior": _kernel_and_manifolds(held_out_features, prior_features),
+            "reconstruction": _kernel_and_manifolds(held_out_features, reconstruction_features),
         },
         "sampler": {
             "latent": config.sample.solver,
@@ -372,6 +372,11 @@ def _distance(found: Float[np.ndarray, "n d"], reference: Moments) -> dict[str, 
         "n_reference": reference.count,
         "rank_deficient": moments.rank_deficient or reference.rank_deficient,
     }
+
+
+def _kernel_and_manifolds(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -> dict[str, Any]:
+    found, _ = kernel_and_manifolds(a, b)
+    return {efficientnet.KERNEL_METRIC: found.pop("kernel"), **found}
 
 
 def _swap(swapped: Images, originals: Images) -> dict[str, Any]:

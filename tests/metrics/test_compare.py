@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import equinox as eqx
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,7 +14,7 @@ from PIL import Image
 from ulx.data.folder import read_image
 from ulx.image_files import ImageFolder, write_png
 from ulx.metrics import __main__ as command
-from ulx.metrics import compare, efficientnet
+from ulx.metrics import compare, efficientnet, inception, lpips
 from ulx.metrics.frechet import Moments, frechet_distance
 from ulx.metrics.kernel import kernel_distance
 from ulx.metrics.manifold import precision_recall
@@ -21,14 +22,21 @@ from ulx.metrics.manifold import precision_recall
 SIZE, COUNT, SHIFT = 16, 6, 5
 
 
-def corner(images):
+class Corner(eqx.Module):
     """Features of an image: three pixels of it."""
-    return images[:, 0, 0, :]
+
+    metric: str = eqx.field(default="fd_efflite0", static=True)
+    kernel_metric: str = eqx.field(default="kd_efflite0", static=True)
+    definition: str = eqx.field(default="the corner", static=True)
+    sha256: str = eqx.field(default="c0", static=True)
+
+    def __call__(self, images):
+        return images[:, 0, 0, :]
 
 
 @pytest.fixture(autouse=True)
 def network(monkeypatch, tmp_path):
-    monkeypatch.setattr(efficientnet, "load", lambda: corner)
+    monkeypatch.setattr(efficientnet, "load", Corner)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
 
 
@@ -81,9 +89,12 @@ def test_card_and_table(folders, originals, tmp_path, capsys):
     assert metrics["fd_efflite0"]["rank_deficient"] is False  # 6 examples of 3 features
     assert {(metrics[name]["n_a"], metrics[name]["n_b"]) for name in ("fd_efflite0", "precision")} == {(COUNT, COUNT)}
     assert all(metric["definition"] for metric in metrics.values())
-    assert "not FID" in metrics["fd_efflite0"]["definition"].replace("Not", "not")
+    assert "Not FID" in metrics["fd_efflite0"]["definition"]
+    assert "Not KID" in metrics["kd_efflite0"]["definition"]
     assert card["left_out"] == {}
-    assert card["network"]["sha256"] == efficientnet.SHA256
+    for name in ("fd_efflite0", "kd_efflite0", "precision", "recall"):
+        assert metrics[name]["network"] == {"definition": "the corner", "sha256": "c0"}
+    assert not {"network"} & (metrics["psnr"].keys() | metrics["ssim"].keys())
     assert card["resolution"] == SIZE
     assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", card["commit"] or "0" * 40)
     assert card["b"]["contact_sheets_left_out"] == ["contact_sheet.png"]
@@ -161,12 +172,41 @@ def test_resolution_is_the_data_cache_s_rule(folders, originals, capsys):
     prepared = np.stack([read_image(a / name, 20)[0] for name in ImageFolder(a, 20).names])
     assert prepared.shape == (COUNT, 20, 20, 3)
     assert card["a"]["enlarged"] == COUNT - 1
-    found = compare._measured(corner, ImageFolder(a, 20), 4)[0]
+    found = compare._measured([Corner()], ImageFolder(a, 20), 4)[0][0]
     np.testing.assert_allclose(found, prepared[:, 0, 0].astype(np.float64) / 127.5 - 1, atol=1e-6)  # float32
     for index, image in enumerate(originals):
         write_png(b / f"{index}.png", image[:12, :12])
     write_png(a / "0.png", originals[0])
     assert "two sizes" in fails(folders, capsys)
+
+
+def test_inception_and_lpips_are_asked_for(folders, tmp_path, monkeypatch, capsys):
+    """Under names of their own, and their networks on the card."""
+    file = tmp_path / "inception.pth"
+
+    def load(path, resize):
+        assert (path, resize) == (file, "clean-bicubic")
+        return Corner("clean_fid", "clean_kid", "another", "c1")
+
+    monkeypatch.setattr(inception, "load", load)
+    monkeypatch.setattr(lpips, "load", lambda: lambda x, y: abs(x - y).mean(axis=(1, 2, 3)))
+    out = tmp_path / "card.json"
+    run(*folders, "--inception-weights", file, "--inception-resize", "clean-bicubic", "--lpips", "--out", out)
+    metrics = json.loads(out.read_text("utf-8"))["metrics"]
+    own, other = ("fd_efflite0", "kd_efflite0", "precision", "recall"), ("clean_fid", "clean_kid")
+    assert metrics.keys() == {*own, *other, "precision_clean_fid", "recall_clean_fid", "psnr", "ssim", "lpips_vgg16"}
+    assert metrics["clean_fid"]["value"] == metrics["fd_efflite0"]["value"]
+    assert metrics["clean_fid"]["network"] == {"definition": "another", "sha256": "c1"}
+    assert "Not FID" not in metrics["clean_fid"]["definition"]
+    assert metrics["lpips_vgg16"]["value"] == pytest.approx(SHIFT / 127.5, rel=1e-5)
+    assert "vgg16" in metrics["lpips_vgg16"]["definition"]
+    assert re.search(r"^precision_clean_fid +\d", capsys.readouterr().out, re.M)
+    small = compare.compare(*folders, resolution=12, with_lpips=True)
+    assert "network needs 16×16" in small["left_out"]["lpips_vgg16"]
+
+
+def test_a_missing_file_of_weights_is_named(folders, tmp_path, capsys):
+    assert "nothing.pth is no file" in fails([*folders, "--inception-weights", tmp_path / "nothing.pth"], capsys)
 
 
 def test_few_or_small_images_leave_something_out(folders):

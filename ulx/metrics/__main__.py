@@ -6,6 +6,7 @@
 DIR_A is the reference: real images, or the originals of reconstructions. Prints fd_efflite0 and kd_efflite0 (Fréchet
 and kernel distance of EfficientNet-lite0's features; not FID and KID, whose features are InceptionV3's), precision and
 recall, and, where both folders hold the same file names (whatever their suffixes), PSNR and SSIM of the pairs.
+--inception-weights adds FID and KID, whose weights no package carries, and --lpips LPIPS of the pairs.
 --out writes them as a card: each number with its definition and N, the network's hash, a hash of either folder's
 pixels, how images were prepared, the version of ulx. Contact sheets written by ulx are left out.
 """
@@ -18,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from ulx.command_line import parse_arguments, run_command
+from ulx.metrics import inception
 from ulx.metrics.compare import compare
+from ulx.metrics.inception import Resize
 from ulx.report_text import plus_minus
 
 __all__ = ["Options", "main", "table"]
@@ -35,6 +38,12 @@ class Options:
     resolution: int | None = None
     """What the images of both folders are centre-cropped and resized to, as for training; by default they must be
     squares of one size."""
+    inception_weights: Path | None = None
+    """The file of FID's InceptionV3, pytorch-fid's state dict or jax-fid's pickle: FID and KID as well."""
+    inception_resize: Resize = "tf1-bilinear"
+    """How it is shown the images: "clean-bicubic" is Clean-FID's way, and its distances are called so."""
+    lpips: bool = False
+    """LPIPS of the pairs too; needs pip install "ulx[lpips]"."""
     batch_size: int = 64
     """Images per call of the network; changes no result beyond rounding."""
     overwrite: bool = False
@@ -53,7 +62,15 @@ def run(options: Options) -> dict[str, Any]:
         raise FileExistsError(
             f"{out} exists already: choose another --out" + ("" if out.is_dir() else ", or --overwrite")
         )
-    card = compare(options.dir_a, options.dir_b, resolution=options.resolution, batch_size=options.batch_size)
+    weights = options.inception_weights
+    card = compare(
+        options.dir_a,
+        options.dir_b,
+        resolution=options.resolution,
+        batch_size=options.batch_size,
+        networks=[] if weights is None else [inception.load(weights, options.inception_resize)],
+        with_lpips=options.lpips,
+    )
     print(table(card))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -73,10 +90,11 @@ def table(card: dict[str, Any]) -> str:
             lines.append(f"left out of {folder['path']}: {', '.join(folder['contact_sheets_left_out'])}")
         if folder["enlarged"]:
             lines.append(f"{folder['enlarged']:,} images of {folder['path']} are smaller and were enlarged")
+    width = max(13, *(len(name) + 2 for name in card["metrics"]))
     for name, metric in card["metrics"].items():
         remark = "rank-deficient, so biased: compare at equal N only" if metric.get("rank_deficient") else ""
         unit = " dB" if name == "psnr" else ""
-        lines.append(f"{name:<13}{plus_minus(metric) + unit:<22}{remark}".rstrip())
+        lines.append(f"{name:<{width}}{plus_minus(metric) + unit:<22}{remark}".rstrip())
     for reason in dict.fromkeys(card["left_out"].values()):
         names = [name for name, why in card["left_out"].items() if why == reason]
         lines.append(f"without {' and '.join(names)}: {reason}")

@@ -6,20 +6,21 @@ The first folder, A, is the reference: real images, or the originals. The second
 import hashlib
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import equinox as eqx
 import jax
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Array, Float, UInt8
 
 import ulx
 from ulx.data.folder import PREPARATION, read_image
 from ulx.data.pixels import to_float
 from ulx.image_files import ImageFolder
-from ulx.metrics import efficientnet
-from ulx.metrics.features import Network, features
+from ulx.metrics import efficientnet, lpips
+from ulx.metrics.features import FeatureNetwork, features
 from ulx.metrics.frechet import Moments, frechet_distance
 from ulx.metrics.images import SSIM_WINDOW, psnr, ssim
 from ulx.metrics.kernel import kernel_distance
@@ -32,29 +33,49 @@ RULE = f"""\
 upright, on white, halved by averaging while at least twice too large, then bicubic to the resolution, centre-cropped \
 (ulx.data.folder.read_image, version {PREPARATION}); the network resizes further"""
 
-DEFINITIONS = {
-    "fd_efflite0": "Fréchet distance between Gaussians fitted to the pooled features of A and of B, unbiased "
-    "covariances; biased upwards, the more the smaller N. Not FID, whose features are InceptionV3's",
-    "kd_efflite0": "KID's estimator on these features: unbiased squared MMD of the kernel (x·y/d + 1)^3 over all "
-    "pairs; standard error by the jackknife. Not KID, whose features are InceptionV3's",
-    "precision": f"share of B's features within the manifold of A's: balls that reach neighbour {NEIGHBOURS}",
-    "recall": f"share of A's features within the manifold of B's: balls that reach neighbour {NEIGHBOURS}",
+FRECHET = """\
+Fréchet distance between Gaussians fitted to the pooled features of A and of B, unbiased covariances; biased upwards, \
+the more the smaller N"""
+KERNEL = """\
+KID's estimator on the pooled features: unbiased squared MMD of the kernel (x·y/d + 1)^3 over all pairs; standard \
+error by the jackknife"""
+NAMESAKES = {"frechet": "FID", "kernel": "KID"}
+NOT_INCEPTION = "{}. Not {}, whose features are InceptionV3's"
+PRECISION = f"share of B's features within the manifold of A's: balls that reach neighbour {NEIGHBOURS}"
+RECALL = f"share of A's features within the manifold of B's: balls that reach neighbour {NEIGHBOURS}"
+OF_PAIRS = {
     "psnr": "10 log10(255²/MSE) in dB of each pair of one name, mean over pairs; null: infinite, from an equal pair",
     "ssim": f"structural similarity of each pair of one name, mean over pairs: {SSIM_WINDOW}×{SSIM_WINDOW} Gaussian "
     "window of σ 1.5 within the image, K1 0.01, K2 0.03, range 0 to 1, mean over RGB",
+    lpips.METRIC: f"distance of each pair of one name in VGG16's activations, mean over pairs ({lpips.DEFINITION})",
 }
+SMALLEST = {
+    "ssim": (SSIM_WINDOW, "its window has"),
+    lpips.METRIC: (lpips.MIN_SIZE, "its network needs"),
+}
+"""Pixels each way that a measure of pairs needs, and why."""
 
 Images = UInt8[np.ndarray, "n h w 3"]
 Metric = dict[str, Any]
+PairMeasure = Callable[..., Float[Array, " b"]]
+"""measure(a, b) of two batches of images in [-1, 1]."""
 
 
-def compare(a: Path, b: Path, *, resolution: int | None = None, batch_size: int = 64) -> dict[str, Any]:
+def compare(
+    a: Path,
+    b: Path,
+    *,
+    resolution: int | None = None,
+    batch_size: int = 64,
+    networks: Sequence[FeatureNetwork] = (),
+    with_lpips: bool = False,
+) -> dict[str, Any]:
     """The card: all metrics that the two folders allow under "metrics", why others are not there under "left_out".
 
     Without a resolution all images must be squares of one size. `batch_size` images are read at a time; changes no
-    result beyond rounding.
+    result beyond rounding. By features of EfficientNet-lite0, and of `networks` as well; pairs by LPIPS too if asked.
     Raises FileNotFoundError, NotADirectoryError, ValueError for a folder with fewer than two images, a file that cannot
-    be read, or images of several sizes.
+    be read, or images of several sizes, ModuleNotFoundError without the package of LPIPS's weights.
     """
     folders = reference, compared = ImageFolder(a, resolution), ImageFolder(b, resolution)
     for folder in folders:
@@ -63,47 +84,71 @@ def compare(a: Path, b: Path, *, resolution: int | None = None, batch_size: int 
     if reference.resolution != compared.resolution:
         sizes = " and ".join(f"{folder.folder} {folder.resolution}×{folder.resolution}" for folder in folders)
         raise ValueError(f"the images have two sizes, {sizes}: give a --resolution")
-    network = efficientnet.load()
-    found, facts = zip(*(_measured(network, folder, batch_size) for folder in folders), strict=True)
-    moments = [Moments.of(each) for each in found]
-    frechet = {
-        "value": frechet_distance(*moments),
-        "n_a": moments[0].count,
-        "n_b": moments[1].count,
-        "rank_deficient": any(each.rank_deficient for each in moments),
-    }
-    metrics, left_out = kernel_and_manifolds(*found)
-    metrics = {efficientnet.METRIC: frechet, **metrics}
+    measures: dict[str, PairMeasure] = {"psnr": jax.jit(psnr), "ssim": jax.jit(ssim)}
+    if with_lpips:
+        measures[lpips.METRIC] = eqx.filter_jit(lpips.load())  # refused before anything is computed
+    networks = [efficientnet.load(), *networks]
+    found, facts = zip(*(_measured(networks, folder, batch_size) for folder in folders), strict=True)
+    metrics: dict[str, Metric] = {}
+    left_out: dict[str, str] = {}
+    for network, *both in zip(networks, *found, strict=True):
+        distances, reasons = _distances(network, *both)
+        metrics, left_out = metrics | distances, left_out | reasons
     names = _pairs(reference, compared)
     if names is None:
-        left_out |= dict.fromkeys(("psnr", "ssim"), "the folders do not hold the same file names")
+        left_out |= dict.fromkeys(measures, "the folders do not hold the same file names")
     else:
-        pairs, reasons = _errors(reference, compared, names, batch_size)
+        pairs, reasons = _errors(measures, reference, compared, names, batch_size)
         metrics, left_out = metrics | pairs, left_out | reasons
     return {
-        "metrics": {name: metric | {"definition": DEFINITIONS[name]} for name, metric in metrics.items()},
+        "metrics": metrics,
         "left_out": left_out,
         "a": facts[0],
         "b": facts[1],
         "resolution": reference.resolution,
         "preparation": RULE,
-        "network": {"definition": efficientnet.DEFINITION, "sha256": efficientnet.SHA256, "dtype": "float32"},
+        "dtype": "float32",
         "device": jax.devices()[0].device_kind,
         "ulx": ulx.__version__,
         "commit": _commit(),
     }
 
 
+def _distances(
+    network: FeatureNetwork, a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]
+) -> tuple[dict[str, Metric], dict[str, str]]:
+    """All distances of features b to features a, with what they are, and why some are left out."""
+    moments = Moments.of(a), Moments.of(b)
+    frechet = {
+        "value": frechet_distance(*moments),
+        "n_a": len(a),
+        "n_b": len(b),
+        "rank_deficient": any(each.rank_deficient for each in moments),
+    }
+    kinds = {"frechet": FRECHET, "kernel": KERNEL, "precision": PRECISION, "recall": RECALL}
+    own = network.metric == efficientnet.METRIC  # whose precision and recall go without an addition
+    if own:
+        kinds |= {kind: NOT_INCEPTION.format(kinds[kind], name) for kind, name in NAMESAKES.items()}
+    names = {"frechet": network.metric, "kernel": network.kernel_metric} | {
+        kind: kind if own else f"{kind}_{network.metric}" for kind in ("precision", "recall")
+    }
+    found, reasons = kernel_and_manifolds(a, b)
+    of_network = {"network": {"definition": network.definition, "sha256": network.sha256}}
+    metrics = {
+        names[kind]: metric | {"definition": kinds[kind]} | of_network
+        for kind, metric in {"frechet": frechet, **found}.items()
+    }
+    return metrics, {names[kind]: reason for kind, reason in reasons.items()}
+
+
 def kernel_and_manifolds(
     a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]
 ) -> tuple[dict[str, Metric], dict[str, str]]:
-    """Kernel distance, precision and recall of EfficientNet-lite0's features b against a, at least two of each; and why
+    """The "kernel" distance, "precision" and "recall" of features b against features a, at least two of each; and why
     some are left out."""
     count = {"n_a": len(a), "n_b": len(b)}
     kernel = kernel_distance(a, b)
-    metrics: dict[str, Metric] = {
-        "kd_efflite0": {"value": kernel.value, "standard_error": kernel.standard_error, **count}
-    }
+    metrics: dict[str, Metric] = {"kernel": {"value": kernel.value, "standard_error": kernel.standard_error, **count}}
     if min(len(a), len(b)) <= NEIGHBOURS:
         reason = f"they need more than {NEIGHBOURS} images in each folder"
         return metrics, {"precision": reason, "recall": reason}
@@ -114,24 +159,28 @@ def kernel_and_manifolds(
 
 
 def _measured(
-    network: Network, folder: ImageFolder, batch_size: int
-) -> tuple[Float[np.ndarray, "n d"], dict[str, Any]]:
-    """A folder's features, and what the card says of it."""
-    digest = hashlib.sha256()
+    networks: Sequence[FeatureNetwork], folder: ImageFolder, batch_size: int
+) -> tuple[list[Float[np.ndarray, "n _d"]], dict[str, Any]]:
+    """A folder's features by each network, and what the card says of it."""
 
-    def parts() -> Iterator[Images]:
+    def parts(digest) -> Iterator[Images]:
         for _, images in folder.batches(batch_size):
             _refuse_unreadable(folder)
             digest.update(images.tobytes())
             yield images
 
-    total, description = len(folder.names), f"features of {folder.folder}"
-    found = features(network, parts(), batch_size, total=total, description=description)
-    _refuse_unreadable(folder)
+    found, digests = [], []
+    for network in networks:
+        total, description = len(folder.names), f"{network.metric}: features of {folder.folder}"
+        digests.append(hashlib.sha256())
+        found.append(features(network, parts(digests[-1]), batch_size, total=total, description=description))
+        _refuse_unreadable(folder)
+    if len({digest.hexdigest() for digest in digests}) > 1:
+        raise ValueError(f"{folder.folder} changed while it was read: leave it alone, and compare again")
     return found, {
         "path": str(folder.folder),
-        "n": len(found),
-        "pixels_sha256": digest.hexdigest(),
+        "n": len(found[0]),
+        "pixels_sha256": digests[0].hexdigest(),
         "enlarged": folder.enlarged,
         "contact_sheets_left_out": folder.sheets,
     }
@@ -160,14 +209,15 @@ def _without_suffixes(names: list[str]) -> list[str]:
 
 
 def _errors(
-    a: ImageFolder, b: ImageFolder, names: list[tuple[str, str]], batch_size: int
+    measures: dict[str, PairMeasure], a: ImageFolder, b: ImageFolder, names: list[tuple[str, str]], batch_size: int
 ) -> tuple[dict[str, Metric], dict[str, str]]:
-    """PSNR and SSIM of the pairs, and why SSIM is left out."""
-    measures, left_out = {"psnr": jax.jit(psnr), "ssim": jax.jit(ssim)}, {}
-    if a.resolution < SSIM_WINDOW:
-        del measures["ssim"]
-        left_out["ssim"] = f"its window has {SSIM_WINDOW}×{SSIM_WINDOW} pixels, the images are smaller"
-    values: dict[str, list[np.ndarray]] = {name: [] for name in measures}
+    """What `measures` find in the pairs, and why some are left out."""
+    left_out = {}
+    for name, (least, why) in SMALLEST.items():
+        if name in measures and a.resolution < least:
+            left_out[name] = f"{why} {least}×{least} pixels, the images are smaller"
+    used = {name: measure for name, measure in measures.items() if name not in left_out}
+    values: dict[str, list[np.ndarray]] = {name: [] for name in used}
     with Progress("pairs", total=len(names), unit="pairs") as progress:
         for start in range(0, len(names), batch_size):
             part = names[start : start + batch_size]
@@ -175,10 +225,12 @@ def _errors(
                 to_float(np.stack([read_image(folder.folder / pair[side], folder.resolution)[0] for pair in part]))
                 for side, folder in enumerate((a, b))
             )
-            for name, measure in measures.items():
+            for name, measure in used.items():
                 values[name].append(np.asarray(measure(x, y), np.float64))
             progress.advance(len(part))
-    return {name: _mean(np.concatenate(parts)) for name, parts in values.items()}, left_out
+    return {
+        name: _mean(np.concatenate(parts)) | {"definition": OF_PAIRS[name]} for name, parts in values.items()
+    }, left_out
 
 
 def _mean(values: Float[np.ndarray, " n"]) -> Metric:

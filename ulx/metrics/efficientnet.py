@@ -19,9 +19,10 @@ from jaxtyping import Array, Float
 from ulx.metrics.layers import PRECISION, Pointwise, in_chunks
 from ulx.metrics.weights import packaged, read_torch_legacy, verified
 
-__all__ = ["DEFINITION", "FEATURES", "METRIC", "RESOLUTION", "SHA256", "EfficientNetLite0", "load"]
+__all__ = ["DEFINITION", "FEATURES", "KERNEL_METRIC", "METRIC", "RESOLUTION", "SHA256", "EfficientNetLite0", "load"]
 
 METRIC = "fd_efflite0"
+KERNEL_METRIC = "kd_efflite0"
 FEATURES = 1280
 RESOLUTION = 224
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -114,6 +115,22 @@ class EfficientNetLite0(eqx.Module):
         if height != width:
             raise ValueError(f"EfficientNet-lite0 takes square images, got {height}×{width}: crop or pad first")
         return in_chunks(self._features, _CPU_CHUNK, images)
+
+    @property
+    def metric(self) -> str:
+        return METRIC
+
+    @property
+    def kernel_metric(self) -> str:
+        return KERNEL_METRIC
+
+    @property
+    def definition(self) -> str:
+        return DEFINITION
+
+    @property
+    def sha256(self) -> str:
+        return SHA256
 
     def logits(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b 1000"]:
         """ImageNet class scores before the softmax, for checks of the network itself."""

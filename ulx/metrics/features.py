@@ -5,7 +5,7 @@ beyond rounding.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -15,11 +15,38 @@ from jaxtyping import Array, Float, Num
 
 from ulx.progress import Progress
 
-__all__ = ["Network", "feature_batches", "features"]
+__all__ = ["FeatureNetwork", "Network", "feature_batches", "features"]
 
 # Underscores: the parts of an iterable may differ in length, and a change of size gets an error of its own.
 Images = Num[Array, "..."] | Num[np.ndarray, "..."]
 Network = Callable[[Float[Array, "b ..."]], Float[Array, "b d"]]
+
+
+@runtime_checkable
+class FeatureNetwork(Protocol):
+    """A network with what a distance between its features has to say of it."""
+
+    def __call__(self, images: Float[Array, "b h w c"], /) -> Float[Array, "b d"]: ...
+
+    @property
+    def metric(self) -> str:
+        """What the Fréchet distance of its features is called."""
+        ...
+
+    @property
+    def kernel_metric(self) -> str:
+        """What their kernel distance is called."""
+        ...
+
+    @property
+    def definition(self) -> str:
+        """Architecture, weights and preprocessing: with another, an image may have other features."""
+        ...
+
+    @property
+    def sha256(self) -> str:
+        """Of the file of its weights."""
+        ...
 
 
 def features(

@@ -34,6 +34,7 @@ from ulx.metrics.weights import is_torch, read_pickled_arrays, read_torch
 __all__ = [
     "CLASSES",
     "FEATURES",
+    "KERNEL_METRICS",
     "LAYERS",
     "METRICS",
     "RESOLUTION",
@@ -57,6 +58,8 @@ SHA256 = {
 Resize = Literal["tf1-bilinear", "clean-bicubic"]
 METRICS: dict[Resize, str] = {"tf1-bilinear": "fid", "clean-bicubic": "clean_fid"}
 """What the Fréchet distance is called after either resize."""
+KERNEL_METRICS: dict[Resize, str] = {"tf1-bilinear": "kid", "clean-bicubic": "clean_kid"}
+"""What the kernel distance is called."""
 LAYERS = (
     *("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1", "Conv2d_4a_3x3", "MaxPool_2"),
     *("Mixed_5b", "Mixed_5c", "Mixed_5d"),
@@ -163,6 +166,11 @@ class InceptionV3(eqx.Module):
     def metric(self) -> str:
         """The name of the Fréchet distance of these features."""
         return METRICS[self.resize]
+
+    @property
+    def kernel_metric(self) -> str:
+        """The name of their kernel distance."""
+        return KERNEL_METRICS[self.resize]
 
     @property
     def definition(self) -> str:

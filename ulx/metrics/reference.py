@@ -4,31 +4,31 @@ import hashlib
 
 from ulx.data.cache import cache_root
 from ulx.data.source import Dataset
-from ulx.metrics import efficientnet
-from ulx.metrics.features import feature_batches
+from ulx.metrics.features import FeatureNetwork, feature_batches
 from ulx.metrics.frechet import Moments
 
 __all__ = ["training_moments"]
 
 
 def training_moments(
-    dataset: Dataset, network: efficientnet.EfficientNetLite0, cache_dir: str | None = None, batch_size: int = 64
+    dataset: Dataset, network: FeatureNetwork, cache_dir: str | None = None, batch_size: int = 64
 ) -> Moments:
     """Moments of all training images, from the cache directory where they were kept, or computed and kept there.
 
     The file knows its data and its network; one that belongs to others, or cannot be read, is computed anew.
     """
-    key = f"{dataset.fingerprint} train {efficientnet.DEFINITION}"
+    key = f"{dataset.fingerprint} train {network.definition}"
     path = cache_root(cache_dir) / "moments" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
     try:
         return Moments.load(path, key)
     except (FileNotFoundError, ValueError):
         pass
-    moments = Moments.empty(efficientnet.FEATURES)
+    moments = None
     images = (example["image"][None] for example in dataset.train)
     total = len(dataset.train)
     for found in feature_batches(network, images, batch_size, total=total, description="features of the training set"):
-        moments = moments.update(found)
+        moments = Moments.of(found) if moments is None else moments.update(found)
+    assert moments is not None  # feature_batches refuses an empty set
     path.parent.mkdir(parents=True, exist_ok=True)
     moments.save(path, key)
     return moments

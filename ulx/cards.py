@@ -1,0 +1,118 @@
+"""Cards of `ulx.metrics` side by side, if their numbers may be compared.
+
+    python -m ulx.cards one.json two.json three.json
+
+Two numbers of one name may be compared if they mean the same: one definition and one network, the same reference
+images, as many images on either side, prepared in the same way. Otherwise the cards are refused, and what differs is
+named. --only leaves metrics out.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ulx.command_line import parse_arguments, run_command
+from ulx.report_text import plus_minus
+
+__all__ = ["Options", "differences", "main", "read", "table"]
+
+OF_CARD = {
+    "the reference's pixels": ("a", "pixels_sha256"),
+    "the resolution": ("resolution",),
+    "the preparation": ("preparation",),
+    "the dtype": ("dtype",),
+}
+OF_METRIC = {
+    "the definition": ("definition",),
+    "the network": ("network", "definition"),
+    "the network's weights": ("network", "sha256"),
+    "the number of reference images": ("n_a",),
+    "the number of measured images": ("n_b",),
+    "the number of pairs": ("n_pairs",),
+    "the neighbours": ("neighbours",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    cards: tuple[Path, ...]
+    """Files written by `python -m ulx.metrics --out`, two at least."""
+    only: tuple[str, ...] = ()
+    """The metrics to compare; by default all that are on every card."""
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A card. Raises FileNotFoundError, or ValueError for a file that is none, naming it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file: write a card with python -m ulx.metrics DIR_A DIR_B --out {path}")
+    try:
+        card = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no card: it is not JSON ({error})") from error
+    missing = [name for name in ("metrics", "a", "b") if not isinstance(card, dict) or name not in card]
+    if missing:
+        raise ValueError(f"{path} is no card: it has no {missing[0]!r}")
+    for metric in card["metrics"].values():  # JSON has no infinity and no NaN
+        metric["value"] = math.inf if metric["value"] is None else metric["value"]
+        if metric.get("standard_error", 0) is None:
+            del metric["standard_error"]
+    return card
+
+
+def differences(one: dict[str, Any], other: dict[str, Any], metric: str) -> list[str]:
+    """What forbids comparing this metric on two cards: each as "what: one's, other's"."""
+    found = []
+    for (a, b), fields in (((one, other), OF_CARD), ((one["metrics"][metric], other["metrics"][metric]), OF_METRIC)):
+        for what, path in fields.items():
+            mine, theirs = _at(a, path), _at(b, path)
+            if mine != theirs:
+                found.append(f"{what}: {mine}, {theirs}")
+    return found
+
+
+def _at(value: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def table(paths: Sequence[Path], only: Sequence[str] = ()) -> str:
+    """The numbers, a column for each card.
+
+    Raises ValueError, naming what differs, for cards that may not be compared, fewer than two, or a metric that is not
+    on all of them.
+    """
+    if len(paths) < 2:
+        raise ValueError(f"{paths[0]} is one card: name another to compare it with")
+    cards = [read(path) for path in paths]
+    common = [name for name in cards[0]["metrics"] if all(name in card["metrics"] for card in cards)]
+    for name in only:
+        if name not in common:
+            raise ValueError(f"{name} is not on all cards; on all of them: {', '.join(common) or 'nothing'}")
+    names = list(only) or common
+    if not names:
+        raise ValueError("the cards have no metric in common")
+    for path, card in zip(paths[1:], cards[1:], strict=True):
+        refused = {name: found for name in names if (found := differences(cards[0], card, name))}
+        if refused:
+            reasons = list(dict.fromkeys(reason for found in refused.values() for reason in found))
+            raise ValueError(
+                f"{paths[0]} and {path} may not be compared by {', '.join(refused)}: " + "; ".join(reasons)
+            )
+    rows = [["", *(str(card["b"]["path"]) for card in cards)]]
+    rows += [[name, *(plus_minus(card["metrics"][name]) for card in cards)] for name in names]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    options = parse_arguments(Options, __doc__ or "", args)
+    run_command(lambda: print(table(options.cards, options.only)))
+
+
+if __name__ == "__main__":
+    main()
