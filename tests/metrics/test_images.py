@@ -69,9 +69,8 @@ def test_ssim_against_scipy():
     # float32 moments of values up to 1 against C₂ = 9e-4: some 1e-8 / 1e-3; measured 5e-7.
     np.testing.assert_allclose(found, expected, atol=2e-5)
     assert expected.min() < 0 < 0.9 < expected.max()
-    np.testing.assert_array_equal(
-        found, jax.jit(ssim)(*(jnp.asarray(image, jnp.float32) / 127.5 - 1 for image in (b, a)))
-    )
+    swapped = jax.jit(ssim)(*(jnp.asarray(image, jnp.float32) / 127.5 - 1 for image in (b, a)))
+    np.testing.assert_allclose(found, swapped, atol=1e-6)  # a fused product rounds one side: 6e-8 on one core
 
 
 def test_ssim_of_equal_and_of_constant_images():
