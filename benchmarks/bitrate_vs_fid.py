@@ -50,9 +50,11 @@ def configs_of(pair: tuple[float, float], seed: int, settings: Settings) -> dict
     from openmoji import PRESETS
 
     preset, (bias, factor) = PRESETS[settings.preset], pair
-    width, blocks = preset.model.base.channels[0], preset.model.base.blocks[0]
-    # An eighth of the FLOPs in its products: half of the width, half of the blocks.
-    small = dataclasses.replace(preset.model.base, channels=(width // 2,), blocks=(max(1, blocks // 2),))
+    base = preset.model.base
+    # An eighth of the FLOPs in its products: half of the width, in heads of half the size, and half of the blocks.
+    block = dataclasses.replace(base.block, head_size=base.block.head_size // 2)
+    halves = [tuple(max(1, number // 2) for number in numbers) for numbers in (base.channels, base.blocks)]
+    small = dataclasses.replace(base, channels=halves[0], blocks=halves[1], block=block)
     name = f"sweep_{settings.preset}_b{bias:g}_c{factor:g}_s{seed}"
     large = dataclasses.replace(
         preset,
