@@ -84,21 +84,21 @@ def compute(point: dict[str, Any]) -> tuple[float, float]:
 
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
     lines = [
-        "| method | base steps | base PFLOPs | all PFLOPs | bits/pixel | fd reconstructions | fd samples | kd samples "
+        "| method | base steps | base TFLOPs | all TFLOPs | bits/pixel | fd reconstructions | fd samples | kd samples "
         "| NFE | seed | date |",
         "|" + "---|" * 11,
     ]
     for method, shown in found.items():
         for p in shown:
             alone, together = compute(p)
-            bits = p.get("bits_per_pixel")
+            is_coded = method != "pixels"  # pixels are their own latent, without loss
             cells = [
                 method,
                 str(p["base_steps"]),
-                f"{alone / 1e15:.3f}",
-                f"{together / 1e15:.3f}",
-                f"{bits['value']:.3f}" if bits else "",
-                f"{p['fd_efflite0']['reconstruction']['value']:.1f}" if "reconstruction" in p["fd_efflite0"] else "",
+                f"{alone / 1e12:.3g}",
+                f"{together / 1e12:.3g}",
+                f"{p['bits_per_pixel']['value']:.3f}" if is_coded else "",
+                f"{p['fd_efflite0']['reconstruction']['value']:.1f}" if is_coded else "",
                 f"{p['fd_efflite0']['base']['value']:.1f}",
                 f"{p['against_held_out_images']['base']['kd_efflite0']['value']:.3f}",
                 str(p["fd_efflite0"]["base"]["nfe"]),
@@ -119,8 +119,8 @@ def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     for which, (axis, what) in enumerate(zip(axes, ("the base model (Fig. 4)", "all that is trained"), strict=True)):
         for method, shown in found.items():
             distances = [p["fd_efflite0"]["base"]["value"] for p in shown]
-            axis.plot([compute(p)[which] / 1e15 for p in shown], distances, marker="o", label=method)
-        axis.set(xscale="log", xlabel=f"training PFLOPs of {what}", ylabel="fd_efflite0 of samples")
+            axis.plot([compute(p)[which] / 1e12 for p in shown], distances, marker="o", label=method)
+        axis.set(xscale="log", xlabel=f"training TFLOPs of {what}", ylabel="fd_efflite0 of samples")
     axes[0].legend()
     figure.savefig(path, dpi=150)
     plt.close(figure)
