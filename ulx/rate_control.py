@@ -40,10 +40,11 @@ from ulx.weightings import Sigmoid
 __all__ = ["Control", "RateConfig", "RateController", "controlled", "held_out_images", "log_excess"]
 
 SENSITIVITY = 0.45
-"""d log(rate)/dλ*, about; 0.58 to 0.37 between 0.28 and 0.67 bits/pixel. The loop closes also if it is off by half."""
+"""d log(rate)/dλ*, about. Stage 1 of the tiny preset with c_lf 2.27, 4 and 9.1 throughout: 0.28, 0.46, 0.67 bits/pixel,
+so 0.58 and 0.37 (2 cores of an AMD EPYC, 2026-11-25, by benchmarks/rate_control.py). The loop closes with either."""
 ENCODER_LAG = 0.2
-"""Time, about, after which the rate has followed a new λ* by 1 − 1/e: 0.14 to 0.2 in runs of 400 steps on OpenMoji, and
-0.18 to 0.25 in runs of 1000."""
+"""Time, about, after which the rate has followed a new λ* by 1 − 1/e. Fitted to that benchmark's runs: 0.14 to 0.2 for
+those of 400 steps, 0.18 to 0.25 for those of 1000."""
 DRIFT = 0.6
 """How much log(rate) falls at one λ*, about, in the time of the whole training: the prior learns."""
 LARGEST_GAIN = 2.5
