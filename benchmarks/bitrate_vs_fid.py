@@ -218,7 +218,8 @@ def main() -> None:
         first = shown[0].autoencoder
         samples = first["fd_efflite0"]["base"]
         file.with_suffix(".md").write_text(
-            f"Measured by `python benchmarks/bitrate_vs_fid.py`: the `{settings.preset}` preset, EMA weights, held-out "
+            f"Measured by `python benchmarks/bitrate_vs_fid.py --preset {settings.preset}`: the "
+            f"`{settings.preset}` preset, EMA weights, held-out "
             f"OpenMoji by family; fd is fd_efflite0 of {samples['n']} samples to the {samples['n_reference']} training "
             f"images, or of {first['held_out']['n']} reconstructions to their originals (fewer than features: compare "
             "within the table alone), kd the kernel distance to the held-out images. λ* = b + ln(c_lf − 1). ± is one "

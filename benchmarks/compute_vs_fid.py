@@ -148,7 +148,8 @@ def main() -> None:
         first = next(iter(found.values()))[0]
         samples = first["fd_efflite0"]["base"]
         file.with_suffix(".md").write_text(
-            f"Measured by `python benchmarks/compute_vs_fid.py`: the `{settings.preset}` preset on OpenMoji, EMA "
+            f"Measured by `python benchmarks/compute_vs_fid.py --preset {settings.preset}`: the "
+            f"`{settings.preset}` preset on OpenMoji, EMA "
             f"weights; fd is fd_efflite0 of {samples['n']} samples without guidance to the {samples['n_reference']} "
             "training images (fewer than features: compare within the table alone), kd the kernel distance to the "
             "held-out images; FLOPs of training by the paper's convention. Machine: "

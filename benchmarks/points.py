@@ -17,7 +17,8 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def identity(config: "Config") -> str:
-    """What makes a measured point this one: everything that it was trained and measured with."""
+    """What makes a measured point this one: all settings that it was trained and measured with. The code is not among
+    them: after a change of the method, take its lines out of the file."""
     from ulx.config import fingerprint
 
     # Where an autoencoder was copied from tells nothing that its settings, which the configuration holds too, do not.
@@ -40,7 +41,9 @@ def of_length(train: "TrainConfig", steps: int) -> "TrainConfig":
 
 
 def resumable(config: "Config") -> "Config":
-    """`config`, to be continued if its run was begun."""
+    """`config`, to be continued if its run was begun; with an autoencoder of its own if the run to copy is gone."""
+    if config.autoencoder is not None and not (Path(config.autoencoder) / "config.json").exists():
+        config = dataclasses.replace(config, autoencoder=None)
     return dataclasses.replace(config, resume=(config.path / "config.json").exists())
 
 

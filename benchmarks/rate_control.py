@@ -115,7 +115,7 @@ def main() -> None:
             f"saw {controlled.rate.images}. ± is one standard error over images, which the two runs of a row share. "
             f"Machine: {pairs[0][0]['machine']}, 2 cores.\n\n{text}\n"
         )
-        if logs:
+        if len(logs) == len(settings.targets):  # a plot of fewer would take the place of one of all
             plot(logs, file.parent / "rate_control.png")
         print(text)
 

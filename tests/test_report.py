@@ -351,6 +351,17 @@ class TestIncomplete:
         assert "nan" not in text(html)
         assert "counted at the end of training" in text(html)
 
+    def test_rate_control_shows_the_factor_that_was_felt(self, finished, copy_of):
+        path = copy_of(finished)
+        config = json.loads((path / "config.json").read_text())
+        config["rate"]["target_bits_per_pixel"] = 0.3
+        (path / "config.json").write_text(json.dumps(config))
+        lines = [json.loads(line) for line in (path / "stage1.jsonl").read_text().splitlines()]
+        added = [json.dumps(line | {"loss_factor": 2.25, "felt_loss_factor": 2.75}) for line in lines]
+        (path / "stage1.jsonl").write_text("\n".join(added) + "\n")
+        assert "Loss factor 2.75 (adapted for 0.3 bits/pixel)" in text(report.write(path).read_text())
+        assert (path / "figures" / "stage1_loss_factor.png").exists()
+
     def test_another_average_than_training_s_is_named(self, finished, html, small_dataset, copy_of, monkeypatch):
         path = copy_of(finished)
         found, config = evaluation.Evaluation.load(path / "evaluation"), runs.read_config(path)

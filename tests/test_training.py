@@ -23,7 +23,7 @@ from ulx.data.pipeline import train_batches
 from ulx.ema import gamma_of
 from ulx.metrics_log import MetricsLog, read_metrics
 from ulx.stages import autoencoder_loss
-from ulx.training import Interrupted, NonFiniteError, TrainState, make_optimizer, make_step
+from ulx.training import Interrupted, NonFiniteError, TrainState, make_optimizer, make_step, pace
 
 
 class Line(eqx.Module):
@@ -37,6 +37,19 @@ def line_loss(model, frozen, batch, draws, step, control):
     error = model.weight * batch["x"] + model.bias - batch["y"]
     loss = jnp.mean(error**2)
     return loss, {"loss": loss}
+
+
+def test_pace_is_what_the_optimizer_takes():
+    """Up a line, down a cosine, to a hundredth. Adam's first steps under one gradient move by the learning rate."""
+    config = TrainConfig(steps=110, warmup_steps=10, learning_rate=0.02, weight_decay=0.0)
+    found = pace(config)
+    cosine = [0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * (step - 10) / 100)) for step in range(10, 110)]
+    np.testing.assert_allclose(found, [*np.arange(10) / 10, *cosine], atol=1e-6)
+    optimizer, weight = make_optimizer(config), {"weight": jnp.ones(())}
+    state = optimizer.init(weight)
+    for expected in found:
+        update, state = optimizer.update({"weight": jnp.ones(())}, state, weight)
+        assert float(update["weight"]) == pytest.approx(-0.02 * expected, rel=1e-4, abs=1e-8)
 
 
 def bits_of(tree):

@@ -4,7 +4,7 @@
 
 Two numbers of one name may be compared if they mean the same: one definition and one network, the same reference
 images, as many images on either side, prepared in the same way. Otherwise the cards are refused, and what differs is
-named. --only leaves metrics out.
+named. --only names the metrics to compare.
 """
 
 import dataclasses

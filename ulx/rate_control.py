@@ -118,6 +118,11 @@ class Control:
         """The c_lf which, throughout, is to give the averaged weights the same rate."""
         return 1 + jnp.exp(self.averaged)
 
+    @property
+    def logged(self) -> dict[str, Float[Array, ""]]:
+        """What a training step logs of it."""
+        return {"loss_factor": self.loss_factor, "felt_loss_factor": self.felt_loss_factor}
+
 
 @dataclasses.dataclass(frozen=True)
 class RateController:

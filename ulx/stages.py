@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Int, Key
 
 from ulx import diffusion, losses, schedules, weightings
 from ulx.config import Config
@@ -76,14 +76,10 @@ def autoencoder_loss(config: Config) -> Loss:
             "rate": losses.bits_per_pixel(bound.rate, num_pixels=pixels).mean(),
             "decoder": losses.bits_per_pixel(bound.decoder, num_pixels=pixels).mean(),
             "latent_std": posterior.mean.std(axis=0).mean(),
-            **({} if control is None else _logged(control)),
+            **({} if control is None else control.logged),
         }
 
     return loss
-
-
-def _logged(control: Control) -> dict[str, Float[Array, ""]]:
-    return {"loss_factor": control.loss_factor, "felt_loss_factor": control.felt_loss_factor}
 
 
 def make_decoder(model: UnifiedLatents, config: Config, *, key: Key[Array, ""]) -> DiffusionDecoder:
