@@ -28,7 +28,7 @@ PRESETS = {
         base_bias=1.0,
         # As short as they are, the runs want a high learning rate and an average over their last steps alone.
         train=TrainConfig(steps=1000, batch_size=32, learning_rate=2e-3, warmup_steps=50, ema_decay=0.99),
-        train_base=TrainConfig(steps=2000, batch_size=32, learning_rate=2e-3, warmup_steps=50, ema_decay=0.995),
+        train_base=TrainConfig(steps=4000, batch_size=32, learning_rate=2e-3, warmup_steps=50, ema_decay=0.9975),
         sample=SampleConfig(num_steps=16, solver="dpmpp_2m", decoder_num_steps=12, decoder_solver="ancestral"),
     ),
     "smoke": Config(
