@@ -37,6 +37,8 @@ class Settings:
     """What each point is trained like: a preset of experiments/openmoji.py."""
     pairs: tuple[tuple[float, float], ...] = ((1.4, 2.0), (1.4, 4.0), (1.4, 8.0), (1.4, 16.0), (2.5, 1.7), (2.5, 2.5))
     """The decoder's bias b and loss factor c_lf of each autoencoder."""
+    base_steps: int | None = None
+    """Steps of the base models' training; by default half of the preset's."""
     seeds: tuple[int, ...] = (0,)
     """Each trains all of them."""
     results: str = str(points.RESULTS)
@@ -56,6 +58,7 @@ def configs_of(pair: tuple[float, float], seed: int, settings: Settings) -> dict
     halves = [tuple(max(1, number // 2) for number in numbers) for numbers in (base.channels, base.blocks)]
     small = dataclasses.replace(base, channels=halves[0], blocks=halves[1], block=block)
     name = f"sweep_{settings.preset}_b{bias:g}_c{factor:g}_s{seed}"
+    train_base = points.of_length(preset.train_base, settings.base_steps or preset.train_base.steps // 2)
     large = dataclasses.replace(
         preset,
         name=f"{name}_large",
@@ -63,6 +66,7 @@ def configs_of(pair: tuple[float, float], seed: int, settings: Settings) -> dict
         seed=seed,
         loss_factor=factor,
         sigmoid_bias=bias,
+        train_base=train_base,
         evaluate=dataclasses.replace(preset.evaluate, flow_images=0),
     )
     model = dataclasses.replace(large.model, base=small)
@@ -219,7 +223,7 @@ def main() -> None:
         samples = first["fd_efflite0"]["base"]
         file.with_suffix(".md").write_text(
             f"Measured by `python benchmarks/bitrate_vs_fid.py --preset {settings.preset}`: the "
-            f"`{settings.preset}` preset, EMA weights, held-out "
+            f"`{settings.preset}` preset with {first['base_steps']} steps of the base models, EMA weights, held-out "
             f"OpenMoji by family; fd is fd_efflite0 of {samples['n']} samples to the {samples['n_reference']} training "
             f"images, or of {first['held_out']['n']} reconstructions to their originals (fewer than features: compare "
             "within the table alone), kd the kernel distance to the held-out images. λ* = b + ln(c_lf − 1). ± is one "
