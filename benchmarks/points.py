@@ -22,7 +22,9 @@ def identity(config: "Config") -> str:
     from ulx.config import fingerprint
 
     # Where an autoencoder was copied from tells nothing that its settings, which the configuration holds too, do not.
-    return fingerprint(config, ignore=("name", "runs", "resume", "autoencoder", "data.cache_dir", "data.workers"))
+    where = ("name", "runs", "resume", "autoencoder", "data.cache_dir", "data.workers")
+    more = ("evaluate.inception_weights", "evaluate.inception_resize", "evaluate.lpips")  # adds to what is measured
+    return fingerprint(config, ignore=(*where, *more))
 
 
 def read(file: Path) -> list[dict[str, Any]]:

@@ -59,7 +59,7 @@ def measure(settings: Settings) -> dict:
     results: dict = {"preset": settings.preset, "device": jax.devices()[0].device_kind, "machine": platform.machine()}
     jobs = (
         ("stage1", state, None, stages.autoencoder_loss(config), config.train, dataset),
-        ("stage2", base_state, model, stages.base_loss(config), config.train_base, cached),
+        ("stage2", base_state, model, stages.base_loss(config, config.data.resolution**2), config.train_base, cached),
     )
     for name, state, frozen, loss, train, examples in jobs:
         batch_size = settings.batch_size or train.batch_size

@@ -102,3 +102,74 @@ def test_what_is_no_card_is_named(written, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cards.main([str(one)])
     assert f"error: {one} is one card" in capsys.readouterr().err
+
+
+@pytest.fixture
+def runs_of(tmp_path):
+    """Writes metrics.json of runs, as an evaluation does."""
+
+    def write(*each):
+        for name, change in each:
+            found = {
+                "weights": "EMA",
+                "bits_per_pixel": {"value": 0.5, "standard_error": 0.01, "n": 9, "levels": 16, "draws": 2},
+                "fd_efflite0": {
+                    "base": {"value": 80.0, "n": 7, "n_reference": 20, "nfe": 16, "against": "training images"},
+                },
+                "sampler": {"latent": "heun", "decoder": "ancestral", "decoder_nfe": 12, "guidance_scale": 1.0},
+                "cost": {"seconds_stage1": 3.0},
+                "definitions": {
+                    "bits_per_pixel": {"definition": "a bound"},
+                    "fd_efflite0": {"definition": "a distance", "network": {"definition": "n", "sha256": "c0"}},
+                },
+                "references": {
+                    what: {"data": "emoji", "split": what[:5], "n": 20, "fingerprint": "f1"}
+                    for what in ("training images", "held-out images")
+                },
+                "provenance": {"seed": 0, "dtype": "float32", "commit": "1"},
+            }
+            change(found)
+            (tmp_path / name / "evaluation").mkdir(parents=True)
+            (tmp_path / name / "evaluation" / "metrics.json").write_text(json.dumps(found))
+        return [tmp_path / name for name, _ in each]
+
+    return write
+
+
+def test_runs_side_by_side_with_how_they_were_sampled(runs_of):
+    def other(found):
+        found["fd_efflite0"]["base"] |= {"value": 70.0, "nfe": 32}
+        found["sampler"]["latent"] = "ddim"
+
+    paths = runs_of(("one", lambda found: None), ("two", other))
+    rows = [line.split("  ") for line in cards.table(paths).splitlines()]
+    shown = {row[0].strip(): [cell.strip() for cell in row[1:] if cell.strip()] for row in rows}
+    assert shown["bits_per_pixel"] == ["0.500 ± 0.010"] * 2
+    assert shown["fd_efflite0.base"] == ["80.00", "70.00"]
+    assert shown["NFE of the base model"] == ["16", "32"]
+    assert shown["solver of the latent"] == ["heun", "ddim"]
+
+
+def test_runs_on_other_data_or_other_samples_are_refused(runs_of):
+    def data(found):
+        found["references"]["training images"]["fingerprint"] = "f2"
+
+    def count(found):
+        found["fd_efflite0"]["base"]["n"] = 8
+        found["bits_per_pixel"]["levels"] = 8
+
+    one, of_data, of_count = runs_of(("one", lambda found: None), ("data", data), ("count", count))
+    reference = "the reference: emoji train, 20 images f1, emoji train, 20 images f2"
+    with pytest.raises(ValueError, match=f"may not be compared by fd_efflite0.base: {reference}$"):
+        cards.table([one, of_data])
+    with pytest.raises(ValueError, match=r"by bits_per_pixel, fd_efflite0\.base: .*noise levels: 16, 8.*images: 7, 8"):
+        cards.table([one, of_count])
+    assert "fd_efflite0" not in cards.table([one, of_data], ["bits_per_pixel"]).split("NFE")[0]
+
+
+def test_a_run_that_is_not_evaluated_or_long_ago(runs_of, tmp_path):
+    (path,) = runs_of(("old", lambda found: found.pop("definitions")))
+    with pytest.raises(ValueError, match=f"python -m ulx.evaluate {path}"):
+        cards.table([path, path])
+    with pytest.raises(FileNotFoundError, match="is no evaluated run"):
+        cards.table([tmp_path, path])

@@ -1,5 +1,6 @@
-"""The evaluation's bits on a run whose weights are drawn, against the estimates by hand."""
+"""The evaluation's bits on a run whose weights are drawn, against the estimates by hand; distances of any images."""
 
+import dataclasses
 import math
 
 import equinox as eqx
@@ -7,13 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from stand_ins import Corner
 
 from ulx import evaluation, runs
 from ulx.bound import estimate_decoder, estimate_rate
 from ulx.denoiser import StandardNormal
 from ulx.diffusion import split_keys
 from ulx.generate import example_keys
+from ulx.metrics.frechet import Moments, frechet_distance
 from ulx.progress import Progress
+from ulx.runner import Runner
 from ulx.seeding import root_key
 
 
@@ -28,9 +32,9 @@ def images(small_dataset) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def runner(run, images) -> evaluation._Runner:
+def runner(run, images) -> Runner:
     with Progress("evaluate", total=len(images)) as progress:
-        return evaluation._Runner(run.model, run.config, progress)
+        return Runner(run.model, run.config, progress)
 
 
 def test_rate_under_the_base_model_is_without_a_label(run, runner, images):
@@ -76,7 +80,7 @@ def test_flow_of_a_standard_normal_is_its_density(run, images):
     """log p(z_0) = log N(z_0; 0, I) exactly, so that only the solver's error is left: 1e-3 nats per dimension."""
     model = eqx.tree_at(lambda m: m.prior, run.model, StandardNormal(run.model.latent_shape))
     with Progress("evaluate", total=len(images)) as progress:
-        found, steps = evaluation._Runner(model, run.config, progress).flow_nats(images)
+        found, steps = Runner(model, run.config, progress).flow_nats(images)
     assert steps > 3
 
     @eqx.filter_jit
@@ -90,3 +94,58 @@ def test_flow_of_a_standard_normal_is_its_density(run, images):
 
     keys = example_keys(root_key(0, "evaluation flow"), 0, 5)
     np.testing.assert_allclose(found, by_hand(model, jnp.asarray(images) / 127.5 - 1, keys), atol=256e-3)
+
+
+@pytest.fixture(scope="module")
+def distances(small_dataset, tmp_path_factory):
+    held_out = np.stack([example["image"] for example in small_dataset.validation])
+    rng = np.random.default_rng(0)
+    drawn = lambda n: rng.integers(0, 256, (n, *held_out.shape[1:]), dtype=np.uint8)  # noqa: E731
+    made = {"base": (drawn(7), 4), "prior": (drawn(7), 3), "reconstruction": (drawn(5), 2)}
+    networks = [Corner(), Corner(metric="fid", kernel_metric="kid", definition="another", sha256="c1")]
+    found = evaluation._distances(networks, made, held_out, small_dataset, str(tmp_path_factory.mktemp("cache")))
+    return found, made, held_out
+
+
+def test_reconstructions_are_compared_with_their_originals_and_with_the_training_set(distances, small_dataset):
+    found, made, held_out = distances
+    corner = lambda images: np.asarray(images, np.float64)[:, 0, 0] / 127.5 - 1  # noqa: E731
+    trained = corner(np.stack([example["image"] for example in small_dataset.train]))
+    distance = lambda a, b: frechet_distance(Moments.of(corner(a)), Moments.of(b))  # noqa: E731
+    by_hand = {
+        "base": distance(made["base"][0], trained),
+        "prior": distance(made["prior"][0], trained),
+        "reconstruction": distance(made["reconstruction"][0], corner(held_out)),
+        "reconstruction_to_training": distance(made["reconstruction"][0], trained),
+        "held_out_images": distance(held_out, trained),
+    }
+    assert len({round(value, 3) for value in by_hand.values()}) == 5
+    for metric in ("fd_efflite0", "fid"):
+        for what, value in by_hand.items():
+            np.testing.assert_allclose(found[metric][what]["value"], value, rtol=1e-4, err_msg=what)  # float32
+    against = {what: entry["against"] for what, entry in found["fid"].items()}
+    assert against.pop("reconstruction") == "held-out images"
+    assert set(against.values()) == {"training images"}
+
+
+def test_every_network_has_a_kernel_distance_of_its_own_name(distances):
+    found, _, _ = distances
+    names = {"kd_efflite0", "precision", "recall", "kid", "precision_fid", "recall_fid"}
+    assert {frozenset(entry) for entry in found["against_held_out_images"].values()} == {frozenset(names)}
+    assert found["against_held_out_images"]["base"]["kid"]["n_a"] == 5
+    assert found["against_held_out_images"]["base"]["kid"]["n_b"] == 7
+
+
+def test_weights_that_are_not_there_are_refused(small_config):
+    options = dataclasses.replace(small_config.evaluate, inception_weights="nowhere.pth")
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth is no file: name the weights of FID's InceptionV3"):
+        evaluation.networks(options)
+
+
+def test_pairs_too_small_for_a_measure_go_without_it():
+    distance = lambda x, y: jnp.abs(x - y).mean((1, 2, 3))  # noqa: E731
+    images = np.zeros((3, 32, 32, 3), np.uint8)
+    other = images + np.uint8(51)
+    assert evaluation._errors(images, other, distance)["lpips_vgg16"]["value"] == pytest.approx(0.4)  # 51/127.5
+    assert set(evaluation._errors(images[:, :15, :15], other[:, :15, :15], distance)) == {"psnr", "ssim"}
+    assert set(evaluation._errors(images[:, :8, :8], other[:, :8, :8], distance)) == {"psnr"}

@@ -38,7 +38,7 @@ def test_loss_and_gradient_are_those_of_encoding_the_batch(small_config, small_d
 
     @eqx.filter_jit
     def value_and_grad(batch):
-        loss = lambda base: base_loss(small_config)(base, model, batch, draws, jnp.asarray(0))[0]  # noqa: E731
+        loss = lambda base: base_loss(small_config, 16 * 16)(base, model, batch, draws, jnp.asarray(0))[0]  # noqa: E731
         return eqx.filter_value_and_grad(loss)(base)
 
     (online, online_grad), (cached, cached_grad) = map(value_and_grad, examples)

@@ -141,7 +141,7 @@ def test_stage_2_is_the_sigmoid_weighted_loss_between_the_prior_s_ends(small_con
     base = shaken(make_base(model, config, 3, key=jax.random.key(1)))
     label = jnp.asarray([0, 1, 2, 0])
     z_clean = eqx.filter_jit(model.encoder)(images)
-    value, _ = eqx.filter_jit(base_loss(config))(
+    value, _ = eqx.filter_jit(base_loss(config, 16 * 16))(
         base, model, {"mean": z_clean, "label": label}, draws(), jnp.asarray(0)
     )
     t = np.asarray(draws().times(0), np.float64)
@@ -164,7 +164,7 @@ def test_stage_2_leaves_the_encoder_alone_and_drops_labels(small_config, model, 
     batch = {"image": jnp.asarray((images + 1) * 127.5, jnp.uint8), "label": jnp.asarray([0, 1, 2, 0])}
 
     def objective(pair):
-        return base_loss(small_config)(pair[0], pair[1], batch, draws(), jnp.asarray(0))[0]
+        return base_loss(small_config, 16 * 16)(pair[0], pair[1], batch, draws(), jnp.asarray(0))[0]
 
     to_base, to_encoder = eqx.filter_jit(eqx.filter_grad(objective))((base, model))
     assert float(optax.tree.norm(eqx.filter(to_base, eqx.is_array))) > 0

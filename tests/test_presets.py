@@ -58,7 +58,10 @@ def test_preset_initialises_and_takes_a_step(name):
         model, base = networks(preset, shape, num_classes, key)
         draws = Draws(keys=jax.random.split(key, 2), step_key=key)
         results = []
-        for loss, trained, frozen in ((autoencoder_loss(config), model, None), (base_loss(config), base, model)):
+        for loss, trained, frozen in (
+            (autoencoder_loss(config), model, None),
+            (base_loss(config, math.prod(shape[:-1])), base, model),
+        ):
             params, static = eqx.partition(trained, eqx.is_inexact_array)
 
             def objective(p):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from PIL import Image
+from stand_ins import Corner
 
 from ulx import evaluation, figures, job, report, report_text, runs
 from ulx.bound import DiffusionEstimate, RateEstimate
@@ -87,10 +88,10 @@ def finished(tmp_path_factory, small_config, small_dataset) -> Path:
 
     train = np.stack([example["image"] for example in dataset.train])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "_Runner", Runner)
+        patch.setattr(evaluation, "Runner", Runner)
         patch.setattr(evaluation, "features", corners)
         patch.setattr(evaluation, "training_moments", lambda *_: Moments.of(corners(None, train)))
-        patch.setattr(evaluation.efficientnet, "load", lambda: None)
+        patch.setattr(evaluation.efficientnet, "load", Corner)
         found = evaluation.evaluate(model, base, dataset, config)
     found.metrics["collapsed"] = False
     found.metrics["cost"] = job.cost(model, base, config) | {
@@ -215,7 +216,7 @@ class TestPage:
         assert "against training images, N = 12; rank-deficient" in cells["fd_efflite0, base"][4]
         full = metrics | {"fd_efflite0": {"base": metrics["fd_efflite0"]["base"] | {"rank_deficient": False}}}
         assert not any("rank-deficient" in cell for row in report_text.metrics_rows(full) for cell in row)
-        assert "the same held-out originals" in cells["fd_efflite0, reconstruction"][4]
+        assert "against held-out images" in cells["fd_efflite0, reconstruction"][4]
         assert float(cells["fd_efflite0, reconstruction"][0]) == pytest.approx(8 * SHIFT**2)  # a shift in 8 features
         originals = np.stack([example["image"] for example in small_dataset.validation])
         grey = np.repeat(120.0 + np.arange(8)[:, None] % 7, 8, axis=1)  # the Runner's samples of the prior

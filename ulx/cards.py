@@ -1,6 +1,7 @@
-"""Cards of `ulx.metrics` side by side, if their numbers may be compared.
+"""Cards of `ulx.metrics`, or evaluated runs, side by side, if their numbers may be compared.
 
     python -m ulx.cards one.json two.json three.json
+    python -m ulx.cards runs/one runs/two --only fd_efflite0.base bits_per_pixel
 
 Two numbers of one name may be compared if they mean the same: one definition and one network, the same reference
 images, as many images on either side, prepared in the same way. Otherwise the cards are refused, and what differs is
@@ -31,21 +32,40 @@ OF_METRIC = {
     "the network's weights": ("network", "sha256"),
     "the number of reference images": ("n_a",),
     "the number of measured images": ("n_b",),
+    "the number of images": ("n",),
     "the number of pairs": ("n_pairs",),
     "the neighbours": ("neighbours",),
+    "the reference": ("reference",),
+    "the noise levels": ("levels",),
+    "the draws of each": ("draws",),
+    "the labels": ("labels",),
+    "the probes": ("probes",),
 }
+OF_RUN = {
+    "solver of the latent": ("sampler", "latent"),
+    "solver of the decoder": ("sampler", "decoder"),
+    "NFE of the base model": ("fd_efflite0", "base", "nfe"),
+    "NFE of the decoder": ("sampler", "decoder_nfe"),
+    "guidance": ("sampler", "guidance_scale"),
+    "weights": ("weights",),
+    "seed": ("provenance", "seed"),
+    "commit": ("provenance", "commit"),
+}
+"""How a run's numbers were made: part of what is compared, and so shown beside it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     cards: tuple[Path, ...]
-    """Files written by `python -m ulx.metrics --out`, two at least."""
+    """Files written by `python -m ulx.metrics --out`, or folders of evaluated runs; two at least."""
     only: tuple[str, ...] = ()
     """The metrics to compare; by default all that are on every card."""
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A card. Raises FileNotFoundError, or ValueError for a file that is none, naming it."""
+    """A card, or a run's evaluation as one. Raises FileNotFoundError, or ValueError naming a file that is none."""
+    if path.is_dir():
+        return _of_run(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file: write a card with python -m ulx.metrics DIR_A DIR_B --out {path}")
     try:
@@ -55,11 +75,40 @@ def read(path: Path) -> dict[str, Any]:
     missing = [name for name in ("metrics", "a", "b") if not isinstance(card, dict) or name not in card]
     if missing:
         raise ValueError(f"{path} is no card: it has no {missing[0]!r}")
+    card["facts"] = {}
     for metric in card["metrics"].values():  # JSON has no infinity and no NaN
         metric["value"] = math.inf if metric["value"] is None else metric["value"]
         if metric.get("standard_error", 0) is None:
             del metric["standard_error"]
     return card
+
+
+def _of_run(path: Path) -> dict[str, Any]:
+    """The numbers of a run's metrics.json under one name each, with what they mean and what they were measured on."""
+    file = path / "evaluation" / "metrics.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{path} is no evaluated run: it has no evaluation/metrics.json")
+    found = json.loads(file.read_text("utf-8"))
+    if "definitions" not in found:
+        raise ValueError(f"{path} was evaluated before runs said what their numbers are: python -m ulx.evaluate {path}")
+    metrics: dict[str, Any] = {}
+
+    def gather(value: Any, names: tuple[str, ...]) -> None:
+        if not isinstance(value, dict):
+            return
+        if "value" not in value:
+            for name, part in value.items():
+                gather(part, (*names, name))
+            return
+        meant = next((found["definitions"][name] for name in names if name in found["definitions"]), None)
+        assert meant is not None, f"{file}: no definition of {'.'.join(names)}"
+        reference = found["references"][value.get("against", "held-out images")]
+        known = "{data} {split}, {n} images {fingerprint}".format(**reference)
+        metrics[".".join(names)] = value | meant | {"reference": known}
+
+    gather({name: part for name, part in found.items() if name not in ("definitions", "references")}, ())
+    facts = {what: _at(found, where) for what, where in OF_RUN.items()}
+    return {"metrics": metrics, "facts": facts, "b": {"path": str(path)}, "dtype": found["provenance"]["dtype"]}
 
 
 def differences(one: dict[str, Any], other: dict[str, Any], metric: str) -> list[str]:
@@ -104,6 +153,8 @@ def table(paths: Sequence[Path], only: Sequence[str] = ()) -> str:
             )
     rows = [["", *(str(card["b"]["path"]) for card in cards)]]
     rows += [[name, *(plus_minus(card["metrics"][name]) for card in cards)] for name in names]
+    facts = [name for name in OF_RUN if any(name in card["facts"] for card in cards)]
+    rows += [[name, *(str(card["facts"].get(name, "")) for card in cards)] for name in facts]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(lines)

@@ -11,7 +11,7 @@ import math
 import typing
 import warnings
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from ulx import weightings
 from ulx.data import DataConfig
@@ -134,6 +134,12 @@ class EvaluateConfig:
     """How often each level is drawn per image."""
     flow_images: int = 16
     """Held-out images whose likelihood under the prior's probability flow is measured too; 0: none."""
+    inception_weights: str | None = None
+    """The file of FID's InceptionV3 (pytorch-fid's state dict or jax-fid's pickle): FID and KID as well."""
+    inception_resize: Literal["tf1-bilinear", "clean-bicubic"] = "tf1-bilinear"
+    """How it is shown the images: "clean-bicubic" is Clean-FID's way, and its distances are called so."""
+    lpips: bool = False
+    """LPIPS of the reconstructions too; needs pip install "ulx[lpips]"."""
 
     def __post_init__(self):
         if self.flow_images < 0:

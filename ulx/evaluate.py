@@ -1,7 +1,8 @@
 """Evaluate a finished run again and write its report anew.
 
 python -m ulx.evaluate runs/openmoji
-python -m ulx.evaluate runs/openmoji --ema 0.07        the base model with another average of its weights
+python -m ulx.evaluate runs/openmoji --ema 0.07                    the base model with another average of its weights
+python -m ulx.evaluate runs/openmoji --inception-weights FILE      FID and KID too
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ from pathlib import Path
 from ulx import job, runs
 from ulx.command_line import parse_arguments, run_command
 from ulx.data import open_dataset
+from ulx.metrics import inception
 
 __all__ = ["Options", "evaluate"]
 
@@ -22,16 +24,28 @@ class Options:
     ema: float | None = None
     """Width σ_rel of the base model's average, for a run with snapshots (`--train-base.posthoc-ema`); by default the
     moving average of training."""
+    inception_weights: Path | None = None
+    """The file of FID's InceptionV3: FID and KID as well. By default as the run was set."""
+    inception_resize: inception.Resize = "tf1-bilinear"
+    """How it is shown the images: "clean-bicubic" is Clean-FID's way, and its distances are called so."""
+    lpips: bool = False
+    """LPIPS of the reconstructions too; needs pip install "ulx[lpips]"."""
 
 
 def evaluate(options: Options) -> Path:
-    """Evaluate with the run's own settings; returns the path of the report."""
+    """Evaluate with the run's own settings, and more if asked; returns the path of the report."""
     run = runs.load(options.run, ema=options.ema)
     if run.base is None:
         raise ValueError(f"{options.run} has no base model yet: finish stage 2 first (--resume)")
-    dataset = open_dataset(run.config.data)
+    evaluate = run.config.evaluate
+    if options.inception_weights is not None:
+        weights, resize = str(options.inception_weights), options.inception_resize
+        evaluate = dataclasses.replace(evaluate, inception_weights=weights, inception_resize=resize)
+    evaluate = dataclasses.replace(evaluate, lpips=evaluate.lpips or options.lpips)
+    config = dataclasses.replace(run.config, evaluate=evaluate)
+    dataset = open_dataset(config.data)
     runs.remember_data(run.path, dataset)
-    return job.measure(run.path, run.model, run.base, dataset, run.config, weights=run.weights)
+    return job.measure(run.path, run.model, run.base, dataset, config, weights=run.weights)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -1,52 +1,65 @@
 """Measuring a trained model on images it never saw: bits, reconstructions, samples, distances, copies.
 
-Everything uses the averaged (EMA) weights and is written to the run's `evaluation/` folder: `metrics.json` with each
-number beside what it was measured on, and `pictures.npz` for the report.
+Everything uses the averaged (EMA) weights and is written to the run's `evaluation/` folder: `pictures.npz` for the
+report, and `metrics.json`, a card. Each number stands there beside its N, standard error and NFE; what it means, by
+which network, against which images, and from which code and seed, is said once for all of them.
 """
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int32, Key, UInt8
+from jaxtyping import Float, Int32, UInt8
 
+import ulx
 from ulx import losses
-from ulx.bound import DiffusionEstimate, RateEstimate, estimate_decoder, estimate_rate
-from ulx.config import Config
-from ulx.data.pixels import to_float, to_uint8
+from ulx.bound import DiffusionEstimate, RateEstimate
+from ulx.config import Config, EvaluateConfig
+from ulx.data.pixels import to_float
 from ulx.data.source import Dataset, Split
-from ulx.denoiser import Denoiser, StandardNormal
-from ulx.diffusion import split_keys
-from ulx.generate import decode, encode, in_batches, sample_latents
-from ulx.likelihood import FlowRate, flow_rate
-from ulx.metrics import efficientnet
-from ulx.metrics.compare import kernel_and_manifolds
+from ulx.denoiser import Denoiser
+from ulx.metrics import compare, efficientnet, inception, lpips
 from ulx.metrics.copies import copies_among, spread_over
-from ulx.metrics.features import features
+from ulx.metrics.features import FeatureNetwork, features
 from ulx.metrics.frechet import Moments, frechet_distance
 from ulx.metrics.images import SSIM_WINDOW, psnr, ssim
 from ulx.metrics.reference import training_moments
 from ulx.models import UnifiedLatents
 from ulx.progress import Progress
-from ulx.seeding import root_int, root_key
+from ulx.runner import FLOW_PROBES, Runner
+from ulx.seeding import root_int
 from ulx.typing import PerExample
 
-__all__ = ["Evaluation", "evaluate", "evaluate_autoencoder"]
+__all__ = ["Evaluation", "evaluate", "evaluate_autoencoder", "networks"]
 
 RECONSTRUCT, SAMPLE = "reconstruct", "sample"
 """Purposes of noise. Reconstructions, swapped or not, share theirs; so do the samples of all models, row by row."""
 PICTURES = 64
 """Images of each kind that the report shows."""
 
-FLOW_PROBES, FLOW_TOLERANCE = 2, 1e-4
-"""Of the flow's likelihood: Hutchinson's probes, and the tolerance of a step, about 1e-3 nats per dimension in all."""
+TRAINING, HELD_OUT = "training images", "held-out images"
+"""What numbers are measured against; all others than distances are measured on held-out images."""
+DEFINITIONS = {
+    "bits_per_pixel": "the prior's bound L_z on KL[q(z_0|x) ‖ p(z_0)] with w = 1: its diffusion loss, the terminal KL "
+    "and the encoder's term, over height · width · ln 2; mean over images",
+    "bits_per_latent_dim": "the same per dimension of the latent",
+    "bits_per_pixel_base": "the same bound with the base model in the prior's place",
+    "decoder_bits_per_pixel": "L_x with w = 1, over height · width · ln 2; mean over images",
+    "psnr": "10 log10(255²/MSE) in dB of each reconstruction, mean over images",
+    "ssim": f"structural similarity of each reconstruction, mean over images: {compare.SSIM}",
+    lpips.METRIC: f"distance of each reconstruction in VGG16's activations, mean over images ({lpips.DEFINITION})",
+    "psnr_of_mean_training_image": "10 log10(255²/MSE) in dB of the mean training image, mean over images",
+    "swap": "PSNR in dB of decodings of another image's latent with this one's noise, mean over pairs",
+    "flow": "−h(q) − log p(z_0) by the prior's probability flow, over height · width · ln 2; mean over images",
+}
 
 Images = UInt8[np.ndarray, "_n _h _w _c"]
+Metric = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,239 +98,203 @@ def evaluate_autoencoder(model: UnifiedLatents, dataset: Dataset, config: Config
     return {**_bits(rate, model), "psnr": _psnr(reconstructions, held_out) | {"nfe": nfe}}
 
 
+def networks(options: EvaluateConfig) -> tuple[list[FeatureNetwork], lpips.LPIPS | None]:
+    """Those whose features are compared, and LPIPS if asked for.
+
+    Raises FileNotFoundError, ModuleNotFoundError, ValueError for weights that are not there or not the right ones.
+    """
+    found: list[FeatureNetwork] = [efficientnet.load()]
+    if options.inception_weights is not None:
+        found.append(inception.load(options.inception_weights, options.inception_resize))
+    return found, lpips.load() if options.lpips else None
+
+
 def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Config) -> Evaluation:
-    """Evaluate a run. `model` and `base` hold the averaged weights; validation images are those of `dataset`."""
-    network = efficientnet.load()
+    """Evaluate a run. `model` and `base` hold the averaged weights; validation images are those of `dataset`.
+
+    Raises as `networks` does.
+    """
+    compared, of_pairs = networks(config.evaluate)
     held_out = _images(dataset.validation)
-    labels = _labels_like(dataset.train.labels, config.evaluate.num_samples, root_int(config.seed, "evaluation labels"))
-    options = config.evaluate
-    # A base model that never saw its null label is asked about each image as one of its class.
-    own_labels = dataset.validation.labels if config.label_dropout == 0 else None
-
-    train_originals = np.stack([dataset.train[i]["image"] for i in spread_over(len(dataset.train), 2 * PICTURES)])
-    flow_of = spread_over(len(held_out), options.flow_images)
-    total = 5 * len(held_out) + len(flow_of) + min(PICTURES, len(held_out)) + 2 * options.num_samples + PICTURES
-    with Progress("evaluate", total=total + 2 * len(train_originals), unit="images") as progress:
-        run = _Runner(model, config, progress)
-        rate, base_rate = run.rate(held_out, model.prior), run.rate(held_out, base, own_labels)
-        decoder = run.decoder_nats(held_out)
-        flow, flow_steps = run.flow_nats(held_out[flow_of]) if flow_of else (np.zeros(0), 0)
-        latents = run.encode(held_out)
-        reconstructions, decoder_nfe = run.decode(latents, RECONSTRUCT)
-        swapped, _ = run.decode(np.roll(latents, 1, axis=0)[:PICTURES], RECONSTRUCT)
-        prior_samples, prior_nfe = run.sample(model.prior, None, options.num_samples, SAMPLE)
-        base_samples, base_nfe = run.sample(base, labels, options.num_samples, SAMPLE)
-        guided = None
-        if config.can_guide:  # for the eye: the classes in turn
-            turn = np.arange(PICTURES, dtype=np.int32) % len(dataset.class_names)
-            images, nfe = run.sample(base, turn, PICTURES, SAMPLE, guidance=config.sample.guidance_scale)
-            guided = images, turn, nfe
-        train_copies, _ = run.decode(run.encode(train_originals), RECONSTRUCT)
-
-    reference = training_moments(dataset, network, config.data.cache_dir)
-    seen = lambda images, what: features(network, images, description=f"features of {what}")  # noqa: E731
-    base_features = seen(base_samples, "base samples")
-    prior_features = seen(prior_samples, "prior samples")
-    held_out_features = seen(held_out, "held-out images")
-    reconstruction_features = seen(reconstructions, "reconstructions")
-    copies, nearest_index = copies_among(dataset.train, base_samples, held_out, train_originals, train_copies)
-
+    made = _Made.by(model, base, dataset, held_out, config)
+    copies, nearest = copies_among(
+        dataset.train, made.base_samples, held_out, made.train_originals, made.train_reconstructions
+    )
+    sampled = config.sample
     metrics: dict[str, Any] = {
         "held_out": {"n": len(held_out), "data": dataset.name, "split": "validation"},
         "weights": "EMA",
-        **_bits(rate, model),
-        "bits_per_pixel_base": _bits_per_pixel(base_rate.rate, base_rate.diffusion, model)
-        | {"labels": "none: the base model's null label" if own_labels is None else "the images' own"},
-        "decoder_bits_per_pixel": _bits_per_pixel(decoder.total, decoder, model)
+        **_bits(made.rate, model),
+        "bits_per_pixel_base": _bits_per_pixel(made.base_rate.rate, made.base_rate.diffusion, model)
+        | {"labels": "the images' own" if made.labels_told else "none: the base model's null label"},
+        "decoder_bits_per_pixel": _bits_per_pixel(made.decoder.total, made.decoder, model)
         | {"leaves_out": "x's terminal KL and -log p(x | x_0)"},
-        "psnr": _psnr(reconstructions, held_out) | {"nfe": decoder_nfe, "solver": config.sample.decoder_solver},
-        **({} if config.data.resolution < SSIM_WINDOW else {"ssim": _ssim(reconstructions, held_out)}),
+        **_errors(made.reconstructions, held_out, of_pairs),
         "psnr_of_mean_training_image": _psnr(np.broadcast_to(_mean_image(dataset), held_out.shape), held_out),
-        "swap": _swap(swapped, held_out),
-        "fd_efflite0": {
-            "base": _distance(base_features, reference) | {"nfe": base_nfe, "against": "training images"},
-            "prior": _distance(prior_features, reference) | {"nfe": prior_nfe, "against": "training images"},
-            "reconstruction": _distance(reconstruction_features, Moments.of(held_out_features))
-            | {"nfe": decoder_nfe, "against": "the same held-out originals"},
-            "held_out_images": _distance(held_out_features, reference) | {"against": "training images"},
-        },
-        "against_held_out_images": {
-            "base": _kernel_and_manifolds(held_out_features, base_features),
-            "prior": _kernel_and_manifolds(held_out_features, prior_features),
-            "reconstruction": _kernel_and_manifolds(held_out_features, reconstruction_features),
-        },
+        "swap": _swap(made.swapped, held_out),
+        **_distances(
+            compared,
+            {
+                "base": (made.base_samples, made.base_nfe),
+                "prior": (made.prior_samples, made.prior_nfe),
+                "reconstruction": (made.reconstructions, made.decoder_nfe),
+            },
+            held_out,
+            dataset,
+            config.data.cache_dir,
+        ),
         "sampler": {
-            "latent": config.sample.solver,
-            "latent_steps": config.sample.num_steps,
-            "latent_churn": config.sample.churn,
-            "latent_tolerance": config.sample.tolerance,
-            "decoder": config.sample.decoder_solver,
-            "decoder_steps": config.sample.decoder_num_steps,
-            "decoder_churn": config.sample.decoder_churn,
-            "decoder_tolerance": config.sample.decoder_tolerance,
-            "decoder_nfe": decoder_nfe,
+            "latent": sampled.solver,
+            "latent_steps": sampled.num_steps,
+            "latent_churn": sampled.churn,
+            "latent_tolerance": sampled.tolerance,
+            "decoder": sampled.decoder_solver,
+            "decoder_steps": sampled.decoder_num_steps,
+            "decoder_churn": sampled.decoder_churn,
+            "decoder_tolerance": sampled.decoder_tolerance,
+            "decoder_nfe": made.decoder_nfe,
             "guidance_scale": 1.0,
             "labels": "as frequent as in the training set",
         },
         "copies": copies,
+        "definitions": {name: {"definition": text} for name, text in DEFINITIONS.items()}
+        | {name: entry for network in compared for name, entry in compare.definitions(network).items()},
+        "references": {
+            what: {"data": dataset.name, "split": split, "n": count, "fingerprint": dataset.fingerprint}
+            for what, split, count in (
+                (TRAINING, "train", len(dataset.train)),
+                (HELD_OUT, "validation", len(held_out)),
+            )
+        },
+        "provenance": {"seed": config.seed, "dtype": "float32", "ulx": ulx.__version__, "commit": compare.commit()},
     }
-    if flow_of:
+    metrics["psnr"] |= {"nfe": made.decoder_nfe, "solver": sampled.decoder_solver}
+    if len(made.flow):
         pixels = int(np.prod(model.shape[:-1]))
         bits = lambda nats: _mean(losses.bits_per_pixel(jnp.asarray(nats), num_pixels=pixels))  # noqa: E731
         metrics["flow"] = {
-            "bits_per_pixel": bits(flow) | {"probes": FLOW_PROBES, "solver_steps": flow_steps},
-            "bound_less_flow": bits(np.asarray(rate.rate)[flow_of] - flow),
+            "bits_per_pixel": bits(made.flow) | {"probes": FLOW_PROBES, "solver_steps": made.flow_steps},
+            "bound_less_flow": bits(np.asarray(made.rate.rate)[made.flow_of] - made.flow),
         }
-    train_images = [dataset.train[int(i)]["image"] for i in nearest_index[:PICTURES]]
     pictures = {
         "originals": held_out[:PICTURES],
-        "reconstructions": reconstructions[:PICTURES],
-        "swapped": swapped,
-        "prior_samples": prior_samples[:PICTURES],
-        "base_samples": base_samples[:PICTURES],
-        "base_labels": labels[:PICTURES],
-        "nearest": np.stack(train_images),
+        "reconstructions": made.reconstructions[:PICTURES],
+        "swapped": made.swapped,
+        "prior_samples": made.prior_samples[:PICTURES],
+        "base_samples": made.base_samples[:PICTURES],
+        "base_labels": made.labels[:PICTURES],
+        "nearest": np.stack([dataset.train[int(i)]["image"] for i in nearest[:PICTURES]]),
     }
-    if guided is not None:
-        images, turn, nfe = guided
+    if made.guided is not None:
+        images, turn, nfe = made.guided
         pictures |= {"guided_samples": images, "guided_labels": turn}
         metrics["guided_samples"] = {
             "nfe": nfe,
-            "guidance_scale": config.sample.guidance_scale,
-            "guidance_interval": config.sample.guidance_interval,
+            "guidance_scale": sampled.guidance_scale,
+            "guidance_interval": sampled.guidance_interval,
         }
     return Evaluation(metrics, pictures)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Runner:
-    """The model's calls in batches. Each kind compiles once, whatever it is used for afterwards."""
+class _Made:
+    """What the model makes of held-out images, of noise, and of some training images."""
 
-    model: UnifiedLatents
-    config: Config
-    progress: Progress
+    rate: RateEstimate
+    base_rate: RateEstimate
+    labels_told: bool
+    """Whether the base model's rate was asked for with the images' labels: one never without them in training."""
+    decoder: DiffusionEstimate
+    flow_of: list[int]
+    flow: Float[np.ndarray, " f"]
+    flow_steps: int
+    reconstructions: Images
+    swapped: Images
+    decoder_nfe: int
+    prior_samples: Images
+    prior_nfe: int
+    base_samples: Images
+    labels: Int32[np.ndarray, " s"]
+    base_nfe: int
+    guided: tuple[Images, Int32[np.ndarray, " g"], int] | None
+    """Samples for the eye, the classes in turn, and their NFE."""
+    train_originals: Images
+    train_reconstructions: Images
 
-    def _run(self, function, *arrays, purpose: str, on_batch=lambda done: None):
-        size, key = self.config.evaluate.batch_size, root_key(self.config.seed, f"evaluation {purpose}")
-        return in_batches(function, *arrays, batch_size=size, key=key, on_batch=on_batch)
-
-    def rate(
-        self, images: Images, denoiser: Denoiser | StandardNormal, labels: Int32[np.ndarray, " n"] | None = None
-    ) -> RateEstimate:
-        """L_z under the prior or the base model, `draws` independent estimates per image."""
-        options = self.config.evaluate
-
-        def measure(x, label, *, keys):
-            label = None if labels is None else jnp.asarray(label)
-            return _rate(self.model, denoiser, to_float(x), label, keys, options.levels, options.draws)
-
-        rows = np.zeros(len(images), np.int32) if labels is None else labels
-        rate = self._run(measure, images, rows, purpose="rate", on_batch=self.progress.advance)
-        return jax.tree.map(jnp.asarray, rate)
-
-    def decoder_nats(self, images: Images) -> DiffusionEstimate:
-        """L_x with w = 1. One draw of each level: the images' spread is far larger than the estimator's noise."""
-
-        def measure(x, *, keys):
-            return _decoder(self.model, to_float(x), keys, self.config.evaluate.levels)
-
-        nats = self._run(measure, images, purpose="decoder", on_batch=self.progress.advance)
-        return jax.tree.map(jnp.asarray, nats)
-
-    def flow_nats(self, images: Images) -> tuple[Float[np.ndarray, " n"], int]:
-        """The rate under the prior's probability flow, in nats per image, and the solver's steps."""
-
-        def measure(x, *, keys):
-            flow = _flow(self.model, to_float(x), keys)
-            return flow.rate, jnp.broadcast_to(flow.num_steps, len(x))
-
-        size, key = min(len(images), self.config.evaluate.batch_size), root_key(self.config.seed, "evaluation flow")
-        nats, steps = in_batches(measure, images, batch_size=size, key=key, on_batch=self.progress.advance)
-        return nats, int(steps.max())
-
-    def encode(self, images: Images) -> Float[np.ndarray, "n *latent k"]:
-        def latents(x, *, keys):
-            return encode(self.model, jnp.asarray(to_float(x)), keys=keys)
-
-        return self._run(latents, images, purpose="encode", on_batch=self.progress.advance)
-
-    def decode(self, latents: np.ndarray, purpose: str) -> tuple[Images, int]:
-        def images(z_0, *, keys):
-            sample = decode(self.model, jnp.asarray(z_0), self.config.sample, keys=keys)
-            return to_uint8(sample.z), jnp.broadcast_to(sample.nfe, len(z_0))
-
-        pixels, nfe = self._run(images, latents, purpose=f"{purpose}, decoder", on_batch=self.progress.advance)
-        return pixels, round(nfe.mean())
-
-    def sample(
-        self,
-        denoiser: Denoiser | StandardNormal,
-        label: Int32[np.ndarray, " n"] | None,
-        count: int,
-        purpose: str,
-        *,
-        guidance: float = 1.0,
-    ) -> tuple[Images, int]:
-        """Images and the latent sampler's mean NFE (the decoder's comes on top)."""
-
-        def latents(index, *, keys):
-            sample = sample_latents(
-                denoiser,
-                self.model.latent_schedule,
-                self.config.sample,
-                keys=keys,
-                label=None if label is None else jnp.asarray(index),
-                guidance_scale=guidance,
-            )
-            return sample.z, jnp.broadcast_to(sample.nfe, len(index))
-
-        rows = np.zeros(count, np.int32) if label is None else label
-        z_0, nfe = self._run(latents, rows, purpose=purpose)
-        return self.decode(z_0, purpose)[0], round(nfe.mean())
+    @classmethod
+    def by(cls, model: UnifiedLatents, base: Denoiser, dataset: Dataset, held_out: Images, config: Config) -> "_Made":
+        options = config.evaluate
+        labels = _labels_like(dataset.train.labels, options.num_samples, root_int(config.seed, "evaluation labels"))
+        own_labels = dataset.validation.labels if config.label_dropout == 0 else None
+        originals = np.stack([dataset.train[i]["image"] for i in spread_over(len(dataset.train), 2 * PICTURES)])
+        flow_of = spread_over(len(held_out), options.flow_images)
+        total = 5 * len(held_out) + len(flow_of) + min(PICTURES, len(held_out)) + 2 * options.num_samples + PICTURES
+        with Progress("evaluate", total=total + 2 * len(originals), unit="images") as progress:
+            run = Runner(model, config, progress)
+            rate, base_rate = run.rate(held_out, model.prior), run.rate(held_out, base, own_labels)
+            decoder = run.decoder_nats(held_out)
+            flow, flow_steps = run.flow_nats(held_out[flow_of]) if flow_of else (np.zeros(0), 0)
+            latents = run.encode(held_out)
+            reconstructions, decoder_nfe = run.decode(latents, RECONSTRUCT)
+            swapped, _ = run.decode(np.roll(latents, 1, axis=0)[:PICTURES], RECONSTRUCT)
+            prior_samples, prior_nfe = run.sample(model.prior, None, options.num_samples, SAMPLE)
+            base_samples, base_nfe = run.sample(base, labels, options.num_samples, SAMPLE)
+            guided = None
+            if config.can_guide:
+                turn = np.arange(PICTURES, dtype=np.int32) % len(dataset.class_names)
+                images, nfe = run.sample(base, turn, PICTURES, SAMPLE, guidance=config.sample.guidance_scale)
+                guided = images, turn, nfe
+            train_reconstructions, _ = run.decode(run.encode(originals), RECONSTRUCT)
+        return cls(
+            rate=rate,
+            base_rate=base_rate,
+            labels_told=own_labels is not None,
+            decoder=decoder,
+            flow_of=flow_of,
+            flow=flow,
+            flow_steps=flow_steps,
+            reconstructions=reconstructions,
+            swapped=swapped,
+            decoder_nfe=decoder_nfe,
+            prior_samples=prior_samples,
+            prior_nfe=prior_nfe,
+            base_samples=base_samples,
+            labels=labels,
+            base_nfe=base_nfe,
+            guided=guided,
+            train_originals=originals,
+            train_reconstructions=train_reconstructions,
+        )
 
 
-@eqx.filter_jit
-def _rate(
-    model: UnifiedLatents,
-    denoiser: Denoiser | StandardNormal,
-    x: Float[Array, "b h w c"],
-    label: Int[Array, " b"] | None,
-    keys: Key[Array, " b"],
-    levels: int,
-    draws: int,
-) -> RateEstimate:
-    """Without a label, which the prior has not, the base model takes its null label."""
-    clean_keys, rate_keys = split_keys(keys, 2)
-    posterior, schedule = model.posterior(x), model.latent_schedule
-    return estimate_rate(
-        denoiser.given(label=label),
-        posterior.sample(key=clean_keys),
-        schedule,
-        key=rate_keys,
-        levels=levels,
-        replicates=draws,
-        encoder=posterior.nats(schedule.logsnr_max),
-    )
+def _distances(
+    compared: Sequence[FeatureNetwork],
+    made: Mapping[str, tuple[Images, int]],
+    held_out: Images,
+    dataset: Dataset,
+    cache_dir: str | None,
+) -> dict[str, Any]:
+    """What was made ("base", "prior", "reconstruction": images and NFE) against real images.
 
-
-@eqx.filter_jit
-def _decoder(
-    model: UnifiedLatents, x: Float[Array, "b h w c"], keys: Key[Array, " b"], levels: int
-) -> DiffusionEstimate:
-    z_key, decoder_key = split_keys(keys, 2)
-    denoise = model.decoder.given(model.encode(x, key=z_key), model.decoder_logsnr_0(len(x)))
-    return estimate_decoder(denoise, x, model.decoder.schedule, key=decoder_key, levels=levels)
-
-
-@eqx.filter_jit
-def _flow(model: UnifiedLatents, x: Float[Array, "b h w c"], keys: Key[Array, " b"]) -> FlowRate:
-    clean_keys, flow_keys = split_keys(keys, 2)
-    posterior, schedule = model.posterior(x), model.latent_schedule
-    z_clean = posterior.sample(key=clean_keys)
-    found = flow_rate(
-        model.prior.given(), z_clean, schedule, key=flow_keys, probes=FLOW_PROBES, tolerance=FLOW_TOLERANCE
-    )
-    return dataclasses.replace(found, rate=found.rate + posterior.nats(schedule.logsnr_max))
+    Fréchet distances by the network's name of them, samples to the training images; the others to the held-out images,
+    of all networks together. Reconstructions are compared with their originals, and, as papers often do, with the
+    training images too.
+    """
+    metrics: dict[str, Any] = {}
+    others: dict[str, Metric] = {what: {} for what in made}
+    for network in compared:
+        seen = lambda images, what, by=network: features(by, images, description=f"features: {what}")  # noqa: E731
+        trained, originals = training_moments(dataset, network, cache_dir), seen(held_out, "held-out images")
+        distances = metrics[network.metric] = {"held_out_images": _distance(originals, trained, TRAINING)}
+        for what, (images, nfe) in made.items():
+            found = seen(images, what)
+            others[what] |= compare.kernel_and_manifolds(network, originals, found)[0]
+            if what == "reconstruction":
+                distances[f"{what}_to_training"] = _distance(found, trained, TRAINING) | {"nfe": nfe}
+                distances[what] = _distance(found, Moments.of(originals), HELD_OUT) | {"nfe": nfe}
+            else:
+                distances[what] = _distance(found, trained, TRAINING) | {"nfe": nfe}
+    return metrics | {"against_held_out_images": others}
 
 
 def _bits(rate: RateEstimate, model: UnifiedLatents) -> dict[str, Any]:
@@ -348,13 +325,23 @@ def _measured(estimate: DiffusionEstimate) -> dict[str, Any]:
     return {"levels": levels, "draws": draws, "weighting": "w = 1"}
 
 
-def _psnr(images: Images, originals: Images) -> dict[str, Any]:
+def _errors(images: Images, originals: Images, distance: compare.PairMeasure | None) -> dict[str, Metric]:
+    """What pairs say: PSNR; SSIM and, if it is given, LPIPS where the images are large enough for it."""
+    metrics, side = {"psnr": _psnr(images, originals)}, min(images.shape[1:3])
+    if side >= SSIM_WINDOW:
+        metrics["ssim"] = _of_pairs(ssim, images, originals)
+    if distance is not None and side >= lpips.MIN_SIZE:
+        metrics[lpips.METRIC] = _of_pairs(eqx.filter_jit(distance), images, originals)
+    return metrics
+
+
+def _psnr(images: Images, originals: Images) -> Metric:
     return _mean(psnr(to_float(images), to_float(originals)))
 
 
-def _ssim(images: Images, originals: Images, rows: int = 64) -> dict[str, Any]:
+def _of_pairs(measure: compare.PairMeasure, images: Images, originals: Images, rows: int = 64) -> Metric:
     parts = [slice(start, start + rows) for start in range(0, len(images), rows)]
-    return _mean(np.concatenate([ssim(to_float(images[part]), to_float(originals[part])) for part in parts]))
+    return _mean(np.concatenate([measure(to_float(images[part]), to_float(originals[part])) for part in parts]))
 
 
 def _mean(per_image: Any) -> dict[str, Any]:
@@ -364,19 +351,15 @@ def _mean(per_image: Any) -> dict[str, Any]:
     return {"value": float(values.mean()), "standard_error": error, "n": len(values)}
 
 
-def _distance(found: Float[np.ndarray, "n d"], reference: Moments) -> dict[str, Any]:
+def _distance(found: Float[np.ndarray, "n d"], reference: Moments, against: str) -> Metric:
     moments = Moments.of(found)
     return {
         "value": frechet_distance(moments, reference),
         "n": moments.count,
         "n_reference": reference.count,
         "rank_deficient": moments.rank_deficient or reference.rank_deficient,
+        "against": against,
     }
-
-
-def _kernel_and_manifolds(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -> dict[str, Any]:
-    found, _ = kernel_and_manifolds(a, b)
-    return {efficientnet.KERNEL_METRIC: found.pop("kernel"), **found}
 
 
 def _swap(swapped: Images, originals: Images) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The main job from end to end: data → stage 1 → stage 2 → evaluation → report. Every experiment runs this."""
 
 import dataclasses
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,8 @@ from ulx.data import open_dataset
 from ulx.data.pipeline import train_batches
 from ulx.data.source import Dataset
 from ulx.denoiser import Denoiser
-from ulx.evaluation import evaluate
+from ulx.evaluation import evaluate, networks
 from ulx.latents import encoded
-from ulx.metrics import efficientnet
 from ulx.metrics_log import MetricsLog, read_metrics
 from ulx.models import UnifiedLatents
 from ulx.progress import duration
@@ -34,7 +34,7 @@ def run(config: Config) -> Path:
     """Train, evaluate and report; returns the path of the report. With `config.resume`, continue where it stopped."""
     began = time.monotonic()
     # Whatever can be refused is refused before the folder is taken, let alone after hours of training.
-    efficientnet.load()
+    networks(config.evaluate)
     config = runs.adopt(config)
     dataset = open_dataset(config.data)
     classes = len(dataset.class_names)
@@ -91,7 +91,8 @@ def train_base(model: UnifiedLatents, dataset: Dataset, config: Config) -> Denoi
     examples = dataset
     if config.cache_latents:
         examples = encoded(dataset, model, batch_size=config.evaluate.batch_size, flip=config.data.flip)
-    return train_stage("stage2", untrained, model, base_loss(config), examples, config).ema_model
+    loss = base_loss(config, math.prod(model.shape[:-1]))
+    return train_stage("stage2", untrained, model, loss, examples, config).ema_model
 
 
 def measure(

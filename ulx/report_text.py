@@ -23,6 +23,8 @@ __all__ = [
 
 Metric = Mapping[str, Any]
 
+FRECHET = ("fd_efflite0", "fid", "clean_fid")
+"""Fréchet distances that a run may have, by the network's name of them."""
 METRICS_HEADER = ("metric", "value", "standard error", "N", "NFE", "measured")
 
 
@@ -133,6 +135,7 @@ def metrics_rows(metrics: Metric) -> list[list[str]]:
         *_flow_rows(metrics),
         _row("PSNR, dB", metrics["psnr"], decoder),
         *([_row("SSIM", metrics["ssim"], decoder)] if "ssim" in metrics else []),
+        *([_row("LPIPS (VGG16)", metrics["lpips_vgg16"], decoder)] if "lpips_vgg16" in metrics else []),
         _row(
             "PSNR of the mean training image, dB", metrics["psnr_of_mean_training_image"], "what no latent would give"
         ),
@@ -140,10 +143,11 @@ def metrics_rows(metrics: Metric) -> list[list[str]]:
         _row("swap: PSNR to the other image, dB", swap["psnr_to_the_other"], ""),
         _row("swap: gap, dB", swap["gap"], "alive: well above 0"),
     ]
-    for name, distance in metrics["fd_efflite0"].items():
-        remark = f"against {distance['against']}, N = {distance['n_reference']:,}"
-        remark += "; rank-deficient, so biased: compare at equal N only" if distance["rank_deficient"] else ""
-        rows.append(_row(f"fd_efflite0, {name.replace('_', ' ')}", distance, remark))
+    for metric in FRECHET:
+        for name, distance in metrics.get(metric, {}).items():
+            remark = f"against {distance['against']}, N = {distance['n_reference']:,}"
+            remark += "; rank-deficient, so biased: compare at equal N only" if distance["rank_deficient"] else ""
+            rows.append(_row(f"{metric}, {name.replace('_', ' ')}", distance, remark))
     for name, against in metrics.get("against_held_out_images", {}).items():  # not in a run evaluated before
         for what, metric in against.items():
             remark = f"against held-out images, N = {metric['n_a']:,}"
@@ -239,8 +243,16 @@ With N at or below the 1,280 features on either side a covariance has not full r
 the more so the smaller N. Such a value can be compared with others of the same N and reference, and with nothing else.
 
 fd_efflite0 of reconstructions and of held-out images
-Reconstructions against the same held-out originals. Held-out images against the training images: what perfect samples
-would get at that N.
+Reconstructions against the same held-out originals, and, as some papers do, against the training images. Held-out
+images against the training images: what perfect samples would get at that N.
+
+fid, clean_fid, kid, clean_kid
+The same distances by the features of InceptionV3, from weights that the user named: shown images as FID does, or as
+Clean-FID does.
+
+LPIPS
+A learned distance of each reconstruction from its original in the activations of VGG16, averaged over images. Lower is
+better.
 
 kd_efflite0
 The kernel distance on the same features against the held-out images: KID's unbiased estimator (of all pairs, with a

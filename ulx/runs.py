@@ -39,6 +39,7 @@ __all__ = [
     "Stage",
     "adopt",
     "autoencoder",
+    "class_names",
     "copy_autoencoder",
     "decoder_state",
     "load",
@@ -112,6 +113,11 @@ def read_config(path: Path) -> Config:
         return from_json((path / "config.json").read_text())
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path / 'config.json'} cannot be read: {error}") from error
+
+
+def class_names(path: Path) -> tuple[str, ...]:
+    """The classes of the data that a run was trained on."""
+    return tuple(json.loads((path / "dataset.json").read_text())["class_names"])
 
 
 def remember_data(path: Path, dataset: Dataset) -> None:
@@ -245,23 +251,23 @@ def load(path: str | Path, *, ema: float | None = None, stage: Stage = "stage2")
         if not (path / file).exists():
             raise FileNotFoundError(f"{path} is not a run: it has no {file}")
     config = read_config(path)
-    class_names = tuple(json.loads((path / "dataset.json").read_text())["class_names"])
+    classes = class_names(path)
     if ema is not None and stage not in config.stages:
         raise ValueError(f"{path} has no {stage} to average: it trained {', '.join(config.stages)}")
     weights = "EMA" if ema is None else f"EMA; {stage}: sigma_rel {ema:g}"
     width: dict[Stage, float] = {} if ema is None else {stage: ema}
-    model, steps = autoencoder(path, config, len(class_names), width)
+    model, steps = autoencoder(path, config, len(classes), width)
     if config.single_stage:
         assert isinstance(model.prior, Denoiser)
-        return Run(path, config, class_names, model, model.prior, (steps, 0), weights)
+        return Run(path, config, classes, model, model.prior, (steps, 0), weights)
     if ema is not None and stage == "stage1":
-        return Run(path, config, class_names, model, None, (steps, 0), weights)
+        return Run(path, config, classes, model, None, (steps, 0), weights)
     base, base_steps = None, 0
     if _latest(path, "stage2") is not None:
-        base, base_steps = _averaged(path, "stage2", stage2_state(config, model, len(class_names)), config, width)
+        base, base_steps = _averaged(path, "stage2", stage2_state(config, model, len(classes)), config, width)
     elif stage in width:
         raise FileNotFoundError(f"{path} has no base model to average yet: finish stage 2 first (--resume)")
-    return Run(path, config, class_names, model, base, (steps, base_steps), weights)
+    return Run(path, config, classes, model, base, (steps, base_steps), weights)
 
 
 def autoencoder(

@@ -3,7 +3,6 @@
 They are in the form that `training.make_step` takes.
 """
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -132,18 +131,19 @@ def drop_labels(label: Int[Array, " b"], keys: Keys, rate: float, num_classes: i
     return jnp.where(dropped, num_classes, label)
 
 
-def base_loss(config: Config) -> Loss:
+def base_loss(config: Config, num_pixels: int) -> Loss:
     """Stage 2: the base model on z_clean of the frozen encoder, with sigmoid weighting, in (weighted) bits per pixel.
 
     It regresses on z_clean, which has the lower variance, between the prior's end points: it ends at λ_z(0). A batch
     holds posteriors (`mean` and maybe `std`, see `ulx.latents`) or images that the frozen encoder turns into them.
+    `num_pixels` are those of one image.
     """
     weighting = weightings.sigmoid(bias=config.base_bias)
     schedule = base_schedule(config)
 
     def loss(
         base: Denoiser,
-        frozen: UnifiedLatents,
+        frozen: UnifiedLatents | None,
         batch: Batch,
         draws: Draws,
         step: Int[Array, ""],
@@ -152,6 +152,7 @@ def base_loss(config: Config) -> Loss:
         if "mean" in batch:
             posterior = Posterior(batch["mean"], batch.get("std"))
         else:
+            assert frozen is not None, "images need an encoder"
             posterior = frozen.posterior(to_float(batch["image"]))
         label_keys, loss_keys, clean_keys = diffusion.split_keys(draws.keys, 3)
         z_clean = jax.lax.stop_gradient(posterior.sample(key=clean_keys))
@@ -159,7 +160,7 @@ def base_loss(config: Config) -> Loss:
         nats = losses.diffusion_loss(
             base.given(label=label), z_clean, schedule, weighting, key=loss_keys, t=draws.times(0)
         )
-        total = losses.bits_per_pixel(nats, num_pixels=math.prod(frozen.shape[:-1])).mean()
+        total = losses.bits_per_pixel(nats, num_pixels=num_pixels).mean()
         return total, {"loss": total}
 
     return loss

@@ -27,7 +27,7 @@ from ulx.metrics.kernel import kernel_distance
 from ulx.metrics.manifold import NEIGHBOURS, precision_recall
 from ulx.progress import Progress
 
-__all__ = ["compare", "kernel_and_manifolds"]
+__all__ = ["SSIM", "PairMeasure", "commit", "compare", "definitions", "kernel_and_manifolds"]
 
 RULE = f"""\
 upright, on white, halved by averaging while at least twice too large, then bicubic to the resolution, centre-cropped \
@@ -43,10 +43,11 @@ NAMESAKES = {"frechet": "FID", "kernel": "KID"}
 NOT_INCEPTION = "{}. Not {}, whose features are InceptionV3's"
 PRECISION = f"share of B's features within the manifold of A's: balls that reach neighbour {NEIGHBOURS}"
 RECALL = f"share of A's features within the manifold of B's: balls that reach neighbour {NEIGHBOURS}"
+SSIM = f"""\
+{SSIM_WINDOW}×{SSIM_WINDOW} Gaussian window of σ 1.5 within the image, K1 0.01, K2 0.03, range 0 to 1, mean over RGB"""
 OF_PAIRS = {
     "psnr": "10 log10(255²/MSE) in dB of each pair of one name, mean over pairs; null: infinite, from an equal pair",
-    "ssim": f"structural similarity of each pair of one name, mean over pairs: {SSIM_WINDOW}×{SSIM_WINDOW} Gaussian "
-    "window of σ 1.5 within the image, K1 0.01, K2 0.03, range 0 to 1, mean over RGB",
+    "ssim": f"structural similarity of each pair of one name, mean over pairs: {SSIM}",
     lpips.METRIC: f"distance of each pair of one name in VGG16's activations, mean over pairs ({lpips.DEFINITION})",
 }
 SMALLEST = {
@@ -110,7 +111,7 @@ def compare(
         "dtype": "float32",
         "device": jax.devices()[0].device_kind,
         "ulx": ulx.__version__,
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -125,36 +126,48 @@ def _distances(
         "n_b": len(b),
         "rank_deficient": any(each.rank_deficient for each in moments),
     }
+    found, reasons = kernel_and_manifolds(network, a, b)
+    meant = definitions(network)
+    return {name: metric | meant[name] for name, metric in {network.metric: frechet, **found}.items()}, reasons
+
+
+def definitions(network: FeatureNetwork) -> dict[str, Metric]:
+    """What each distance between the network's features is, by its name, and by which weights."""
+    names = _names(network)
     kinds = {"frechet": FRECHET, "kernel": KERNEL, "precision": PRECISION, "recall": RECALL}
-    own = network.metric == efficientnet.METRIC  # whose precision and recall go without an addition
-    if own:
+    if _is_own(network):
         kinds |= {kind: NOT_INCEPTION.format(kinds[kind], name) for kind, name in NAMESAKES.items()}
-    names = {"frechet": network.metric, "kernel": network.kernel_metric} | {
-        kind: kind if own else f"{kind}_{network.metric}" for kind in ("precision", "recall")
-    }
-    found, reasons = kernel_and_manifolds(a, b)
-    of_network = {"network": {"definition": network.definition, "sha256": network.sha256}}
-    metrics = {
-        names[kind]: metric | {"definition": kinds[kind]} | of_network
-        for kind, metric in {"frechet": frechet, **found}.items()
-    }
-    return metrics, {names[kind]: reason for kind, reason in reasons.items()}
+    weights = {"definition": network.definition, "sha256": network.sha256}
+    return {names[kind]: {"definition": text, "network": weights} for kind, text in kinds.items()}
+
+
+def _is_own(network: FeatureNetwork) -> bool:
+    """Whose precision and recall go without an addition to their names."""
+    return network.metric == efficientnet.METRIC
+
+
+def _names(network: FeatureNetwork) -> dict[str, str]:
+    plain = _is_own(network)
+    shares = {kind: kind if plain else f"{kind}_{network.metric}" for kind in ("precision", "recall")}
+    return {"frechet": network.metric, "kernel": network.kernel_metric} | shares
 
 
 def kernel_and_manifolds(
-    a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]
+    network: FeatureNetwork, a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]
 ) -> tuple[dict[str, Metric], dict[str, str]]:
-    """The "kernel" distance, "precision" and "recall" of features b against features a, at least two of each; and why
-    some are left out."""
-    count = {"n_a": len(a), "n_b": len(b)}
+    """The kernel distance, precision and recall of features b against features a, at least two of each, by their names;
+    and why some are left out."""
+    names, count = _names(network), {"n_a": len(a), "n_b": len(b)}
     kernel = kernel_distance(a, b)
-    metrics: dict[str, Metric] = {"kernel": {"value": kernel.value, "standard_error": kernel.standard_error, **count}}
+    metrics: dict[str, Metric] = {
+        names["kernel"]: {"value": kernel.value, "standard_error": kernel.standard_error, **count}
+    }
     if min(len(a), len(b)) <= NEIGHBOURS:
         reason = f"they need more than {NEIGHBOURS} images in each folder"
-        return metrics, {"precision": reason, "recall": reason}
+        return metrics, {names[kind]: reason for kind in ("precision", "recall")}
     shares = precision_recall(a, b)
-    metrics["precision"] = {"value": shares.precision, "neighbours": NEIGHBOURS, **count}
-    metrics["recall"] = {"value": shares.recall, "neighbours": NEIGHBOURS, **count}
+    for kind, value in (("precision", shares.precision), ("recall", shares.recall)):
+        metrics[names[kind]] = {"value": value, "neighbours": NEIGHBOURS, **count}
     return metrics, {}
 
 
@@ -239,7 +252,7 @@ def _mean(values: Float[np.ndarray, " n"]) -> Metric:
     return {"value": float(values.mean()), "standard_error": error, "n_pairs": len(values)}
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of the checkout that this code runs from, "-dirty" where it was changed; None where it is in none."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:

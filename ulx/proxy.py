@@ -1,0 +1,331 @@
+"""How well will a base model generate from this tokenizer's latents? A short, fixed training instead of a long one.
+
+    python -m ulx.proxy runs/openmoji
+    python -m ulx.proxy my_package.my_module:make --data.resolution 32 --out mine
+    python -m ulx.cards runs/openmoji/proxy/card.json mine/card.json
+
+A tokenizer can reconstruct well and be bad to generate from, which shows only after a base model is trained on it. This
+trains a small one, the same for every tokenizer (`RECIPE`), on the latents of the training images, and measures its
+samples: a number to rank tokenizers by on the same data, not one to report. Latents are centred by channel and scaled
+to variance 1 first; they are cut into patches so that there are 8×8 tokens or fewer, whatever their shape. The
+tokenizer is a run or anything with `encode` and `decode` (`ulx.tokenizers`). Leaves a card with the samples' distance,
+that of reconstructions, PSNR and the rate, and pictures of both.
+"""
+
+import dataclasses
+import json
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int32, Key, UInt8
+
+import ulx
+from ulx import losses, runs, schedules, tokenizers
+from ulx.checkpoint import Checkpoints
+from ulx.command_line import parse_arguments, run_command
+from ulx.config import Config, SampleConfig, TrainConfig
+from ulx.data import DataConfig, open_dataset
+from ulx.data.pipeline import train_batches
+from ulx.data.pixels import to_float, to_uint8
+from ulx.data.source import Dataset, InMemory, Split
+from ulx.denoiser import Denoiser
+from ulx.generate import in_batches, sample_latents
+from ulx.image_files import claim, contact_sheet, write_png
+from ulx.metrics import compare, efficientnet
+from ulx.metrics.features import features
+from ulx.metrics.frechet import Moments, frechet_distance
+from ulx.metrics.images import psnr
+from ulx.metrics.reference import training_moments
+from ulx.metrics_log import MetricsLog
+from ulx.models import ModelConfig
+from ulx.nn.transformer import BlockConfig
+from ulx.nn.uvit import UViT, UViTConfig
+from ulx.progress import Progress
+from ulx.report_text import plus_minus
+from ulx.seeding import root_int, root_key
+from ulx.snapshots import Snapshots
+from ulx.stages import base_loss
+from ulx.tokenizers import NOISE_FREE, Tokenizer, noise_level
+from ulx.training import TrainState, fit, make_optimizer, make_step
+
+__all__ = ["RECIPE", "Options", "Recipe", "Standardised", "measure", "standardise"]
+
+Images = UInt8[np.ndarray, "n h w 3"]
+FILES = ("card.json", "samples.png", "reconstructions.png")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """The training that every tokenizer gets; with another, distances are not comparable."""
+
+    width: int = 96
+    blocks: int = 2
+    grid: int = 8
+    """Tokens each way at most."""
+    bias: float = 0.0
+    """b of the sigmoid weighting, for latents of variance 1."""
+    train: TrainConfig = TrainConfig(
+        steps=1000, batch_size=32, learning_rate=2e-3, warmup_steps=50, ema_decay=0.99, log_every=50, save_every=1000
+    )
+    sample: SampleConfig = SampleConfig(num_steps=16, solver="dpmpp_2m")
+    num_samples: int = 512
+
+    def network(self, latent_shape: tuple[int, ...]) -> UViTConfig:
+        """For latents of this shape: the smallest patches that leave `grid` tokens each way or fewer."""
+        patch = tuple(min(p for p in range(1, n + 1) if n % p == 0 and n // p <= self.grid) for n in latent_shape[:-1])
+        return UViTConfig(
+            patch=patch, channels=(self.width,), blocks=(self.blocks,), block=BlockConfig(head_size=self.width // 3)
+        )
+
+
+RECIPE = Recipe()
+
+
+@dataclasses.dataclass(frozen=True)
+class Standardised:
+    """Latents of mean 0 in each channel and of variance 1 over all, and the way back."""
+
+    latents: Float[np.ndarray, "n *latent k"]
+    mean: Float[np.ndarray, " k"]
+    std: float
+    logsnr_0: float
+    """λ of the decoder's noise on these, where it matters; else NOISE_FREE."""
+
+    def back(self, z: Float[np.ndarray, "b *latent k"]) -> Float[np.ndarray, "b *latent k"]:
+        return self.mean + self.std * z
+
+
+def standardise(latents: Float[np.ndarray, "n *latent k"], logsnr_0: float) -> Standardised:
+    """One scale for all channels: then noise of λ on the latents is noise of λ + 2 ln std on these, in every one.
+
+    Raises ValueError for latents that are constant or not finite.
+    """
+    mean = latents.mean(axis=tuple(range(latents.ndim - 1)), dtype=np.float64).astype(np.float32)
+    std = float((latents - mean).std(dtype=np.float64))
+    if not math.isfinite(std) or std == 0:
+        raise ValueError(f"the latents' standard deviation is {std:g}: there is nothing to generate")
+    return Standardised((latents - mean) / np.float32(std), mean, std, min(logsnr_0 + 2 * math.log(std), NOISE_FREE))
+
+
+def measure(
+    tokenizer: Tokenizer,
+    dataset: Dataset,
+    recipe: Recipe = RECIPE,
+    *,
+    seed: int = 0,
+    batch_size: int = 128,
+    cache_dir: str | None = None,
+) -> tuple[dict[str, Any], dict[str, Images]]:
+    """The card's metrics and the pictures: `{"samples": ..., "reconstructions": ..., "originals": ...}`.
+
+    Raises ValueError for a tokenizer whose arrays have not the shapes or the values that they should.
+    """
+    network = efficientnet.load()
+    held_out = _images(dataset.validation)
+    total = len(dataset.train) + 2 * len(held_out) + recipe.num_samples
+    with Progress("tokenizer", total=total, unit="images") as progress:
+        calls = _Calls(tokenizer, held_out.shape[1:], batch_size, root_key(seed, "proxy"), progress)
+        reconstructions = calls.decoded(calls.noised(calls.encoded(held_out)), "reconstructions")
+        made = standardise(calls.encoded(_images(dataset.train)), noise_level(tokenizer))
+        labels = np.random.default_rng(root_int(seed, "proxy labels")).choice(dataset.train.labels, recipe.num_samples)
+        latents = _generated(made, dataset, labels.astype(np.int32), recipe, seed, batch_size)
+        samples = calls.decoded(latents, "samples")
+    seen = lambda images, what: features(network, images, description=f"features: {what}")  # noqa: E731
+    originals = seen(held_out, "held-out images")
+    trained = training_moments(dataset, network, cache_dir)
+    metrics = {
+        network.metric: _distance(seen(samples, "samples"), trained),
+        f"{network.metric}_reconstruction": _distance(seen(reconstructions, "reconstructions"), Moments.of(originals)),
+        "psnr": _mean(np.asarray(psnr(to_float(reconstructions), to_float(held_out)))),
+    }
+    meant = compare.definitions(network)[network.metric]
+    metrics[network.metric] |= meant
+    metrics[f"{network.metric}_reconstruction"] |= meant
+    metrics["psnr"]["definition"] = "10 log10(255²/MSE) in dB of each reconstruction, mean over images"
+    if hasattr(tokenizer, "rate"):
+        nats = calls.rated(held_out)
+        pixels = math.prod(held_out.shape[1:3])
+        bits = np.asarray(losses.bits_per_pixel(jnp.asarray(nats), num_pixels=pixels))
+        metrics["bits_per_pixel"] = _mean(bits) | {"definition": "the tokenizer's own rate over height · width · ln 2"}
+    return metrics, {"samples": samples, "reconstructions": reconstructions, "originals": held_out}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Calls:
+    """A tokenizer's methods over many images, with what they give checked."""
+
+    tokenizer: Tokenizer
+    shape: tuple[int, ...]
+    batch_size: int
+    key: Key[jax.Array, ""]
+    progress: Progress
+
+    def _batches(self, rows: np.ndarray, call: Callable[[np.ndarray, int], Any], what: str) -> np.ndarray:
+        found = []
+        for start in range(0, len(rows), self.batch_size):
+            # The last batch is filled up with its last row: a tokenizer that compiles does so once.
+            index = np.minimum(np.arange(start, start + self.batch_size), len(rows) - 1)
+            part = np.asarray(call(rows[index], start), np.float32)
+            if len(part) != self.batch_size or not np.isfinite(part).all():
+                fault = f"{len(part)} rows for {self.batch_size}" if len(part) != self.batch_size else "NaN or infinity"
+                raise ValueError(f"the tokenizer's {what} gave {fault}, in the batch from image {start} on")
+            found.append(part[: len(rows) - start])
+            self.progress.advance(len(found[-1]))
+        return np.concatenate(found)
+
+    def encoded(self, images: Images) -> Float[np.ndarray, "n *latent k"]:
+        latents = self._batches(images, lambda x, _: self.tokenizer.encode(to_float(x)), "encode")
+        if latents.ndim < 3:
+            raise ValueError(f"latents need at least one axis of positions and one of channels, got {latents.shape}")
+        return latents
+
+    def noised(self, latents: Float[np.ndarray, "n *latent k"]) -> Float[np.ndarray, "n *latent k"]:
+        noise = jax.random.normal(jax.random.fold_in(self.key, 0), latents.shape)
+        return latents + np.float32(math.exp(-noise_level(self.tokenizer) / 2)) * np.asarray(noise)
+
+    def decoded(self, latents: Float[np.ndarray, "n *latent k"], what: str) -> Images:
+        key = jax.random.fold_in(self.key, {"reconstructions": 1, "samples": 2}[what])
+        decode = lambda z, start: self.tokenizer.decode(z, jax.random.fold_in(key, start))  # noqa: E731
+        images = self._batches(latents, decode, "decode")
+        if images.shape[1:] != self.shape:
+            raise ValueError(f"the tokenizer's decode gave images of {images.shape[1:]}, the data has {self.shape}")
+        return np.asarray(to_uint8(np.clip(images, -1, 1)))
+
+    def rated(self, images: Images) -> Float[np.ndarray, " n"]:
+        rate = getattr(self.tokenizer, "rate")  # noqa: B009 - not part of the protocol
+        nats = self._batches(images, lambda x, _: rate(to_float(x)), "rate")
+        if nats.ndim != 1:
+            raise ValueError(f"the tokenizer's rate is to be nats per image, got the shape {nats.shape}")
+        return nats
+
+
+def _generated(
+    made: Standardised, dataset: Dataset, labels: Int32[np.ndarray, " s"], recipe: Recipe, seed: int, batch_size: int
+) -> Float[np.ndarray, "s *latent k"]:
+    """Latents of the base model that the recipe trains, under the decoder's noise, on the tokenizer's own scale."""
+    shape = made.latents.shape[1:]
+    model = ModelConfig(logsnr_0=made.logsnr_0, base=recipe.network(shape))
+    config = Config(model=model, base_bias=recipe.bias, train_base=recipe.train, sample=recipe.sample, seed=seed)
+    network = UViT(shape, model.base, num_classes=len(dataset.class_names), key=root_key(seed, "proxy weights"))
+    optimizer = make_optimizer(recipe.train)
+    examples = Split(
+        InMemory({"mean": made.latents, "label": dataset.train.labels}), dataset.train.names, dataset.train.labels
+    )
+    batches = train_batches(
+        dataclasses.replace(dataset, train=examples), batch_size=recipe.train.batch_size, seed=root_int(seed, "proxy")
+    )
+    step = make_step(
+        base_loss(config, dataset.resolution**2), optimizer, recipe.train, key=root_key(seed, "proxy steps")
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        with Checkpoints(path / "checkpoints") as checkpoints, MetricsLog(path / "log.jsonl") as log:
+            base = fit(
+                TrainState(Denoiser(network), optimizer),
+                step,
+                None,
+                batches,
+                recipe.train,
+                checkpoints=checkpoints,
+                snapshots=Snapshots(path / "snapshots", ()),
+                log=log,
+                name="proxy",
+            ).ema_model
+    schedule = schedules.linear(made.logsnr_0, model.logsnr_1)
+
+    def latents(label, *, keys):
+        return sample_latents(base, schedule, recipe.sample, keys=keys, label=jnp.asarray(label)).z
+
+    z_0 = in_batches(latents, labels, batch_size=batch_size, key=root_key(seed, "proxy samples"))
+    return made.back(z_0 / np.float32(jax.nn.sigmoid(made.logsnr_0) ** 0.5))
+
+
+def _distance(found: Float[np.ndarray, "n d"], reference: Moments) -> dict[str, Any]:
+    moments = Moments.of(found)
+    return {
+        "value": frechet_distance(moments, reference),
+        "n_a": reference.count,
+        "n_b": moments.count,
+        "rank_deficient": moments.rank_deficient or reference.rank_deficient,
+    }
+
+
+def _mean(values: Float[np.ndarray, " n"]) -> dict[str, Any]:
+    error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+    return {"value": float(values.mean(dtype=np.float64)), "standard_error": error, "n": len(values)}
+
+
+def _images(split: Split) -> Images:
+    return np.stack([example["image"] for example in split])
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    tokenizer: str
+    """The folder of a run, or package.module:function, which is called and returns a tokenizer."""
+    out: Path | None = None
+    """Folder of the card and the pictures; by default "proxy" in the run's folder."""
+    data: DataConfig = DataConfig()
+    """The images; for a run always its own."""
+    seed: int = 0
+    """Weights, order of the data, and noise."""
+    batch_size: int = 128
+    """Images per call of the tokenizer."""
+    overwrite: bool = False
+    """Write over files that exist."""
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Measure, print, and write the card and the pictures; returns the card."""
+    path = Path(options.tokenizer)
+    is_run = (path / "config.json").exists()
+    out = options.out or (path / "proxy" if is_run else None)
+    if out is None:
+        raise ValueError(f"{options.tokenizer} is no folder of a run: give an --out for the card")
+    claim(out, FILES, options.overwrite)
+    data = runs.read_config(path).data if is_run else options.data
+    dataset = open_dataset(data)
+    metrics, pictures = measure(
+        tokenizers.load(options.tokenizer),
+        dataset,
+        RECIPE,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        cache_dir=data.cache_dir,
+    )
+    card = {
+        "metrics": metrics,
+        "left_out": {},
+        "a": {"path": dataset.name, "n": len(dataset.train), "pixels_sha256": dataset.fingerprint},
+        "b": {"path": options.tokenizer, "n": RECIPE.num_samples},
+        "resolution": dataset.resolution,
+        "preparation": f"samples of a base model trained by {RECIPE}",
+        "dtype": "float32",
+        "seed": options.seed,
+        "device": jax.devices()[0].device_kind,
+        "ulx": ulx.__version__,
+        "commit": compare.commit(),
+    }
+    count = min(64, len(pictures["originals"]))
+    write_png(out / "samples.png", contact_sheet(pictures["samples"][:64]))
+    pairs = (pictures[name][:count] for name in ("originals", "reconstructions"))
+    write_png(out / "reconstructions.png", contact_sheet(*pairs))
+    (out / "card.json").write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    for name, metric in metrics.items():
+        print(f"{name:<28}{plus_minus(metric)}")
+    print(f"-> {out}")
+    return card
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    run_command(lambda: run(parse_arguments(Options, __doc__ or "", args)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""A trained model's calls over many images: rates, latents, reconstructions and samples, in batches.
+
+Whatever is drawn follows from the run's seed, the purpose and the image's place, and not from the batches.
+"""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Int32, Key, UInt8
+
+from ulx.bound import DiffusionEstimate, RateEstimate, estimate_decoder, estimate_rate
+from ulx.config import Config
+from ulx.data.pixels import to_float, to_uint8
+from ulx.denoiser import Denoiser, StandardNormal
+from ulx.diffusion import split_keys
+from ulx.generate import decode, encode, in_batches, sample_latents
+from ulx.likelihood import FlowRate, flow_rate
+from ulx.models import UnifiedLatents
+from ulx.progress import Progress
+from ulx.seeding import root_key
+
+__all__ = ["FLOW_PROBES", "Runner", "latent_rate"]
+
+FLOW_PROBES, FLOW_TOLERANCE = 2, 1e-4
+"""Of the flow's likelihood: Hutchinson's probes, and the tolerance of a step, about 1e-3 nats per dimension in all."""
+
+Images = UInt8[np.ndarray, "_n _h _w _c"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Runner:
+    """The model's calls in batches. Each kind compiles once, whatever it is used for afterwards."""
+
+    model: UnifiedLatents
+    config: Config
+    progress: Progress
+
+    def _run(self, function, *arrays, purpose: str, on_batch=lambda done: None):
+        size, key = self.config.evaluate.batch_size, root_key(self.config.seed, f"evaluation {purpose}")
+        return in_batches(function, *arrays, batch_size=size, key=key, on_batch=on_batch)
+
+    def rate(
+        self, images: Images, denoiser: Denoiser | StandardNormal, labels: Int32[np.ndarray, " n"] | None = None
+    ) -> RateEstimate:
+        """L_z under the prior or the base model, `draws` independent estimates per image."""
+        options = self.config.evaluate
+
+        def measure(x, label, *, keys):
+            label = None if labels is None else jnp.asarray(label)
+            return latent_rate(self.model, denoiser, to_float(x), label, keys, options.levels, options.draws)
+
+        rows = np.zeros(len(images), np.int32) if labels is None else labels
+        rate = self._run(measure, images, rows, purpose="rate", on_batch=self.progress.advance)
+        return jax.tree.map(jnp.asarray, rate)
+
+    def decoder_nats(self, images: Images) -> DiffusionEstimate:
+        """L_x with w = 1. One draw of each level: the images' spread is far larger than the estimator's noise."""
+
+        def measure(x, *, keys):
+            return _decoder(self.model, to_float(x), keys, self.config.evaluate.levels)
+
+        nats = self._run(measure, images, purpose="decoder", on_batch=self.progress.advance)
+        return jax.tree.map(jnp.asarray, nats)
+
+    def flow_nats(self, images: Images) -> tuple[Float[np.ndarray, " n"], int]:
+        """The rate under the prior's probability flow, in nats per image, and the solver's steps."""
+
+        def measure(x, *, keys):
+            flow = _flow(self.model, to_float(x), keys)
+            return flow.rate, jnp.broadcast_to(flow.num_steps, len(x))
+
+        size, key = min(len(images), self.config.evaluate.batch_size), root_key(self.config.seed, "evaluation flow")
+        nats, steps = in_batches(measure, images, batch_size=size, key=key, on_batch=self.progress.advance)
+        return nats, int(steps.max())
+
+    def encode(self, images: Images) -> Float[np.ndarray, "n *latent k"]:
+        def latents(x, *, keys):
+            return encode(self.model, jnp.asarray(to_float(x)), keys=keys)
+
+        return self._run(latents, images, purpose="encode", on_batch=self.progress.advance)
+
+    def decode(self, latents: np.ndarray, purpose: str) -> tuple[Images, int]:
+        def images(z_0, *, keys):
+            sample = decode(self.model, jnp.asarray(z_0), self.config.sample, keys=keys)
+            return to_uint8(sample.z), jnp.broadcast_to(sample.nfe, len(z_0))
+
+        pixels, nfe = self._run(images, latents, purpose=f"{purpose}, decoder", on_batch=self.progress.advance)
+        return pixels, round(nfe.mean())
+
+    def sample(
+        self,
+        denoiser: Denoiser | StandardNormal,
+        label: Int32[np.ndarray, " n"] | None,
+        count: int,
+        purpose: str,
+        *,
+        guidance: float = 1.0,
+    ) -> tuple[Images, int]:
+        """Images and the latent sampler's mean NFE (the decoder's comes on top)."""
+
+        def latents(index, *, keys):
+            sample = sample_latents(
+                denoiser,
+                self.model.latent_schedule,
+                self.config.sample,
+                keys=keys,
+                label=None if label is None else jnp.asarray(index),
+                guidance_scale=guidance,
+            )
+            return sample.z, jnp.broadcast_to(sample.nfe, len(index))
+
+        rows = np.zeros(count, np.int32) if label is None else label
+        z_0, nfe = self._run(latents, rows, purpose=purpose)
+        return self.decode(z_0, purpose)[0], round(nfe.mean())
+
+
+@eqx.filter_jit
+def latent_rate(
+    model: UnifiedLatents,
+    denoiser: Denoiser | StandardNormal,
+    x: Float[Array, "b h w c"],
+    label: Int[Array, " b"] | None,
+    keys: Key[Array, " b"],
+    levels: int,
+    draws: int,
+) -> RateEstimate:
+    """L_z of images under the prior or a base model. Without a label, which the prior has not, the base model takes its
+    null label."""
+    clean_keys, rate_keys = split_keys(keys, 2)
+    posterior, schedule = model.posterior(x), model.latent_schedule
+    return estimate_rate(
+        denoiser.given(label=label),
+        posterior.sample(key=clean_keys),
+        schedule,
+        key=rate_keys,
+        levels=levels,
+        replicates=draws,
+        encoder=posterior.nats(schedule.logsnr_max),
+    )
+
+
+@eqx.filter_jit
+def _decoder(
+    model: UnifiedLatents, x: Float[Array, "b h w c"], keys: Key[Array, " b"], levels: int
+) -> DiffusionEstimate:
+    z_key, decoder_key = split_keys(keys, 2)
+    denoise = model.decoder.given(model.encode(x, key=z_key), model.decoder_logsnr_0(len(x)))
+    return estimate_decoder(denoise, x, model.decoder.schedule, key=decoder_key, levels=levels)
+
+
+@eqx.filter_jit
+def _flow(model: UnifiedLatents, x: Float[Array, "b h w c"], keys: Key[Array, " b"]) -> FlowRate:
+    clean_keys, flow_keys = split_keys(keys, 2)
+    posterior, schedule = model.posterior(x), model.latent_schedule
+    z_clean = posterior.sample(key=clean_keys)
+    found = flow_rate(
+        model.prior.given(), z_clean, schedule, key=flow_keys, probes=FLOW_PROBES, tolerance=FLOW_TOLERANCE
+    )
+    return dataclasses.replace(found, rate=found.rate + posterior.nats(schedule.logsnr_max))
