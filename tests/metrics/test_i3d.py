@@ -10,7 +10,7 @@ import pytest
 
 from ulx.metrics import i3d
 from ulx.metrics.i3d import I3D, STAGES, MaxPool, preprocess
-from ulx.metrics.weights import packaged
+from ulx.packaged import packaged
 
 FILE = "weights/i3d-kinetics-400.ckpt"
 

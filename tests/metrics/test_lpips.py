@@ -11,7 +11,7 @@ import pytest
 
 from ulx.metrics import lpips
 from ulx.metrics.lpips import LPIPS, normalise, unit_length
-from ulx.metrics.weights import packaged
+from ulx.packaged import packaged
 
 FILE = "weights/vgg16.ckpt"
 BLOCKS = (2, 2, 3, 3, 3)

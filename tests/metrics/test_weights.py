@@ -13,13 +13,12 @@ from torch_files import Tensor, legacy_file, tensors, zip_file
 from ulx.metrics.weights import (
     RestrictedUnpickler,
     is_torch,
-    packaged,
     read_pickled_arrays,
     read_torch,
     read_torch_legacy,
     read_torch_zip,
-    verified,
 )
+from ulx.packaged import packaged, verified
 
 
 @pytest.mark.parametrize(("write", "reader"), [(legacy_file, read_torch_legacy), (zip_file, read_torch_zip)])

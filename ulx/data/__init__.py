@@ -1,4 +1,5 @@
-"""Data: where examples come from (`openmoji`, `folder`), how they are kept (`cache`) and fed to a run (`pipeline`)."""
+"""Data: where examples come from (`openmoji`, `folder`, `moving`), how they are kept (`cache`) and fed to a run
+(`pipeline`)."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,11 +12,12 @@ __all__ = ["DataConfig", "open_dataset"]
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images a run trains on and how they are fed to it."""
+    """Which images or clips a run trains on and how they are fed to it."""
 
-    source: Literal["openmoji", "folder"] = "openmoji"
+    source: Literal["openmoji", "folder", "moving-emoji", "moving-digits"] = "openmoji"
     """openmoji: 4,495 drawings from an installed package, nothing to download. folder: your own images, in
-    --data.path."""
+    --data.path. moving-emoji: clips of two of the drawings that bounce about. moving-digits: the same with MNIST's
+    digits, as in the literature."""
 
     path: str | None = None
     """Folder of images; its subfolders are the classes. With train/ and validation/ (or val/) inside, those are
@@ -23,6 +25,9 @@ class DataConfig:
 
     resolution: int = 32
     """Height and width in pixels, 8 to 1024. OpenMoji is drawn at this size; folders are centre-cropped and resized."""
+
+    frames: int = 16
+    """Length of a clip, of a source that moves."""
 
     flip: bool = False
     """Mirror half of the training images, at random. Leave it off for letters, flags and arrows (OpenMoji has them)."""
@@ -43,12 +48,26 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.source == "folder" and self.path is None:
             raise ValueError("--data.source folder needs --data.path, the folder with your images")
-        if self.source == "openmoji" and self.path is not None:
-            raise ValueError(f"--data.path {self.path} is not used by --data.source openmoji: add --data.source folder")
+        if self.source != "folder" and self.path is not None:
+            raise ValueError(
+                f"--data.path {self.path} is not used by --data.source {self.source}: add --data.source folder"
+            )
+        if self.frames < 1:
+            raise ValueError(f"--data.frames {self.frames}: a clip has at least one frame")
         check_resolution(self.resolution)
         if self.workers < 0:
             raise ValueError(f"--data.workers {self.workers}: must be 0 or more")
         check_limit(self.limit)
+
+    @property
+    def is_video(self) -> bool:
+        return self.source in ("moving-emoji", "moving-digits")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one example: `h w 3`, or `t h w 3` of a clip."""
+        image = (self.resolution, self.resolution, 3)
+        return (self.frames, *image) if self.is_video else image
 
 
 def open_dataset(config: DataConfig) -> Dataset:
@@ -72,4 +91,10 @@ def open_dataset(config: DataConfig) -> Dataset:
             cache_dir=config.cache_dir,
             limit=config.limit,
         )
-    raise ValueError(f"--data.source {config.source}: there are openmoji and folder")
+    if config.source in ("moving-emoji", "moving-digits"):
+        from ulx.data.moving import open_moving
+
+        return open_moving(
+            config.source, config.resolution, frames=config.frames, cache_dir=config.cache_dir, limit=config.limit
+        )
+    raise ValueError(f"--data.source {config.source}: there are openmoji, folder, moving-emoji and moving-digits")

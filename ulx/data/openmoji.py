@@ -9,10 +9,11 @@ The drawings are CC BY-SA 4.0: pictures of them carry `ATTRIBUTION`.
 
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -22,7 +23,16 @@ from ulx.data.extras import optional
 from ulx.data.source import Dataset
 from ulx.data.split import HELD_OUT, Item, held_out, subset
 
-__all__ = ["ATTRIBUTION", "CLASS_NAMES", "family", "group", "open_openmoji", "render"]
+__all__ = [
+    "ATTRIBUTION",
+    "CLASS_NAMES",
+    "family",
+    "group",
+    "open_openmoji",
+    "open_sprites",
+    "render",
+    "render_sprite",
+]
 
 ATTRIBUTION = (
     "All emojis designed by OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0 (openmoji.org)"
@@ -136,22 +146,37 @@ def group(stem: str) -> str:
 
 
 def render(stem: str, resolution: int) -> UInt8[np.ndarray, "h w 3"]:
-    """Draw one emoji on white.
+    """Draw one emoji on white."""
+    opaque = _drawn(stem, resolution, background="#ffffff").convert("RGB")
+    return np.array(opaque.reduce(opaque.width // resolution))
+
+
+def render_sprite(stem: str, resolution: int) -> UInt8[np.ndarray, "h w 4"]:
+    """Draw one emoji on nothing: colour, multiplied by the opacity in the last channel."""
+    drawn = _drawn(stem, resolution).convert("RGBA")
+    pixels = np.asarray(drawn, np.float64)
+    pixels = np.concatenate([pixels[..., :3] * pixels[..., 3:] / 255, pixels[..., 3:]], axis=-1)
+    scale = drawn.width // resolution
+    averaged = pixels.reshape(resolution, scale, resolution, scale, 4).mean((1, 3))
+    return averaged.round().astype(np.uint8)
+
+
+def _drawn(stem: str, resolution: int, **options: str) -> Any:
+    """A picture of a multiple of the resolution, to be averaged down.
 
     Outlines are 2 units of 72: drawn straight at 32 pixels they are thinner than one, and resvg lets them fade
     unevenly (11 grey levels RMS from the exact coverage). So small pictures are drawn at no less than 64 pixels and
     averaged down (3 levels).
     """
-    image_module = optional("PIL.Image")
     scale = -(-CRISP // resolution)
     png = optional("resvg_py").svg_to_bytes(
         svg_path=str(_folder() / f"{stem}.svg"),
         width=scale * resolution,
         height=scale * resolution,
-        background="#ffffff",
         skip_system_fonts=True,  # no drawing has text
+        **options,
     )
-    return np.array(image_module.open(io.BytesIO(png)).convert("RGB").reduce(scale))
+    return optional("PIL.Image").open(io.BytesIO(png))
 
 
 def open_openmoji(resolution: int = 32, *, cache_dir: str | None = None, limit: int | None = None) -> Dataset:
@@ -159,12 +184,27 @@ def open_openmoji(resolution: int = 32, *, cache_dir: str | None = None, limit: 
 
     Raises `ValueError` (a resolution out of range, a package with other files), `ImportError`, `OSError` (cache).
     """
+    return _open("openmoji", render, 3, resolution, cache_dir, limit)
 
+
+def open_sprites(resolution: int, *, cache_dir: str | None = None) -> Dataset:
+    """The same as sprites, `render_sprite`, to be laid over something. Raises as `open_openmoji`."""
+    return _open("openmoji-sprites", render_sprite, 4, resolution, cache_dir, None)
+
+
+def _open(
+    name: str,
+    draw: Callable[[str, int], UInt8[np.ndarray, "h w c"]],
+    channels: int,
+    resolution: int,
+    cache_dir: str | None,
+    limit: int | None,
+) -> Dataset:
     def load(stem: str) -> tuple[dict[str, np.ndarray], None]:
-        return {"image": render(stem, resolution)}, None
+        return {"image": draw(stem, resolution)}, None
 
     recipe = Recipe(
-        name="openmoji",
+        name=name,
         resolution=resolution,
         class_names=CLASS_NAMES,
         settings={
@@ -177,7 +217,7 @@ def open_openmoji(resolution: int = 32, *, cache_dir: str | None = None, limit: 
         },
         items=lambda: _items(limit),
         load=load,
-        example_bytes=3 * resolution**2,
+        example_bytes=channels * resolution**2,
         attribution=ATTRIBUTION,
     )
     return prepare(recipe, cache_dir).dataset

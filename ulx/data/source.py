@@ -1,7 +1,7 @@
 """What a data set is to the rest of ulx: two splits of examples that can be read in any order.
 
-An example is a dict of arrays. Images have `image`, uint8 `h w 3`, and `label`, int32; a video or a cached latent
-is an example with other fields and other ranks, and nothing here or in the pipeline needs to know.
+An example is a dict of arrays: `image`, uint8 `h w 3`, or `t h w 3` of a clip, and `label`, int32. A cached latent is
+an example with other fields, and nothing here or in the pipeline needs to know.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -17,7 +17,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from ulx.metrics.layers import PRECISION, Pointwise, in_chunks
-from ulx.metrics.weights import packaged, read_torch_legacy, verified
+from ulx.metrics.weights import read_torch_legacy
+from ulx.packaged import packaged, verified
 
 __all__ = ["DEFINITION", "FEATURES", "KERNEL_METRIC", "METRIC", "RESOLUTION", "SHA256", "EfficientNetLite0", "load"]
 

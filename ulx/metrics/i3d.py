@@ -25,7 +25,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from ulx.metrics.layers import PRECISION, Pointwise, in_chunks
-from ulx.metrics.weights import packaged, read_pickled_arrays, verified
+from ulx.metrics.weights import read_pickled_arrays
+from ulx.packaged import packaged, verified
 
 __all__ = [
     "DEFINITION",

@@ -1,4 +1,4 @@
-"""Network weights out of files that other people made: located, checked by sha256, read without running them.
+"""Network weights out of files that other people made, read without running them.
 
 A `.pth` file is a pickle, as are the dumps of arrays that JAX projects leave, and a pickle is a program. Two guards
 stand before it: the file's sha256 must be the one written in our code (a file that the user names has the second guard
@@ -7,8 +7,6 @@ is not needed.
 """
 
 import contextlib
-import hashlib
-import importlib.util
 import io
 import math
 import pickle
@@ -17,7 +15,6 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -25,43 +22,11 @@ import numpy as np
 __all__ = [
     "RestrictedUnpickler",
     "is_torch",
-    "packaged",
     "read_pickled_arrays",
     "read_torch",
     "read_torch_legacy",
     "read_torch_zip",
-    "verified",
 ]
-
-
-def packaged(module: str, path: str, extra: str) -> Path:
-    """The path of a data file inside an installed package; the package's own code is not run.
-
-    `module` is the package's import name, `path` is relative to its folder, `extra` is the extra of ulx that
-    installs it. Raises ModuleNotFoundError when the package is missing, FileNotFoundError when its file is.
-    """
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(f'the package {module!r} is not installed: pip install "ulx[{extra}]"')
-    file = Path(spec.submodule_search_locations[0]) / path
-    if not file.is_file():
-        raise FileNotFoundError(f'{file} is missing; reinstall: pip install --force-reinstall "ulx[{extra}]"')
-    return file
-
-
-def verified(path: Path, sha256: str) -> bytes:
-    """The file's bytes if their sha256 (hexadecimal) is the expected one; a ValueError naming both if not.
-
-    It returns the very bytes that were hashed, so that nothing can change between the check and the reading.
-    """
-    data = path.read_bytes()
-    found = hashlib.sha256(data).hexdigest()
-    if found != sha256.lower():
-        raise ValueError(
-            f"{path} is not the file this code was written for: sha256 {found}, expected {sha256}. "
-            "It may be damaged or another version; reinstall its package at the pinned version."
-        )
-    return data
 
 
 class Refused(ValueError):
