@@ -185,6 +185,9 @@ class Config:
     """b of the base model's sigmoid weighting on latents."""
     cache_latents: bool = True
     """Encode the training images once before stage 2 and keep their latents in memory; off: encode every batch."""
+    frames_dropout: float = 0.5
+    """How often decoder and base model are not given the first frames of a clip while training, so that they can do
+    without. The latent then holds these frames too, for the encoder does not know."""
     label_dropout: float = 0.1
     """How often the base model is trained without its class label, for classifier-free guidance."""
     data: DataConfig = DataConfig()
@@ -205,8 +208,19 @@ class Config:
                 "collapse (the decoder's weight never exceeds the prior's); the paper uses 1.3 to 1.7",
                 stacklevel=2,
             )
-        if not 0 <= self.label_dropout <= 1:
-            raise ValueError(f"label_dropout must be in [0, 1], got {self.label_dropout}")
+        for name in ("label_dropout", "frames_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.model.given_frames and not self.data.is_video:
+            raise ValueError(
+                f"model.given_frames={self.model.given_frames}, but --data.source {self.data.source} has no clips"
+            )
+        if self.model.given_frames and self.single_stage:
+            raise ValueError("single_stage generates with the stage-1 prior, which is given no frames")
+        if self.data.is_video and not 0 <= self.model.given_frames < self.data.frames:
+            raise ValueError(
+                f"model.given_frames={self.model.given_frames} must leave some of a clip's {self.data.frames} frames"
+            )
         if not 0 <= self.prior_warmup[0] < self.prior_warmup[1]:
             raise ValueError(f"prior_warmup is (first step, last step) with first < last, got {self.prior_warmup}")
         if self.prior_warmup[1] >= self.train.steps:

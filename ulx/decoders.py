@@ -16,6 +16,8 @@ from ulx.weightings import Sigmoid, Weighting
 
 __all__ = ["Decoder", "DiffusionDecoder", "PixelDecoder", "RegressionDecoder", "Solve"]
 
+Frames = Float[Array, "b *clip p"]
+"""Given frames (`ulx.frames`)."""
 Solve = Callable[[Denoise, Batch, Schedule, Keys], Sample]
 """From noise at the schedule's end to its beginning: a solver with its settings."""
 
@@ -27,9 +29,14 @@ class DiffusionDecoder(eqx.Module):
     schedule: Schedule
     """λ_x."""
 
-    def given(self, z_0: Float[Array, "b *latent k"], logsnr_0: PerExample | None = None) -> Denoise:
-        """The denoiser of images, given z_0 (and how noisy it is, where the decoder was built to know)."""
-        return self.denoiser.given(context=z_0, context_logsnr=logsnr_0)
+    def given(
+        self,
+        z_0: Float[Array, "b *latent k"],
+        logsnr_0: PerExample | None = None,
+        frames: Frames | None = None,
+    ) -> Denoise:
+        """The denoiser of images, given z_0 (and how noisy it is, where the decoder was built to know), and frames."""
+        return self.denoiser.given(context=z_0, context_logsnr=logsnr_0, frames=frames)
 
     def nats(
         self,
@@ -40,10 +47,11 @@ class DiffusionDecoder(eqx.Module):
         key: Keys,
         t: PerExample | None = None,
         logsnr_0: PerExample | None = None,
+        frames: Frames | None = None,
         dropout: bool = False,
     ) -> PerExample:
         """L_x (Eq. 4), in (weighted) nats per example."""
-        denoise = with_dropout(self.given(z_0, logsnr_0), dropout)
+        denoise = with_dropout(self.given(z_0, logsnr_0, frames), dropout)
         return losses.decoder_loss(denoise, x, self.schedule, weighting, key=key, t=t)
 
     def sample(
@@ -53,11 +61,12 @@ class DiffusionDecoder(eqx.Module):
         *,
         keys: Key[Array, " b"],
         logsnr_0: PerExample | None = None,
+        frames: Frames | None = None,
     ) -> Sample:
         """x from x_1 ~ N(0, I) (Alg. 2, second half), not clipped."""
         noise_keys, solver_keys = diffusion.split_keys(keys, 2)
         noise = diffusion.normal(noise_keys, jnp.zeros((len(keys), *self.denoiser.shape)))
-        return solve(self.given(z_0, logsnr_0), noise, self.schedule, solver_keys)
+        return solve(self.given(z_0, logsnr_0, frames), noise, self.schedule, solver_keys)
 
 
 class RegressionDecoder(eqx.Module):
@@ -68,16 +77,28 @@ class RegressionDecoder(eqx.Module):
     """λ_x, which only says between which levels `given` is measured."""
 
     def __call__(
-        self, z_0: Float[Array, "b *latent k"], logsnr_0: PerExample | None = None, *, key: Keys | None = None
+        self,
+        z_0: Float[Array, "b *latent k"],
+        logsnr_0: PerExample | None = None,
+        frames: Frames | None = None,
+        *,
+        key: Keys | None = None,
     ) -> Batch:
         size = z_0.shape[0]
         nothing = jnp.zeros((size, *self.network.shape))
         level = jnp.full(size, self.schedule.logsnr_min)
-        return self.network(nothing, level, context=z_0, context_logsnr=logsnr_0, key=key).astype(jnp.float32)
+        return self.network(nothing, level, context=z_0, context_logsnr=logsnr_0, frames=frames, key=key).astype(
+            jnp.float32
+        )
 
-    def given(self, z_0: Float[Array, "b *latent k"], logsnr_0: PerExample | None = None) -> Denoise:
+    def given(
+        self,
+        z_0: Float[Array, "b *latent k"],
+        logsnr_0: PerExample | None = None,
+        frames: Frames | None = None,
+    ) -> Denoise:
         """As a denoiser that ignores its input."""
-        x_hat = self(z_0, logsnr_0)
+        x_hat = self(z_0, logsnr_0, frames)
         return lambda x_t, logsnr, *, key=None: x_hat
 
     def nats(
@@ -89,6 +110,7 @@ class RegressionDecoder(eqx.Module):
         key: Keys,
         t: PerExample | None = None,
         logsnr_0: PerExample | None = None,
+        frames: Frames | None = None,
         dropout: bool = False,
     ) -> PerExample:
         """½ exp(λ*) ‖x − x̂‖²: −log N(x; x̂, exp(−λ*) I) up to a constant. Nats per example.
@@ -101,7 +123,7 @@ class RegressionDecoder(eqx.Module):
         """
         if not isinstance(weighting, Sigmoid):
             raise ValueError(f"the regression decoder takes its weight from a sigmoid's cut-off, got {weighting}")
-        x_hat = self(z_0, logsnr_0, key=key if dropout else None)
+        x_hat = self(z_0, logsnr_0, frames, key=key if dropout else None)
         precision = jnp.exp(weighting.bias) * jnp.maximum(weighting.factor - 1, 0)
         return 0.5 * precision * losses.sum_squares(x - x_hat)
 
@@ -112,9 +134,10 @@ class RegressionDecoder(eqx.Module):
         *,
         keys: Key[Array, " b"],
         logsnr_0: PerExample | None = None,
+        frames: Frames | None = None,
     ) -> Sample:
         """x̂, in one call whatever the solver."""
-        return Sample(z=self(z_0, logsnr_0), nfe=jnp.asarray(1))
+        return Sample(z=self(z_0, logsnr_0, frames), nfe=jnp.asarray(1))
 
 
 class PixelDecoder(eqx.Module):
@@ -122,7 +145,7 @@ class PixelDecoder(eqx.Module):
 
     schedule: Schedule
 
-    def given(self, z_0: Batch, logsnr_0: PerExample | None = None) -> Denoise:
+    def given(self, z_0: Batch, logsnr_0: PerExample | None = None, frames: Frames | None = None) -> Denoise:
         x_hat = z_0 / diffusion.alpha(jnp.asarray(self.schedule.logsnr_max))
         return lambda x_t, logsnr, *, key=None: x_hat
 
@@ -135,6 +158,7 @@ class PixelDecoder(eqx.Module):
         key: Keys,
         t: PerExample | None = None,
         logsnr_0: PerExample | None = None,
+        frames: Frames | None = None,
         dropout: bool = False,
     ) -> PerExample:
         """Nothing: there is nothing to train."""
@@ -147,6 +171,7 @@ class PixelDecoder(eqx.Module):
         *,
         keys: Key[Array, " b"],
         logsnr_0: PerExample | None = None,
+        frames: Frames | None = None,
     ) -> Sample:
         return Sample(z=z_0 / diffusion.alpha(jnp.asarray(self.schedule.logsnr_max)), nfe=jnp.asarray(0))
 

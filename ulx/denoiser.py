@@ -30,10 +30,12 @@ class Denoiser(eqx.Module):
         *,
         context: Float[Array, "b *latent k"] | None = None,
         context_logsnr: PerExample | None = None,
+        frames: Float[Array, "b *clip p"] | None = None,
         label: Int[Array, " b"] | None = None,
         key: Keys | None = None,
     ) -> Batch:
-        output = self.network(z_t, logsnr, context=context, context_logsnr=context_logsnr, label=label, key=key)
+        told = {"context": context, "context_logsnr": context_logsnr, "frames": frames, "label": label}
+        output = self.network(z_t, logsnr, **told, key=key)
         return diffusion.x_from_prediction(self.prediction, output.astype(jnp.float32), z_t, logsnr)
 
     @property
@@ -50,12 +52,14 @@ class Denoiser(eqx.Module):
         *,
         context: Array | None = None,
         context_logsnr: PerExample | None = None,
+        frames: Float[Array, "b *clip p"] | None = None,
         label: Int[Array, " b"] | None = None,
     ) -> Denoise:
         """The denoiser with its conditioning closed over: what losses and samplers take."""
+        told = {"context": context, "context_logsnr": context_logsnr, "frames": frames, "label": label}
 
         def denoise(z_t: Batch, logsnr: PerExample, *, key: Keys | None = None) -> Batch:
-            return self(z_t, logsnr, context=context, context_logsnr=context_logsnr, label=label, key=key)
+            return self(z_t, logsnr, **told, key=key)
 
         return denoise
 
@@ -81,10 +85,13 @@ class StandardNormal(eqx.Module):
     shape: tuple[int, ...] = eqx.field(static=True)
     num_classes: int = eqx.field(static=True, default=0)
 
-    def given(self, *, label: Int[Array, " b"] | None = None) -> Denoise:
-        """ẑ = α z_t. Its diffusion loss with the terminal KL is KL[q(z_0|x) ‖ N(0, I)] exactly. Knows no labels."""
-        if label is not None:
-            raise ValueError("the standard normal prior knows no labels")
+    def given(
+        self, *, frames: Float[Array, "b *clip p"] | None = None, label: Int[Array, " b"] | None = None
+    ) -> Denoise:
+        """ẑ = α z_t. Its diffusion loss with the terminal KL is KL[q(z_0|x) ‖ N(0, I)] exactly. Knows no labels and no
+        frames."""
+        if label is not None or frames is not None:
+            raise ValueError("the standard normal prior knows no labels and no frames")
 
         def denoise(z_t: Batch, logsnr: PerExample, *, key: Keys | None = None) -> Batch:
             return diffusion.alpha(diffusion.expand(logsnr, z_t)) * z_t

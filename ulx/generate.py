@@ -33,20 +33,24 @@ def sample_latents(
     *,
     keys: Key[Array, " b"],
     label: Int[Array, " b"] | None = None,
+    frames: Float[Array, "b *clip p"] | None = None,
     guidance_scale: float = 1.0,
 ) -> samplers.Sample:
     """z_0 from the base model or the prior: from N(0, I) at λ_z(1) down to λ_z(0), and no further (Alg. 2).
 
-    Without `label` it samples unconditionally; guidance needs a label. Raises ValueError for guidance without.
+    Without `label` it samples unconditionally; guidance needs a label, and leaves given `frames` (`ulx.frames`) given.
+    Raises ValueError for guidance without.
     """
     noise_keys, solver_keys = split_keys(keys, 2)
     noise = normal(noise_keys, jnp.zeros((len(keys), *denoiser.shape)))
-    denoise: Denoise = denoiser.given(label=label)
+    denoise: Denoise = denoiser.given(frames=frames, label=label)
     if guidance_scale != 1:
         if label is None:
             raise ValueError(f"guidance_scale={guidance_scale} guides towards a label, and none was given")
         null = jnp.full_like(label, denoiser.num_classes)
-        guided = guidance.classifier_free(denoiser.given(label=jnp.concatenate([label, null])), guidance_scale)
+        twice = None if frames is None else jnp.concatenate([frames, frames])
+        both = denoiser.given(frames=twice, label=jnp.concatenate([label, null]))
+        guided = guidance.classifier_free(both, guidance_scale)
         interval = config.guidance_interval
         denoise = guided if interval is None else guidance.within(interval, guided, denoise)
     grid = samplers.logsnr_grid(config.num_steps, logsnr_min=schedule.logsnr_min, logsnr_max=schedule.logsnr_max)
@@ -57,9 +61,14 @@ def sample_latents(
 
 @eqx.filter_jit
 def decode(
-    model: UnifiedLatents, z_0: Float[Array, "b *latent k"], config: SampleConfig, *, keys: Key[Array, " b"]
+    model: UnifiedLatents,
+    z_0: Float[Array, "b *latent k"],
+    config: SampleConfig,
+    *,
+    keys: Key[Array, " b"],
+    frames: Float[Array, "b *clip p"] | None = None,
 ) -> samplers.Sample:
-    """Images in [−1, 1] from z_0 at λ_z(0) by the model's decoder (Alg. 2, second half)."""
+    """Images in [−1, 1] from z_0 at λ_z(0), and given frames, by the model's decoder (Alg. 2, second half)."""
 
     def solve(denoise: Denoise, noise: Float[Array, "b *dims"], schedule: Schedule, solver_keys: Keys):
         num_steps = config.decoder_num_steps
@@ -74,7 +83,8 @@ def decode(
             key=solver_keys,
         )
 
-    sample = model.decoder.sample(z_0, solve, keys=keys, logsnr_0=model.decoder_logsnr_0(len(keys)))
+    logsnr_0 = model.decoder_logsnr_0(len(keys))
+    sample = model.decoder.sample(z_0, solve, keys=keys, logsnr_0=logsnr_0, frames=frames)
     return samplers.Sample(z=jnp.clip(sample.z, -1, 1), nfe=sample.nfe)
 
 

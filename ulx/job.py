@@ -90,7 +90,13 @@ def train_base(model: UnifiedLatents, dataset: Dataset, config: Config) -> Denoi
     untrained = runs.stage2_state(config, model, len(dataset.class_names))
     examples = dataset
     if config.cache_latents:
-        examples = encoded(dataset, model, batch_size=config.evaluate.batch_size, flip=config.data.flip)
+        examples = encoded(
+            dataset,
+            model,
+            batch_size=config.evaluate.batch_size,
+            flip=config.data.flip,
+            first=config.model.given_frames,
+        )
     loss = base_loss(config, math.prod(model.shape[:-1]))
     return train_stage("stage2", untrained, model, loss, examples, config).ema_model
 

@@ -28,12 +28,13 @@ def posterior(model: UnifiedLatents, x: Float[Array, "b *space c"]) -> Posterior
     return model.posterior(x)
 
 
-def encoded(dataset: Dataset, model: UnifiedLatents, *, batch_size: int, flip: bool) -> Dataset:
+def encoded(dataset: Dataset, model: UnifiedLatents, *, batch_size: int, flip: bool, first: int = 0) -> Dataset:
     """`dataset` with the fields `mean`, for an encoder of variance `std`, and `label` in its training examples.
 
     They are the posterior's (float32 `*latent k`). With `flip` every image is there twice, as it is and mirrored: the
     mirror image of a latent is none. The fingerprint is that of the data and the encoder, so a run is not continued on
-    another encoder's latents. The held-out split stays one of images.
+    another encoder's latents. The held-out split stays one of images. The `first` frames of a clip are kept too, in the
+    field `first` (uint8 `f h w c`): what a base model is given.
     """
     images = dataset.train
     copies = 2 if flip else 1
@@ -46,11 +47,12 @@ def encoded(dataset: Dataset, model: UnifiedLatents, *, batch_size: int, flip: b
             end = min(begin + batch_size, len(images))
             for copy in range(copies):
                 x = batch if copy == 0 else batch[..., ::-1, :]
-                for name, found in vars(posterior(model, jnp.asarray(to_float(x)))).items():
-                    if found is None:
+                found = vars(posterior(model, jnp.asarray(to_float(x)))) | {"first": x[:, :first] if first else None}
+                for name, value in found.items():
+                    if value is None:
                         continue
-                    latents = fields.setdefault(name, np.zeros((copies * len(images), *model.latent_shape), np.float32))
-                    latents[copy * len(images) + begin : copy * len(images) + end] = np.asarray(found)[: end - begin]
+                    kept = fields.setdefault(name, np.zeros((copies * len(images), *value.shape[1:]), value.dtype))
+                    kept[copy * len(images) + begin : copy * len(images) + end] = np.asarray(value)[: end - begin]
                 progress.advance(end - begin)
     labels = np.tile(images.labels, copies)
     train = Split(InMemory(fields | {"label": labels}), images.names * copies, labels)

@@ -22,6 +22,7 @@ from ulx import diffusion, losses, schedules
 from ulx.bound import Bound
 from ulx.decoders import Decoder, DiffusionDecoder, PixelDecoder, RegressionDecoder
 from ulx.denoiser import Denoiser, StandardNormal
+from ulx.frames import given_shape
 from ulx.nn.encoder import Encoder, EncoderConfig, Pixels
 from ulx.nn.uvit import UViT, UViTConfig
 from ulx.posterior import Posterior
@@ -53,6 +54,8 @@ class ModelConfig:
     logsnr_1: float = -10.0
     """λ_z(1), where the prior ends at N(0, I). Any value gives a bound; at −10 the terminal KL is next to nothing at
     any size, and on 8×8 latents, whose coarsest structure drowns earlier, at −7 too."""
+    given_frames: int = 0
+    """Frames at the beginning of a clip that the decoder and the base model can be given (Kinetics-600: 5)."""
     logsnr_0_bias: float | None = None
     """Draw λ_z(0) for each training example from a logistic around this value, truncated to [logsnr_1, logsnr_0], and
     tell it to the decoder (App. B, 2). Samples and measurements are at logsnr_0. By default always logsnr_0."""
@@ -100,6 +103,7 @@ class UnifiedLatents(eqx.Module):
             config.decoder,
             context_shape=latent_shape,
             context_logsnr=self.logsnr_0 is not None,
+            frames_shape=given_shape(shape) if config.given_frames else None,
             key=decoder_key,
         )
         image_schedule = schedules.image_schedule(shape[-2])
@@ -133,14 +137,15 @@ class UnifiedLatents(eqx.Module):
         key: Keys,
         t: tuple[PerExample, PerExample] | None = None,
         label: Int[Array, " b"] | None = None,
+        frames: Float[Array, "b *clip p"] | None = None,
         dropout: bool = False,
         prior_gradient: float | Float[Array, ""] = 1.0,
     ) -> tuple[Bound, Posterior]:
         """Alg. 1 for a batch of images in [−1, 1]: the terms of the loss in nats per example, and the posterior.
 
         `t` are the prior's and the decoder's times (needed with one key per example); the two terms and z_0 draw
-        their noise independently. `label` is the prior's. `prior_gradient` scales what the encoder feels of the rate,
-        nothing else.
+        their noise independently. `label` is the prior's, `frames` the decoder's (`ulx.frames`). `prior_gradient`
+        scales what the encoder feels of the rate, nothing else.
         """
         clean_key, z_key, prior_key, decoder_key, level_key = diffusion.split_keys(key, 5)
         prior_t, decoder_t = (None, None) if t is None else t
@@ -157,7 +162,9 @@ class UnifiedLatents(eqx.Module):
             label=label,
             dropout=dropout,
         )
-        decoder = self.decoder.nats(x, z_0, weighting, key=decoder_key, t=decoder_t, logsnr_0=logsnr_0, dropout=dropout)
+        decoder = self.decoder.nats(
+            x, z_0, weighting, key=decoder_key, t=decoder_t, logsnr_0=logsnr_0, frames=frames, dropout=dropout
+        )
         level = self.latent_schedule.logsnr_max if logsnr_0 is None else logsnr_0
         encoder = losses.scale_gradient(posterior.nats(level), prior_gradient)
         return Bound(prior=prior, encoder=encoder, decoder=decoder), posterior

@@ -39,6 +39,28 @@ MODELS: dict[str, ModelConfig] = {
         base=_plain(192, 4),
         logsnr_1=-7.0,
     ),
+    # Clips of 16 frames of 32×32: 4×4×4×32 latents, 64 tokens; the decoder has 4×8×8. Convolutions over three axes are
+    # slow on a CPU, so there are few.
+    "video-smoke": ModelConfig(
+        encoder=EncoderConfig(
+            patch=(2, 4, 4), channels=(32, 64), blocks=1, last_blocks=1, latent_channels=32, chroma_gain=4.0
+        ),
+        prior=_plain(64, 2),
+        decoder=_plain(128, 2, patch=4),
+        base=_plain(64, 2),
+        logsnr_1=-7.0,
+        given_frames=5,
+    ),
+    "video-tiny": ModelConfig(
+        encoder=EncoderConfig(
+            patch=(2, 4, 4), channels=(64, 128), blocks=1, last_blocks=1, latent_channels=32, chroma_gain=4.0
+        ),
+        prior=_plain(192, 2),
+        decoder=_plain(192, 6, patch=4),
+        base=_plain(192, 4),
+        logsnr_1=-7.0,
+        given_frames=5,
+    ),
     # 64 px: 16×16×8 latents, 256 tokens; the base has the paper's two levels.
     "small": ModelConfig(
         encoder=EncoderConfig(channels=(64, 128), blocks=2, last_blocks=3, chroma_gain=4.0),

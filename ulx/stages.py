@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from ulx import diffusion, losses, schedules, weightings
 from ulx.config import Config
 from ulx.data.pixels import to_float
 from ulx.decoders import DiffusionDecoder
 from ulx.denoiser import Denoiser
+from ulx.frames import given_frames, given_shape, padded
 from ulx.models import UnifiedLatents
 from ulx.nn.uvit import UViT
 from ulx.posterior import Posterior
@@ -34,6 +35,9 @@ __all__ = [
     "make_decoder",
 ]
 
+GIVEN = 7
+"""Folded into the keys of a step for what decides whether frames are given: no other draw's."""
+
 
 def autoencoder_loss(config: Config) -> Loss:
     """Stage 1: encoder, prior and decoder on rate + L_x, in bits per pixel.
@@ -44,6 +48,7 @@ def autoencoder_loss(config: Config) -> Loss:
     latent's noise has σ = 0.08; under rate control `loss_factor`, which is `control` then, too.
     """
     first, last = config.prior_warmup
+    given = config.model.given_frames
 
     def loss(
         model: UnifiedLatents,
@@ -60,6 +65,7 @@ def autoencoder_loss(config: Config) -> Loss:
             x,
             weighting,
             key=keys,
+            frames=given_or_dropped(x, draws.keys, given, config.frames_dropout),
             t=(draws.times(0), draws.times(1)),
             label=drop_labels(batch["label"], label_keys, config.label_dropout, model.prior.num_classes),
             dropout=True,
@@ -83,7 +89,10 @@ def autoencoder_loss(config: Config) -> Loss:
 
 def make_decoder(model: UnifiedLatents, config: Config, *, key: Key[Array, ""]) -> DiffusionDecoder:
     """An untrained diffusion decoder for that autoencoder's latents, in the place of its own."""
-    network = UViT(model.shape, config.model.decoder, context_shape=model.latent_shape, key=key)
+    frames_shape = given_shape(model.shape) if config.model.given_frames else None
+    network = UViT(
+        model.shape, config.model.decoder, context_shape=model.latent_shape, frames_shape=frames_shape, key=key
+    )
     return DiffusionDecoder(Denoiser(network), schedules.image_schedule(model.shape[-2]))
 
 
@@ -102,7 +111,8 @@ def decoder_loss(config: Config) -> Loss:
         x = to_float(batch["image"])
         z_keys, decoder_keys = diffusion.split_keys(draws.keys, 2)
         z_0 = jax.lax.stop_gradient(frozen.encode(x, key=z_keys))
-        nats = decoder.nats(x, z_0, weighting, key=decoder_keys, t=draws.times(0), dropout=True)
+        frames = given_or_dropped(x, draws.keys, config.model.given_frames, config.frames_dropout)
+        nats = decoder.nats(x, z_0, weighting, key=decoder_keys, t=draws.times(0), frames=frames, dropout=True)
         total = losses.bits_per_pixel(nats, num_pixels=x[0, ..., 0].size).mean()
         return total, {"loss": total}
 
@@ -111,7 +121,9 @@ def decoder_loss(config: Config) -> Loss:
 
 def make_base(model: UnifiedLatents, config: Config, num_classes: int, *, key: Key[Array, ""]) -> Denoiser:
     """The untrained base model for that autoencoder's latents."""
-    return Denoiser(UViT(model.latent_shape, config.model.base, num_classes=num_classes, key=key))
+    frames_shape = given_shape(model.shape) if config.model.given_frames else None
+    network = UViT(model.latent_shape, config.model.base, frames_shape=frames_shape, num_classes=num_classes, key=key)
+    return Denoiser(network)
 
 
 def base_schedule(config: Config) -> schedules.Cosine:
@@ -121,6 +133,14 @@ def base_schedule(config: Config) -> schedules.Cosine:
     at the same rate on both sides of λ ≈ b. The expected loss is any schedule's; its variance is lower here.
     """
     return schedules.cosine(config.model.logsnr_0, config.model.logsnr_1, shift=config.base_bias)
+
+
+def given_or_dropped(x: Float[Array, "b *clip"], keys: Keys, count: int, rate: float) -> Array | None:
+    """The first `count` frames of clips, or, with probability `rate`, none of them; None for a count of 0."""
+    if not count:
+        return None
+    dropped = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, GIVEN), rate))(keys)
+    return given_frames(x, jnp.where(dropped, 0, count))
 
 
 def drop_labels(label: Int[Array, " b"], keys: Keys, rate: float, num_classes: int) -> Int[Array, " b"] | None:
@@ -140,6 +160,7 @@ def base_loss(config: Config, num_pixels: int) -> Loss:
     """
     weighting = weightings.sigmoid(bias=config.base_bias)
     schedule = base_schedule(config)
+    given = config.model.given_frames
 
     def loss(
         base: Denoiser,
@@ -157,8 +178,14 @@ def base_loss(config: Config, num_pixels: int) -> Loss:
         label_keys, loss_keys, clean_keys = diffusion.split_keys(draws.keys, 3)
         z_clean = jax.lax.stop_gradient(posterior.sample(key=clean_keys))
         label = drop_labels(batch["label"], label_keys, config.label_dropout, base.num_classes)
+        frames = None
+        if given:
+            clip = (
+                to_float(batch["image"]) if "image" in batch else padded(to_float(batch["first"]), config.data.frames)
+            )
+            frames = given_or_dropped(clip, draws.keys, given, config.frames_dropout)
         nats = losses.diffusion_loss(
-            base.given(label=label), z_clean, schedule, weighting, key=loss_keys, t=draws.times(0)
+            base.given(frames=frames, label=label), z_clean, schedule, weighting, key=loss_keys, t=draws.times(0)
         )
         total = losses.bits_per_pixel(nats, num_pixels=num_pixels).mean()
         return total, {"loss": total}

@@ -151,7 +151,9 @@ class UViT(eqx.Module):
 
     The skip connections are sums. `context` (the decoder's z_0) is brought to the outermost transformer grid, patches
     to channels where it is finer and repeated where it is coarser, and added token by token through a linear layer.
-    λ and the class modulate every block. The null label is `num_classes`; it stands for "no label".
+    `frames` (given ones of a clip) are brought to the grid of the outermost patches and added before anything else, as
+    if they were more channels of z_t; without them, none is given. λ and the class modulate every block. The null label
+    is `num_classes`; it stands for "no label".
     """
 
     project_in: Linear
@@ -159,6 +161,7 @@ class UViT(eqx.Module):
     labels: Float[Array, "labels k"] | None
     context: Linear | None
     context_logsnr: LogSNREmbedding | None
+    frames: Linear | None
     stages: list[ConvStage | TransformerStage]
     position: Float[Array, "*grid c"]
     middle: Stack
@@ -167,6 +170,7 @@ class UViT(eqx.Module):
     shape: tuple[int, ...] = eqx.field(static=True)
     config: UViTConfig = eqx.field(static=True)
     num_classes: int = eqx.field(static=True)
+    frames_shape: tuple[int, ...] | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -175,10 +179,12 @@ class UViT(eqx.Module):
         *,
         context_shape: tuple[int, ...] | None = None,
         context_logsnr: bool = False,
+        frames_shape: tuple[int, ...] | None = None,
         num_classes: int = 0,
         key: Key[Array, ""],
     ):
-        """`shape` is that of one z_t, `(*space, c)`; `context_shape` that of one context, or None for none.
+        """`shape` is that of one z_t, `(*space, c)`; `context_shape` that of one context, or None for none, and
+        `frames_shape` that of given frames (`ulx.frames`).
 
         With `context_logsnr` the network is told how noisy its context is.
         """
@@ -199,6 +205,9 @@ class UViT(eqx.Module):
         self.project_in = Linear(math.prod(patch) * channels, widths[0], key=next(keys))
         self.logsnr = LogSNREmbedding(cond_size, key=next(keys))
         self.labels = draw(next(keys), (num_classes + 1, cond_size), 0.02) if num_classes else None
+        self.frames, self.frames_shape = None, frames_shape
+        if frames_shape is not None:
+            self.frames = Linear(_fitted(frames_shape, grid), widths[0], key=jax.random.fold_in(key, 2))
         self.stages = []
         conv_downs, vit_downs = downs[: len(config.conv_channels)], downs[len(config.conv_channels) :]
         for factor, width, inner in zip(conv_downs, config.conv_channels, widths[1:], strict=False):
@@ -219,8 +228,7 @@ class UViT(eqx.Module):
             self.context_logsnr = LogSNREmbedding(cond_size, key=jax.random.fold_in(key, 1))
         self.context = None
         if context_shape is not None:
-            fitted = jax.eval_shape(lambda c: fit_grid(c, grid), jax.ShapeDtypeStruct((1, *context_shape), jnp.float32))
-            self.context = Linear(fitted.shape[-1], config.channels[0], key=next(keys))
+            self.context = Linear(_fitted(context_shape, grid), config.channels[0], key=next(keys))
         levels = zip(vit_downs, config.channels, config.channels[1:], config.blocks, strict=False)
         for factor, width, inner, depth in levels:
             self.stages.append(
@@ -239,6 +247,7 @@ class UViT(eqx.Module):
         *,
         context: Float[Array, "b *latent k"] | None = None,
         context_logsnr: PerExample | None = None,
+        frames: Float[Array, "b *clip p"] | None = None,
         label: Int[Array, " b"] | None = None,
         key: Keys | None = None,
     ) -> Float[Array, "b *space c"]:
@@ -249,6 +258,8 @@ class UViT(eqx.Module):
         if (context_logsnr is None) != (self.context_logsnr is None):
             told = "needs its context's log-SNR" if context_logsnr is None else "is not told its context's log-SNR"
             raise ValueError(f"this network {told}")
+        if frames is not None and self.frames is None:
+            raise ValueError("this network was built to be given no frames")
         dtype = self.project_in.weight.dtype
         cond = self.logsnr(logsnr)
         if self.context_logsnr is not None and context_logsnr is not None:
@@ -262,6 +273,9 @@ class UViT(eqx.Module):
         keys = iter(_keys(key, 2 * len(self.stages) + 1))
 
         x = self.project_in(patchify(z_t.astype(dtype), self.config.patch))
+        if self.frames is not None and self.frames_shape is not None:
+            given = jnp.zeros((x.shape[0], *self.frames_shape)) if frames is None else frames
+            x = x + self.frames(fit_grid(given.astype(dtype), x.shape[1:-1]))
         skips = []
         for index, stage in enumerate(self.stages):
             if index == len(self.config.conv_channels):
@@ -283,6 +297,12 @@ class UViT(eqx.Module):
         if self.context is None or context is None:
             return x
         return x + self.context(fit_grid(context.astype(x.dtype), x.shape[1:-1]))
+
+
+def _fitted(shape: tuple[int, ...], grid: tuple[int, ...]) -> int:
+    """Channels of an array of `shape` when it is brought to `grid`."""
+    array = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    return jax.eval_shape(lambda value: fit_grid(value, grid), array).shape[-1]
 
 
 def _keys(key: Key[Array, " b"] | None, num: int) -> tuple[Key[Array, " b"] | None, ...]:

@@ -1,0 +1,173 @@
+"""Given frames: what the networks see of a clip, and that they see nothing else of it."""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ulx import runs
+from ulx.config import Config
+from ulx.data.source import Dataset, InMemory, Split
+from ulx.diffusion import per_example_keys
+from ulx.frames import given_frames, given_shape, padded
+from ulx.generate import decode, sample_latents
+from ulx.latents import encoded
+from ulx.nn.encoder import EncoderConfig
+from ulx.nn.transformer import BlockConfig
+from ulx.nn.uvit import UViT, UViTConfig
+from ulx.stages import autoencoder_loss, base_loss, given_or_dropped
+from ulx.training import Draws
+
+KEY = jax.random.key(0)
+SHAPE = (4, 16, 16, 3)
+NETWORK = UViTConfig(patch=1, channels=(16,), blocks=(1,), block=BlockConfig(head_size=16))
+
+
+def moved(module, seed=0):
+    """Every weight away from zero: an untrained network predicts nothing."""
+    rng = np.random.default_rng(seed)
+    move = lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape).astype(np.float32)  # noqa: E731
+    return jax.tree.map(lambda leaf: move(leaf) if eqx.is_inexact_array(leaf) else leaf, module)
+
+
+@pytest.fixture(scope="module")
+def config(small_config) -> Config:
+    """Clips of 4 frames of 16×16, two of them given; 2×4×4 latents."""
+    network = UViTConfig(patch=(1, 2, 2), channels=(16,), blocks=(1,), block=BlockConfig(head_size=16))
+    model = dataclasses.replace(
+        small_config.model,
+        encoder=EncoderConfig(patch=(1, 2, 2), channels=(16, 16), blocks=1, last_blocks=1, latent_channels=4),
+        prior=network,
+        decoder=dataclasses.replace(network, patch=(2, 4, 4)),
+        base=network,
+        given_frames=2,
+    )
+    data = dataclasses.replace(small_config.data, source="moving-emoji", resolution=16, frames=4)
+    return dataclasses.replace(small_config, model=model, data=data)
+
+
+@pytest.fixture(scope="module")
+def model(config):
+    return moved(runs.stage1_state(config).model)
+
+
+@pytest.fixture(scope="module")
+def base(config, model):
+    return moved(runs.stage2_state(config, model, 1).model, seed=1)
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return np.random.default_rng(0).integers(0, 256, (6, *SHAPE), dtype=np.uint8)
+
+
+def draws(size: int) -> Draws:
+    return Draws(keys=per_example_keys(KEY, size), step_key=jax.random.key(1))
+
+
+def test_the_first_frames_as_they_are_and_a_mask(clips):
+    x = jnp.asarray(clips[:3] / np.float32(127.5) - 1)
+    found = np.asarray(given_frames(x, jnp.asarray([0, 1, 3])))
+    assert found.shape[1:] == given_shape(SHAPE) == (4, 16, 16, 4)
+    for clip, count in zip(range(3), (0, 1, 3), strict=True):
+        np.testing.assert_array_equal(found[clip, :count, ..., :3], x[clip, :count])
+        assert (found[clip, :count, ..., 3] == 1).all()
+        assert not found[clip, count:].any()
+    np.testing.assert_array_equal(given_frames(padded(x[:, :2], 4), 2), given_frames(x, 2))
+    with pytest.raises(ValueError, match=r"not of examples of shape \(8, 8, 3\)"):
+        given_shape((8, 8, 3))
+
+
+def test_no_frames_are_a_mask_of_zeros():
+    """What a network does without frames is what it was trained to do when they were dropped."""
+    network = moved(UViT((2, 4, 4, 3), NETWORK, frames_shape=(4, 8, 8, 4), key=KEY))
+    z, level = jax.random.normal(KEY, (2, 2, 4, 4, 3)), jnp.zeros(2)
+    none = network(z, level)
+    np.testing.assert_allclose(network(z, level, frames=jnp.zeros((2, 4, 8, 8, 4))), none, atol=1e-6)
+    some = given_frames(jax.random.normal(jax.random.key(2), (2, 4, 8, 8, 3)), jnp.asarray([2, 0]))
+    change = np.abs(network(z, level, frames=some) - none).max((1, 2, 3, 4))
+    assert change[0] > 1e-2
+    assert change[1] < 1e-5
+
+
+def test_a_network_without_frames_refuses_them():
+    network = UViT((2, 4, 4, 3), NETWORK, key=KEY)
+    with pytest.raises(ValueError, match="built to be given no frames"):
+        network(jnp.zeros((1, 2, 4, 4, 3)), jnp.zeros(1), frames=jnp.zeros((1, 4, 8, 8, 4)))
+
+
+def test_frames_are_dropped_at_the_rate_asked_for():
+    x = jnp.ones((4000, 2, 1, 1, 1))
+    keys = per_example_keys(KEY, 4000)
+    given = np.asarray(given_or_dropped(x, keys, 1, 0.3))[:, 0, 0, 0, 1]
+    assert given.mean() == pytest.approx(0.7, abs=0.03)  # four standard errors
+    assert given_or_dropped(x, keys, 0, 0.3) is None
+    assert np.asarray(given_or_dropped(x, keys, 1, 0.0))[..., 1].sum() == 4000
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_stage_1_s_decoder_sees_the_given_frames_and_the_rate_does_not(config, model, clips, rate):
+    """The bound by hand with and without frames: the same rate, another decoder term."""
+    batch = {"image": jnp.asarray(clips), "label": jnp.zeros(6, jnp.int32)}
+
+    @eqx.filter_jit
+    def found(model, config):
+        return autoencoder_loss(config)(model, None, batch, draws(6), jnp.asarray(10))[1]
+
+    without = dataclasses.replace(config, frames_dropout=1.0)
+    changed = found(model, dataclasses.replace(config, frames_dropout=rate))
+    none = found(model, without)
+    assert float(changed["rate"]) == pytest.approx(float(none["rate"]), rel=1e-6)
+    assert (abs(float(changed["decoder"]) - float(none["decoder"])) > 1e-4) == (rate == 0)
+
+
+def test_stage_2_on_cached_latents_is_stage_2_on_clips(config, model, base, clips):
+    labels = np.zeros(6, np.int32)
+    names = tuple("abcdef")
+    split = Split(InMemory({"image": clips, "label": labels}), names, labels)
+    cached = encoded(Dataset("clips", 16, ("clips",), split, split, "f"), model, batch_size=4, flip=False, first=2)
+    kept = [cached.train[i] for i in range(6)]
+    assert kept[0]["first"].shape == (2, 16, 16, 3)
+    latents = {name: jnp.stack([example[name] for example in kept]) for name in kept[0]}
+    loss = base_loss(config, 4 * 16 * 16)
+    given = dataclasses.replace(config, frames_dropout=0.0)
+
+    @eqx.filter_jit
+    def value(loss, frozen, batch):
+        return loss(base, frozen, batch, draws(6), jnp.asarray(0))[0]
+
+    online = value(loss, model, {"image": jnp.asarray(clips), "label": jnp.asarray(labels)})
+    assert float(value(loss, None, latents)) == pytest.approx(float(online), rel=1e-5)
+    assert float(value(base_loss(given, 4 * 16 * 16), None, latents)) != pytest.approx(float(online), rel=1e-4)
+
+
+def test_samples_follow_the_given_frames_alone(config, model, base, clips):
+    x = jnp.asarray(clips[:2] / np.float32(127.5) - 1)
+    later = x.at[:, 2:].set(0.0)
+    keys = per_example_keys(KEY, 2)
+
+    def sampled(clip):
+        frames = given_frames(clip, 2)
+        z_0 = sample_latents(base, model.latent_schedule, config.sample, keys=keys, frames=frames).z
+        return decode(model, z_0, config.sample, keys=keys, frames=frames).z
+
+    np.testing.assert_array_equal(sampled(x), sampled(later))
+    assert np.abs(sampled(x) - sampled(x.at[:, 1].set(0.0))).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"source": "openmoji"}}, "model.given_frames=2, but --data.source openmoji has no clips"),
+        ({"single_stage": True}, "single_stage generates with the stage-1 prior, which is given no frames"),
+        ({"data": {"frames": 2}}, "must leave some of a clip's 2 frames"),
+        ({"frames_dropout": 1.5}, "frames_dropout must be in"),
+    ],
+)
+def test_settings_that_cannot_be(config, changes, message):
+    data = dataclasses.replace(config.data, **changes.pop("data", {})) if "data" in changes else config.data
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(config, data=data, **changes)
