@@ -16,6 +16,7 @@ from ulx.denoiser import StandardNormal
 from ulx.diffusion import split_keys
 from ulx.generate import example_keys
 from ulx.metrics.frechet import Moments, frechet_distance
+from ulx.metrics.reference import training_moments
 from ulx.progress import Progress
 from ulx.runner import Runner
 from ulx.seeding import root_key
@@ -103,7 +104,9 @@ def distances(small_dataset, tmp_path_factory):
     drawn = lambda n: rng.integers(0, 256, (n, *held_out.shape[1:]), dtype=np.uint8)  # noqa: E731
     made = {"base": (drawn(7), 4), "prior": (drawn(7), 3), "reconstruction": (drawn(5), 2)}
     networks = [Corner(), Corner(metric="fid", kernel_metric="kid", definition="another", sha256="c1")]
-    found = evaluation._distances(networks, made, held_out, small_dataset, str(tmp_path_factory.mktemp("cache")))
+    cache = str(tmp_path_factory.mktemp("cache"))
+    moments = lambda network: training_moments(small_dataset, network, cache)  # noqa: E731
+    found = evaluation._distances(networks, made, held_out, moments)
     return found, made, held_out
 
 
@@ -138,8 +141,9 @@ def test_every_network_has_a_kernel_distance_of_its_own_name(distances):
 
 def test_weights_that_are_not_there_are_refused(small_config):
     options = dataclasses.replace(small_config.evaluate, inception_weights="nowhere.pth")
+    config = dataclasses.replace(small_config, evaluate=options)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth is no file: name the weights of FID's InceptionV3"):
-        evaluation.networks(options)
+        evaluation.networks(config)
 
 
 def test_pairs_too_small_for_a_measure_go_without_it():

@@ -1,20 +1,29 @@
 """Given frames: what the networks see of a clip, and that they see nothing else of it."""
 
+import base64
 import dataclasses
+import io
+import math
+import re
+from pathlib import Path
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
+from stand_ins import LastCorner
 
-from ulx import runs
+from ulx import evaluation, job, runs
 from ulx.config import Config
 from ulx.data.source import Dataset, InMemory, Split
 from ulx.diffusion import per_example_keys
 from ulx.frames import given_frames, given_shape, padded
 from ulx.generate import decode, sample_latents
 from ulx.latents import encoded
+from ulx.metrics import i3d
+from ulx.metrics.frechet import Moments, frechet_distance
 from ulx.nn.encoder import EncoderConfig
 from ulx.nn.transformer import BlockConfig
 from ulx.nn.uvit import UViT, UViTConfig
@@ -156,6 +165,78 @@ def test_samples_follow_the_given_frames_alone(config, model, base, clips):
 
     np.testing.assert_array_equal(sampled(x), sampled(later))
     assert np.abs(sampled(x) - sampled(x.at[:, 1].set(0.0))).max() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    """A run on clips from end to end, I3D aside."""
+    rng = np.random.default_rng(1)
+
+    def split(count: int) -> Split:
+        labels = np.zeros(count, np.int32)
+        source = InMemory({"image": rng.integers(0, 256, (count, *SHAPE), dtype=np.uint8), "label": labels})
+        return Split(source, tuple(map(str, range(count))), labels)
+
+    dataset = Dataset("clips", 16, ("clips",), split(12), split(6), "f")
+    options = dataclasses.replace(config.evaluate, held_out=5, flow_images=0)
+    sample = dataclasses.replace(config.sample, guidance_scale=1.0)
+    runs_folder = str(tmp_path_factory.mktemp("runs"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "open_dataset", lambda data: dataset)
+        patch.setattr(i3d, "load", LastCorner)
+        job.run(dataclasses.replace(config, runs=runs_folder, evaluate=options, sample=sample))
+    path = Path(runs_folder) / config.name
+    return path, evaluation.Evaluation.load(path / "evaluation"), dataset
+
+
+def test_continuations_begin_with_the_given_frames_and_are_judged_by_the_next(finished):
+    _, found, _ = finished
+    originals, continued = found.pictures["originals"], found.pictures["base_samples"]
+    assert originals.shape == continued.shape == (5, *SHAPE)
+    np.testing.assert_array_equal(originals[:, :2], continued[:, :2])
+    assert (originals[:, 2:] != continued[:, 2:]).any()
+    decibels = lambda a, b: 10 * np.log10(255**2 / ((a.astype(float) - b) ** 2).mean((1, 2, 3, 4)))  # noqa: E731
+    entry = found.metrics["continuation"]
+    by_hand = decibels(continued[:, 2:], originals[:, 2:])  # two frames are left, of three that are looked at
+    assert entry["psnr"]["value"] == pytest.approx(by_hand.mean(), rel=1e-5)
+    repeated = decibels(np.broadcast_to(originals[:, 1:2], originals[:, 2:].shape), originals[:, 2:])
+    assert entry["psnr_of_last_frame"]["value"] == pytest.approx(repeated.mean(), rel=1e-5)
+    assert entry["gap"]["value"] == pytest.approx((by_hand - repeated).mean(), rel=1e-4)
+
+
+def test_clips_are_compared_with_the_held_out_ones_by_fvd(finished):
+    _, found, _ = finished
+    assert set(found.metrics["fvd"]) == {"base", "prior", "reconstruction"}
+    assert {entry["against"] for entry in found.metrics["fvd"].values()} == {"held-out images"}
+    assert found.metrics["fvd"]["base"]["n"] == found.metrics["fvd"]["base"]["n_reference"] == 5
+    assert "copies" not in found.metrics
+    corner = lambda clips: clips[:, -1, 0, 0] / 127.5 - 1  # noqa: E731
+    moments = [Moments.of(corner(found.pictures[name])) for name in ("base_samples", "originals")]
+    assert found.metrics["fvd"]["base"]["value"] == pytest.approx(frechet_distance(*moments), rel=1e-4)
+    # Pixels of a clip are those of all its frames.
+    bits, dims = (found.metrics[f"bits_per_{name}"]["value"] for name in ("pixel", "latent_dim"))
+    assert bits * 4 * 16 * 16 == pytest.approx(dims * math.prod(found.metrics["latent_shape"]), rel=1e-5)
+
+
+def test_the_report_moves(finished):
+    path, _, _ = finished
+    html = (path / "report.html").read_text()
+    section = html.split("Continuations by the base model</h2>")[1].split("</section>")[0]
+    images = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]*)"', section)]
+    assert len(images) == 10
+    with Image.open(io.BytesIO(images[0])) as image:
+        frames = getattr(image, "n_frames", 1)
+        assert (frames, image.size) == (4, (18, 18))
+        border = []
+        for frame in range(4):
+            image.seek(frame)
+            border.append(image.convert("RGB").getpixel((0, 0)))
+    assert border == [(230, 159, 0)] * 2 + [(222, 222, 222)] * 2
+    with Image.open(path / "figures" / "base_samples.png") as sheet:
+        assert sheet.width > 4 * 18
+    assert "Are samples copies" not in html
+    assert "fvd, base model" in html
+    assert "6 held-out clips" in html
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,8 @@ class EvaluateConfig:
     """How often each level is drawn per image."""
     flow_images: int = 16
     """Held-out images whose likelihood under the prior's probability flow is measured too; 0: none."""
+    held_out: int | None = None
+    """Measure on so many held-out examples, spread over them; by default on all."""
     inception_weights: str | None = None
     """The file of FID's InceptionV3 (pytorch-fid's state dict or jax-fid's pickle): FID and KID as well."""
     inception_resize: Literal["tf1-bilinear", "clean-bicubic"] = "tf1-bilinear"
@@ -144,8 +146,8 @@ class EvaluateConfig:
     def __post_init__(self):
         if self.flow_images < 0:
             raise ValueError(f"flow_images must not be negative, got {self.flow_images}")
-        for name in ("num_samples", "batch_size", "levels", "draws"):
-            if getattr(self, name) < 1:
+        for name in ("num_samples", "batch_size", "levels", "draws", "held_out"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
@@ -215,6 +217,8 @@ class Config:
             raise ValueError(
                 f"model.given_frames={self.model.given_frames}, but --data.source {self.data.source} has no clips"
             )
+        if self.data.is_video and self.evaluate.inception_weights is not None:
+            raise ValueError("evaluate.inception_weights is for images: clips are measured by FVD")
         if self.model.given_frames and self.single_stage:
             raise ValueError("single_stage generates with the stage-1 prior, which is given no frames")
         if self.data.is_video and not 0 <= self.model.given_frames < self.data.frames:

@@ -7,7 +7,7 @@ which network, against which images, and from which code and seed, is said once 
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from ulx import losses
 from ulx.bound import DiffusionEstimate, RateEstimate
 from ulx.config import Config, EvaluateConfig
 from ulx.data.pixels import to_float
-from ulx.data.source import Dataset, Split
+from ulx.data.source import Dataset
 from ulx.denoiser import Denoiser
-from ulx.metrics import compare, efficientnet, inception, lpips
+from ulx.metrics import compare, efficientnet, i3d, inception, lpips
 from ulx.metrics.copies import copies_among, spread_over
 from ulx.metrics.features import FeatureNetwork, features
 from ulx.metrics.frechet import Moments, frechet_distance
@@ -41,6 +41,10 @@ RECONSTRUCT, SAMPLE = "reconstruct", "sample"
 """Purposes of noise. Reconstructions, swapped or not, share theirs; so do the samples of all models, row by row."""
 PICTURES = 64
 """Images of each kind that the report shows."""
+NEXT = 3
+"""Frames after the given ones by which continuations are judged against the last of these, repeated."""
+AVERAGED = 8192
+"""Training images of which the mean is taken; of a larger set, so many spread over it."""
 
 TRAINING, HELD_OUT = "training images", "held-out images"
 """What numbers are measured against; all others than distances are measured on held-out images."""
@@ -55,10 +59,13 @@ DEFINITIONS = {
     lpips.METRIC: f"distance of each reconstruction in VGG16's activations, mean over images ({lpips.DEFINITION})",
     "psnr_of_mean_training_image": "10 log10(255²/MSE) in dB of the mean training image, mean over images",
     "swap": "PSNR in dB of decodings of another image's latent with this one's noise, mean over pairs",
+    "continuation": f"PSNR in dB of the {NEXT} frames after the given ones, mean over clips: the base model's; the "
+    "last given one repeated; the difference",
     "flow": "−h(q) − log p(z_0) by the prior's probability flow, over height · width · ln 2; mean over images",
 }
 
-Images = UInt8[np.ndarray, "_n _h _w _c"]
+Images = UInt8[np.ndarray, "..."]
+"""Images `n h w c`, or clips `n t h w c`."""
 Metric = dict[str, Any]
 
 
@@ -90,7 +97,7 @@ class Evaluation:
 
 def evaluate_autoencoder(model: UnifiedLatents, dataset: Dataset, config: Config) -> dict[str, Any]:
     """Bits and PSNR on the held-out images: what stage 1 alone answers for."""
-    held_out = _images(dataset.validation)
+    held_out, _ = _held_out(dataset, config.evaluate)
     with Progress("evaluate", total=3 * len(held_out), unit="images") as progress:
         run = _Runner(model, config, progress)
         rate = run.rate(held_out, model.prior)
@@ -98,12 +105,13 @@ def evaluate_autoencoder(model: UnifiedLatents, dataset: Dataset, config: Config
     return {**_bits(rate, model), "psnr": _psnr(reconstructions, held_out) | {"nfe": nfe}}
 
 
-def networks(options: EvaluateConfig) -> tuple[list[FeatureNetwork], lpips.LPIPS | None]:
-    """Those whose features are compared, and LPIPS if asked for.
+def networks(config: Config) -> tuple[list[FeatureNetwork], lpips.LPIPS | None]:
+    """Those whose features are compared, of clips I3D, and LPIPS if asked for.
 
     Raises FileNotFoundError, ModuleNotFoundError, ValueError for weights that are not there or not the right ones.
     """
-    found: list[FeatureNetwork] = [efficientnet.load()]
+    options = config.evaluate
+    found: list[FeatureNetwork] = [i3d.load() if config.data.is_video else efficientnet.load()]
     if options.inception_weights is not None:
         found.append(inception.load(options.inception_weights, options.inception_resize))
     return found, lpips.load() if options.lpips else None
@@ -114,12 +122,9 @@ def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Co
 
     Raises as `networks` does.
     """
-    compared, of_pairs = networks(config.evaluate)
-    held_out = _images(dataset.validation)
-    made = _Made.by(model, base, dataset, held_out, config)
-    copies, nearest = copies_among(
-        dataset.train, made.base_samples, held_out, made.train_originals, made.train_reconstructions
-    )
+    compared, of_pairs = networks(config)
+    held_out, held_out_labels = _held_out(dataset, config.evaluate)
+    made = _Made.by(model, base, dataset, held_out, held_out_labels, config)
     sampled = config.sample
     metrics: dict[str, Any] = {
         "held_out": {"n": len(held_out), "data": dataset.name, "split": "validation"},
@@ -140,8 +145,7 @@ def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Co
                 "reconstruction": (made.reconstructions, made.decoder_nfe),
             },
             held_out,
-            dataset,
-            config.data.cache_dir,
+            None if config.data.is_video else lambda network: training_moments(dataset, network, config.data.cache_dir),
         ),
         "sampler": {
             "latent": sampled.solver,
@@ -156,7 +160,6 @@ def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Co
             "guidance_scale": 1.0,
             "labels": "as frequent as in the training set",
         },
-        "copies": copies,
         "definitions": {name: {"definition": text} for name, text in DEFINITIONS.items()}
         | {name: entry for network in compared for name, entry in compare.definitions(network).items()},
         "references": {
@@ -183,8 +186,14 @@ def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Co
         "prior_samples": made.prior_samples[:PICTURES],
         "base_samples": made.base_samples[:PICTURES],
         "base_labels": made.labels[:PICTURES],
-        "nearest": np.stack([dataset.train[int(i)]["image"] for i in nearest[:PICTURES]]),
     }
+    if made.given:
+        metrics["continuation"] = _continuation(made.base_samples, held_out, made.given)
+    if not config.data.is_video:
+        metrics["copies"], nearest = copies_among(
+            dataset.train, made.base_samples, held_out, made.train_originals, made.train_reconstructions
+        )
+        pictures["nearest"] = np.stack([dataset.train[int(i)]["image"] for i in nearest[:PICTURES]])
     if made.guided is not None:
         images, turn, nfe = made.guided
         pictures |= {"guided_samples": images, "guided_labels": turn}
@@ -214,6 +223,9 @@ class _Made:
     prior_samples: Images
     prior_nfe: int
     base_samples: Images
+    """Of clips the continuations of the held-out ones."""
+    given: int
+    """Frames that these were given."""
     labels: Int32[np.ndarray, " s"]
     base_nfe: int
     guided: tuple[Images, Int32[np.ndarray, " g"], int] | None
@@ -222,13 +234,25 @@ class _Made:
     train_reconstructions: Images
 
     @classmethod
-    def by(cls, model: UnifiedLatents, base: Denoiser, dataset: Dataset, held_out: Images, config: Config) -> "_Made":
-        options = config.evaluate
-        labels = _labels_like(dataset.train.labels, options.num_samples, root_int(config.seed, "evaluation labels"))
-        own_labels = dataset.validation.labels if config.label_dropout == 0 else None
-        originals = np.stack([dataset.train[i]["image"] for i in spread_over(len(dataset.train), 2 * PICTURES)])
+    def by(
+        cls,
+        model: UnifiedLatents,
+        base: Denoiser,
+        dataset: Dataset,
+        held_out: Images,
+        held_out_labels: Int32[np.ndarray, " n"],
+        config: Config,
+    ) -> "_Made":
+        options, given = config.evaluate, config.model.given_frames
+        first = held_out[:, :given] if given else None
+        count = len(held_out) if given else options.num_samples
+        labels = _labels_like(dataset.train.labels, count, root_int(config.seed, "evaluation labels"))
+        own_labels = held_out_labels if config.label_dropout == 0 else None
+        # Copies are sought among images alone: there is no end of clips.
+        compared = 0 if config.data.is_video else 2 * PICTURES
+        originals = np.stack([dataset.train[i]["image"] for i in spread_over(len(dataset.train), max(1, compared))])
         flow_of = spread_over(len(held_out), options.flow_images)
-        total = 5 * len(held_out) + len(flow_of) + min(PICTURES, len(held_out)) + 2 * options.num_samples + PICTURES
+        total = 5 * len(held_out) + len(flow_of) + min(PICTURES, len(held_out)) + 2 * count + PICTURES
         with Progress("evaluate", total=total + 2 * len(originals), unit="images") as progress:
             run = Runner(model, config, progress)
             rate, base_rate = run.rate(held_out, model.prior), run.rate(held_out, base, own_labels)
@@ -237,8 +261,8 @@ class _Made:
             latents = run.encode(held_out)
             reconstructions, decoder_nfe = run.decode(latents, RECONSTRUCT)
             swapped, _ = run.decode(np.roll(latents, 1, axis=0)[:PICTURES], RECONSTRUCT)
-            prior_samples, prior_nfe = run.sample(model.prior, None, options.num_samples, SAMPLE)
-            base_samples, base_nfe = run.sample(base, labels, options.num_samples, SAMPLE)
+            prior_samples, prior_nfe = run.sample(model.prior, None, count, SAMPLE)
+            base_samples, base_nfe = run.sample(base, labels, count, SAMPLE, first=first)
             guided = None
             if config.can_guide:
                 turn = np.arange(PICTURES, dtype=np.int32) % len(dataset.class_names)
@@ -259,6 +283,7 @@ class _Made:
             prior_samples=prior_samples,
             prior_nfe=prior_nfe,
             base_samples=base_samples,
+            given=given,
             labels=labels,
             base_nfe=base_nfe,
             guided=guided,
@@ -271,29 +296,33 @@ def _distances(
     compared: Sequence[FeatureNetwork],
     made: Mapping[str, tuple[Images, int]],
     held_out: Images,
-    dataset: Dataset,
-    cache_dir: str | None,
+    moments_of: Callable[[FeatureNetwork], Moments] | None,
 ) -> dict[str, Any]:
     """What was made ("base", "prior", "reconstruction": images and NFE) against real images.
 
-    Fréchet distances by the network's name of them, samples to the training images; the others to the held-out images,
-    of all networks together. Reconstructions are compared with their originals, and, as papers often do, with the
-    training images too.
+    Fréchet distances by the network's name of them, samples to the training images, whose moments are `moments_of`, or
+    without them to the held-out ones; the others to the held-out images, of all networks together. Reconstructions are
+    compared with their originals, and, as papers often do, with the training images too.
     """
     metrics: dict[str, Any] = {}
     others: dict[str, Metric] = {what: {} for what in made}
     for network in compared:
         seen = lambda images, what, by=network: features(by, images, description=f"features: {what}")  # noqa: E731
-        trained, originals = training_moments(dataset, network, cache_dir), seen(held_out, "held-out images")
-        distances = metrics[network.metric] = {"held_out_images": _distance(originals, trained, TRAINING)}
+        originals = seen(held_out, "held-out images")
+        own = Moments.of(originals)
+        trained = None if moments_of is None else moments_of(network)
+        distances: dict[str, Metric] = {}
         for what, (images, nfe) in made.items():
             found = seen(images, what)
             others[what] |= compare.kernel_and_manifolds(network, originals, found)[0]
-            if what == "reconstruction":
-                distances[f"{what}_to_training"] = _distance(found, trained, TRAINING) | {"nfe": nfe}
-                distances[what] = _distance(found, Moments.of(originals), HELD_OUT) | {"nfe": nfe}
-            else:
-                distances[what] = _distance(found, trained, TRAINING) | {"nfe": nfe}
+            if trained is None or what == "reconstruction":
+                distances[what] = _distance(found, own, HELD_OUT) | {"nfe": nfe}
+            if trained is not None:
+                name = f"{what}_to_training" if what == "reconstruction" else what
+                distances[name] = _distance(found, trained, TRAINING) | {"nfe": nfe}
+        if trained is not None:
+            distances["held_out_images"] = _distance(originals, trained, TRAINING)
+        metrics[network.metric] = distances
     return metrics | {"against_held_out_images": others}
 
 
@@ -327,7 +356,7 @@ def _measured(estimate: DiffusionEstimate) -> dict[str, Any]:
 
 def _errors(images: Images, originals: Images, distance: compare.PairMeasure | None) -> dict[str, Metric]:
     """What pairs say: PSNR; SSIM and, if it is given, LPIPS where the images are large enough for it."""
-    metrics, side = {"psnr": _psnr(images, originals)}, min(images.shape[1:3])
+    metrics, side = {"psnr": _psnr(images, originals)}, min(images.shape[-3:-1])
     if side >= SSIM_WINDOW:
         metrics["ssim"] = _of_pairs(ssim, images, originals)
     if distance is not None and side >= lpips.MIN_SIZE:
@@ -340,8 +369,20 @@ def _psnr(images: Images, originals: Images) -> Metric:
 
 
 def _of_pairs(measure: compare.PairMeasure, images: Images, originals: Images, rows: int = 64) -> Metric:
-    parts = [slice(start, start + rows) for start in range(0, len(images), rows)]
-    return _mean(np.concatenate([measure(to_float(images[part]), to_float(originals[part])) for part in parts]))
+    """Of clips, every frame's, averaged over each clip first."""
+    x, y = (each.reshape(-1, *each.shape[-3:]) for each in (images, originals))
+    parts = [slice(start, start + rows) for start in range(0, len(x), rows)]
+    values = np.concatenate([measure(to_float(x[part]), to_float(y[part])) for part in parts])
+    return _mean(values.reshape(len(images), -1).mean(axis=1))
+
+
+def _continuation(continued: Images, originals: Images, given: int) -> dict[str, Metric]:
+    """Of the frames after the given ones, and of the last given one in their place."""
+    after = slice(given, given + NEXT)
+    wanted = originals[:, after]
+    repeated = np.broadcast_to(originals[:, given - 1 : given], wanted.shape)
+    own, other = (psnr(to_float(each), to_float(wanted)) for each in (continued[:, after], repeated))
+    return {"psnr": _mean(own), "psnr_of_last_frame": _mean(other), "gap": _mean(own - other)}
 
 
 def _mean(per_image: Any) -> dict[str, Any]:
@@ -370,15 +411,19 @@ def _swap(swapped: Images, originals: Images) -> dict[str, Any]:
     return {"psnr_to_the_latents_image": _mean(own), "psnr_to_the_other": _mean(other), "gap": _mean(own - other)}
 
 
-def _images(split: Split) -> Images:
-    return np.stack([example["image"] for example in split])
+def _held_out(dataset: Dataset, options: EvaluateConfig) -> tuple[Images, Int32[np.ndarray, " n"]]:
+    """Held-out images and their labels, all of them or as many as are asked for."""
+    held_out = dataset.validation
+    rows = spread_over(len(held_out), options.held_out or len(held_out))
+    return np.stack([held_out[i]["image"] for i in rows]), held_out.labels[rows]
 
 
-def _mean_image(dataset: Dataset) -> UInt8[np.ndarray, "h w c"]:
+def _mean_image(dataset: Dataset) -> UInt8[np.ndarray, "..."]:
+    rows = spread_over(len(dataset.train), AVERAGED)
     total = np.zeros(dataset.train[0]["image"].shape)
-    for example in dataset.train:
-        total += example["image"]
-    return (total / len(dataset.train)).round().astype(np.uint8)
+    for i in rows:
+        total += dataset.train[i]["image"]
+    return (total / len(rows)).round().astype(np.uint8)
 
 
 def _labels_like(labels: Int32[np.ndarray, " n"], count: int, seed: int) -> Int32[np.ndarray, " m"]:

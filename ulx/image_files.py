@@ -14,7 +14,17 @@ from ulx.data.cache import UnreadableError
 from ulx.data.extras import optional
 from ulx.data.folder import SUFFIXES, find_images, image_size, read_image
 
-__all__ = ["ImageFolder", "claim", "contact_sheet", "png", "png_names", "write_png", "zoom_for"]
+__all__ = [
+    "ImageFolder",
+    "claim",
+    "contact_sheet",
+    "film_strips",
+    "framed",
+    "png",
+    "png_names",
+    "write_png",
+    "zoom_for",
+]
 
 Images = UInt8[np.ndarray, "n h w 3"]
 
@@ -22,6 +32,10 @@ NAMED = 10  # files named in a message; the rest are counted
 TILE = 96  # pixels; smaller images are enlarged to at least this
 SHEETS = re.compile(r"(.*/)?(contact_sheet|(base|prior)-seed-?\d+-sheet)\.png")
 """The contact sheets that the commands write beside their images."""
+FRAME_MS = 125
+"""Milliseconds of a frame of an animation."""
+PLAIN, MARKED = (222, 222, 222), (230, 159, 0)
+"""Colours of the frames' borders."""
 GAP, CAPTION = 6, 14  # pixels between the tiles of a sheet, and for a line of text under them
 
 
@@ -138,11 +152,29 @@ def claim(out: Path, names: Iterable[str], overwrite: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
 
-def png(image: UInt8[np.ndarray, "h w 3"]) -> bytes:
-    """The bytes of a PNG file."""
-    buffer = io.BytesIO()
-    optional("PIL.Image").fromarray(image).save(buffer, "PNG")
+def png(image: UInt8[np.ndarray, "h w 3"] | UInt8[np.ndarray, "t h w 3"]) -> bytes:
+    """The bytes of a PNG file, of a clip an animated one."""
+    buffer, images = (
+        io.BytesIO(),
+        [optional("PIL.Image").fromarray(frame) for frame in image.reshape(-1, *image.shape[-3:])],
+    )
+    rest = {"save_all": True, "append_images": images[1:], "duration": FRAME_MS, "loop": 0} if len(images) > 1 else {}
+    images[0].save(buffer, "PNG", **rest)
     return buffer.getvalue()
+
+
+def framed(clips: UInt8[np.ndarray, "n t h w 3"], given: int) -> UInt8[np.ndarray, "n t _h _w 3"]:
+    """Every frame with a border of one pixel, coloured around the `given` ones."""
+    count, length, height, width, _ = clips.shape
+    bordered = np.full((count, length, height + 2, width + 2, 3), PLAIN, np.uint8)
+    bordered[:, :given] = MARKED
+    bordered[:, :, 1:-1, 1:-1] = clips
+    return bordered
+
+
+def film_strips(clips: UInt8[np.ndarray, "n t h w 3"]) -> UInt8[np.ndarray, "n h _w 3"]:
+    """Each clip as one image, its frames side by side."""
+    return np.concatenate(list(clips.swapaxes(0, 1)), axis=2)
 
 
 def write_png(path: Path, image: UInt8[np.ndarray, "h w 3"]) -> None:

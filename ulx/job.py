@@ -34,7 +34,7 @@ def run(config: Config) -> Path:
     """Train, evaluate and report; returns the path of the report. With `config.resume`, continue where it stopped."""
     began = time.monotonic()
     # Whatever can be refused is refused before the folder is taken, let alone after hours of training.
-    networks(config.evaluate)
+    networks(config)
     config = runs.adopt(config)
     dataset = open_dataset(config.data)
     classes = len(dataset.class_names)

@@ -83,12 +83,13 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f'<div class="scroll"><table>{head}<tbody>\n{body}\n</tbody></table></div>'
 
 
-def tiles(*stacked: UInt8[np.ndarray, "n h w 3"], captions: Sequence[str] = (), alt: Sequence[str]) -> str:
-    """Images that flow with the page's width, pixels enlarged by a whole number; image i of every array in one tile.
+def tiles(*stacked: UInt8[np.ndarray, "..."], captions: Sequence[str] = (), alt: Sequence[str]) -> str:
+    """Images `n h w 3`, or clips `n t h w 3`, which move; they flow with the page's width, pixels enlarged by a whole
+    number, image i of every array in one tile.
 
     `captions`, one per tile, and `alt`, one per array, are text.
     """
-    count, height, width, _ = stacked[0].shape
+    count, *_, height, width, _ = stacked[0].shape
     large = zoom_for(height)
     parts = []
     for i in range(count):

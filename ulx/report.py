@@ -9,6 +9,7 @@ it at its end; it can be written anew at any time, also of a run under way. What
 import dataclasses
 import functools
 import json
+import math
 import shlex
 from collections.abc import Callable, Sequence
 from html import escape
@@ -23,7 +24,7 @@ from ulx.command_line import parse_arguments, run_command
 from ulx.config import Config, differences, from_json
 from ulx.data.pixels import to_float
 from ulx.evaluation import Evaluation
-from ulx.image_files import contact_sheet, write_png
+from ulx.image_files import contact_sheet, film_strips, framed, write_png
 from ulx.metrics.images import psnr
 from ulx.metrics_log import read_metrics
 from ulx.progress import duration
@@ -34,6 +35,9 @@ __all__ = ["write"]
 
 BUDGET = 2**20
 """Pixels of each kind of picture, though at least 8 images: with large ones the page would have hundreds of MB."""
+
+STRIPS = 16
+"""Clips on a sheet, each a strip of its frames."""
 
 TITLES = {"stage1": "Stage 1", "decoder": "The decoder", "stage2": "Stage 2"}
 
@@ -84,6 +88,17 @@ class _Run:
         return collapsed(self.config, lines)
 
     @property
+    def distance(self) -> str:
+        """Its main Fréchet distance."""
+        assert self.evaluation is not None
+        return next(name for name in report_text.FRECHET if name in self.evaluation.metrics)
+
+    @property
+    def given(self) -> int:
+        """Frames of a clip that its continuation was given."""
+        return self.config.model.given_frames
+
+    @property
     def loss_factor(self) -> float:
         """As set, or under rate control as it is to be set for the same rate."""
         log = self.logs.get("stage1")
@@ -129,11 +144,12 @@ def _head(run: _Run) -> str:
     variant = "" if config.variant == "unified" else f", variant “{escape(config.variant)}”,"
     target = config.rate.target_bits_per_pixel
     controlled = "" if target is None else f" (adapted for {target:g} bits/pixel)"
+    unit = "clips" if config.data.is_video else "images"
     lines = [
         f"<h1>{escape(run.path.name)}</h1>",
         f'<p class="soft">Unified Latents{variant} on {escape(data["name"])}, '
         f"{data['resolution']}×{data['resolution']} pixels: "
-        f"{data['train']:,} training and {data['validation']:,} held-out images, {len(data['class_names'])} classes. "
+        f"{data['train']:,} training and {data['validation']:,} held-out {unit}, {len(data['class_names'])} classes. "
         f"Loss factor {run.loss_factor:.4g}{controlled}, sigmoid bias {config.decoder_weighting.bias:.3g}.</p>",
     ]
     for stage, train in config.train_configs.items():
@@ -154,8 +170,8 @@ def _cards(run: _Run) -> list[str]:
     if run.evaluation is not None:
         metrics = run.evaluation.metrics
         bits, dims, decibel = metrics["bits_per_pixel"], metrics["bits_per_latent_dim"], metrics["psnr"]
-        mean, distance = metrics["psnr_of_mean_training_image"], metrics["fd_efflite0"]
-        base, prior = distance["base"], distance["prior"]
+        mean, name = metrics["psnr_of_mean_training_image"], run.distance
+        base, prior = metrics[name]["base"], metrics[name]["prior"]
         cards = [
             page.card(
                 "Held-out rate, bits/pixel",
@@ -166,7 +182,7 @@ def _cards(run: _Run) -> list[str]:
                 "Held-out PSNR, dB", plus_minus(decibel), f"the mean training image has {number(mean['value'])} dB"
             ),
             page.card(
-                "fd_efflite0, base model",
+                f"{name}, base model",
                 number(base["value"]),
                 f"raw prior {number(prior['value'])}; N = {base['n']:,}, NFE {base['nfe']}, no guidance"
                 + (". Biased: N is too small" if base["rank_deficient"] else "")
@@ -202,7 +218,11 @@ def _evaluated(run: _Run) -> list[str]:
         f"{value:.1f} dB"
         for value in np.asarray(psnr(*map(to_float, (pictures["originals"], pictures["reconstructions"]))))
     ]
-    nfe = f"NFE {metrics['fd_efflite0']['base']['nfe']}"
+    distance = run.distance
+    nfe = f"NFE {metrics[distance]['base']['nfe']}"
+    of_base = [pictures["base_samples"]]
+    if run.given:
+        of_base = [pictures["originals"][: len(of_base[0])], *of_base]
     # The first image got the latent of the last one, which need not be among the pictures.
     swap = [pictures["originals"][1:], pictures["originals"][:-1], pictures["swapped"][1:]]
     return [
@@ -212,36 +232,57 @@ def _evaluated(run: _Run) -> list[str]:
             _pictures(run, "reconstructions", [pictures["originals"], pictures["reconstructions"]], decibels),
         ),
         page.section(
-            "Samples of the base model",
+            "Continuations by the base model" if run.given else "Samples of the base model",
+            *([_next_frames(run, metrics["continuation"])] if run.given else []),
             f"<p>No guidance, {nfe} ({steps}) and the decoder's {sampler['decoder_nfe']}. Classes as frequent as in "
-            "training. These are what fd_efflite0 measures.</p>",
-            _pictures(run, "base_samples", [pictures["base_samples"]], run.labels("base_labels")),
+            f"training. These are what {distance} measures.</p>",
+            _pictures(run, "base_samples", of_base, () if run.given else run.labels("base_labels")),
         ),
         _guided(run, metrics["guided_samples"]) if "guided_samples" in metrics else "",
         page.section(
             "Samples of the raw prior",
             f"<p>The stage-1 prior measures bits; it is not meant to generate. NFE "
-            f"{metrics['fd_efflite0']['prior']['nfe']}.</p>",
+            f"{metrics[distance]['prior']['nfe']}.</p>",
             _pictures(run, "prior_samples", [pictures["prior_samples"]]),
         ),
-        page.section(
-            "Are samples copies?",
-            f"<p>{escape(report_text.copies(metrics['copies'], metrics['held_out']['n']))}</p>",
-            "<p>Base samples above, the training image nearest to each below.</p>",
-            _pictures(run, "nearest", [pictures["base_samples"], pictures["nearest"]]),
-        ),
+        _copies(run, metrics["copies"]) if "copies" in metrics else "",
         _swap(run, metrics["swap"], swap) if len(swap[0]) else "",
         _rate(run, metrics),
         page.section("All metrics", page.table(report_text.METRICS_HEADER, report_text.metrics_rows(metrics))),
     ]
 
 
+def _copies(run: _Run, found: Metrics) -> str:
+    assert run.evaluation is not None
+    metrics, pictures = run.evaluation.metrics, run.evaluation.pictures
+    return page.section(
+        "Are samples copies?",
+        f"<p>{escape(report_text.copies(found, metrics['held_out']['n']))}</p>",
+        "<p>Base samples above, the training image nearest to each below.</p>",
+        _pictures(run, "nearest", [pictures["base_samples"], pictures["nearest"]]),
+    )
+
+
+def _next_frames(run: _Run, found: Metrics) -> str:
+    own, repeated, gap = (plus_minus(found[name]) for name in ("psnr", "psnr_of_last_frame", "gap"))
+    return (
+        f"<p>Held-out clips above, below what follows from their first {run.given} frames, which have a border. The "
+        f"frames after these come to {own} dB of the real ones; the last given frame, repeated, to {repeated} dB: a "
+        f"gap of {gap} dB over {found['gap']['n']:,} clips.</p>"
+    )
+
+
 def _pictures(run: _Run, name: str, stacked: Sequence[np.ndarray], captions: Sequence[str] = ()) -> str:
     """The HTML of pictures that stand one above the other, and the same as a sheet under `figures/`."""
-    pixels = stacked[0].shape[1] * stacked[0].shape[2]
+    pixels = math.prod(stacked[0].shape[1:-1])
     count = min(len(stacked[0]), max(8, BUDGET // pixels))
     stacked, captions = [images[:count] for images in stacked], captions[:count]
-    write_png(run.path / "figures" / f"{name}.png", contact_sheet(*stacked, captions=captions))
+    sheet = stacked
+    if stacked[0].ndim == 5:
+        given = run.given if name == "base_samples" else 0
+        stacked = [framed(clips, given) for clips in stacked]
+        sheet = [film_strips(clips[:STRIPS]) for clips in stacked]
+    write_png(run.path / "figures" / f"{name}.png", contact_sheet(*sheet, captions=captions[: len(sheet[0])]))
     words = name.replace("_", " ")
     return page.tiles(*stacked, captions=captions, alt=[words, f"beside {words}", f"with {words}"][: len(stacked)])
 
@@ -343,7 +384,7 @@ def _cost(run: _Run) -> str:
         rows.append(["FLOPs", "counted at the end of training", ""])
         return page.section("Cost", page.table([], rows))
     metrics, forward, parameters = run.evaluation.metrics, cost["forward_flops_per_image"], cost["parameters"]
-    latent_nfe, decoder_nfe = metrics["fd_efflite0"]["base"]["nfe"], metrics["sampler"]["decoder_nfe"]
+    latent_nfe, decoder_nfe = metrics[run.distance]["base"]["nfe"], metrics["sampler"]["decoder_nfe"]
     sample = latent_nfe * forward["base"] + decoder_nfe * forward["decoder"]
     rows += [
         [TITLES[stage], f"{si(cost[f'training_flops_{stage}'])}FLOP of training", "3 × forward of what is trained"]

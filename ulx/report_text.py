@@ -10,6 +10,7 @@ from ulx import page, weightings
 from ulx.config import Config
 
 __all__ = [
+    "FRECHET",
     "METRICS_HEADER",
     "copies",
     "definitions",
@@ -23,8 +24,13 @@ __all__ = [
 
 Metric = Mapping[str, Any]
 
-FRECHET = ("fd_efflite0", "fid", "clean_fid")
-"""Fréchet distances that a run may have, by the network's name of them."""
+FRECHET = ("fd_efflite0", "fvd", "fid", "clean_fid")
+"""Fréchet distances that a run may have, by the network's name of them; the first one that it has is its main one."""
+NEXT_FRAMES = {
+    "psnr": "PSNR of the base model's",
+    "psnr_of_last_frame": "PSNR of the last given one repeated",
+    "gap": "gap",
+}
 METRICS_HEADER = ("metric", "value", "standard error", "N", "NFE", "measured")
 
 
@@ -152,14 +158,20 @@ def metrics_rows(metrics: Metric) -> list[list[str]]:
         for what, metric in against.items():
             remark = f"against held-out images, N = {metric['n_a']:,}"
             rows.append(_row(f"{what}, {name}", metric | {"n": metric["n_b"]}, remark))
-    found = metrics["copies"]
-    rows += [
-        [f"share of {what} near a training image", f"{share:.1%}", "", f"{n:,}", "", found["space"]]
-        for what, share, n in (
-            ("samples", found["share_of_samples"], found["n"]),
-            ("held-out images", found["share_of_held_out_images"], metrics["held_out"]["n"]),
-        )
-    ]
+    for name, metric in metrics.get("continuation", {}).items():
+        rows.append(_row(f"next frames, {NEXT_FRAMES[name]}, dB", metric, "the frames after the given ones"))
+    found = metrics.get("copies")  # of clips there are none
+    rows += (
+        []
+        if found is None
+        else [
+            [f"share of {what} near a training image", f"{share:.1%}", "", f"{n:,}", "", found["space"]]
+            for what, share, n in (
+                ("samples", found["share_of_samples"], found["n"]),
+                ("held-out images", found["share_of_held_out_images"], metrics["held_out"]["n"]),
+            )
+        ]
+    )
     return rows
 
 
@@ -245,6 +257,11 @@ the more so the smaller N. Such a value can be compared with others of the same 
 fd_efflite0 of reconstructions and of held-out images
 Reconstructions against the same held-out originals, and, as some papers do, against the training images. Held-out
 images against the training images: what perfect samples would get at that N.
+
+fvd
+The Fréchet distance of the 400 logits of I3D, trained on Kinetics-400, of whole clips: given frames count. Samples are
+continuations of the held-out clips' first frames, and are compared with these clips. kvd is the kernel distance of the
+same logits.
 
 fid, clean_fid, kid, clean_kid
 The same distances by the features of InceptionV3, from weights that the user named: shown images as FID does, or as

@@ -16,6 +16,7 @@ from ulx.config import Config
 from ulx.data.pixels import to_float, to_uint8
 from ulx.denoiser import Denoiser, StandardNormal
 from ulx.diffusion import split_keys
+from ulx.frames import given_frames, padded
 from ulx.generate import decode, encode, in_batches, sample_latents
 from ulx.likelihood import FlowRate, flow_rate
 from ulx.models import UnifiedLatents
@@ -27,7 +28,8 @@ __all__ = ["FLOW_PROBES", "Runner", "latent_rate"]
 FLOW_PROBES, FLOW_TOLERANCE = 2, 1e-4
 """Of the flow's likelihood: Hutchinson's probes, and the tolerance of a step, about 1e-3 nats per dimension in all."""
 
-Images = UInt8[np.ndarray, "_n _h _w _c"]
+Images = UInt8[np.ndarray, "..."]
+"""Images `n h w c`, or clips `n t h w c`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +84,23 @@ class Runner:
 
         return self._run(latents, images, purpose="encode", on_batch=self.progress.advance)
 
-    def decode(self, latents: np.ndarray, purpose: str) -> tuple[Images, int]:
-        def images(z_0, *, keys):
-            sample = decode(self.model, jnp.asarray(z_0), self.config.sample, keys=keys)
+    def decode(self, latents: np.ndarray, purpose: str, first: Images | None = None) -> tuple[Images, int]:
+        """Images of latents and the decoder's NFE. Clips can be given their `first` frames, which stay as they are."""
+
+        def images(z_0, *first, keys):
+            frames = self._given(*first) if first else None
+            sample = decode(self.model, jnp.asarray(z_0), self.config.sample, keys=keys, frames=frames)
             return to_uint8(sample.z), jnp.broadcast_to(sample.nfe, len(z_0))
 
-        pixels, nfe = self._run(images, latents, purpose=f"{purpose}, decoder", on_batch=self.progress.advance)
+        rows = (latents,) if first is None else (latents, first)
+        pixels, nfe = self._run(images, *rows, purpose=f"{purpose}, decoder", on_batch=self.progress.advance)
+        if first is not None:
+            pixels[:, : first.shape[1]] = first
         return pixels, round(nfe.mean())
+
+    def _given(self, first: Images) -> Float[Array, "b t h w k"]:
+        clips = padded(jnp.asarray(to_float(first)), self.model.shape[0])
+        return given_frames(clips, first.shape[1])
 
     def sample(
         self,
@@ -98,30 +110,35 @@ class Runner:
         purpose: str,
         *,
         guidance: float = 1.0,
+        first: Images | None = None,
     ) -> tuple[Images, int]:
-        """Images and the latent sampler's mean NFE (the decoder's comes on top)."""
+        """Images and the latent sampler's mean NFE (the decoder's comes on top).
 
-        def latents(index, *, keys):
+        Of clips, the continuations of the `first` frames, if they are given, with these before them.
+        """
+
+        def latents(index, *first, keys):
             sample = sample_latents(
                 denoiser,
                 self.model.latent_schedule,
                 self.config.sample,
                 keys=keys,
                 label=None if label is None else jnp.asarray(index),
+                frames=self._given(*first) if first else None,
                 guidance_scale=guidance,
             )
             return sample.z, jnp.broadcast_to(sample.nfe, len(index))
 
         rows = np.zeros(count, np.int32) if label is None else label
-        z_0, nfe = self._run(latents, rows, purpose=purpose)
-        return self.decode(z_0, purpose)[0], round(nfe.mean())
+        z_0, nfe = self._run(latents, *((rows,) if first is None else (rows, first)), purpose=purpose)
+        return self.decode(z_0, purpose, first)[0], round(nfe.mean())
 
 
 @eqx.filter_jit
 def latent_rate(
     model: UnifiedLatents,
     denoiser: Denoiser | StandardNormal,
-    x: Float[Array, "b h w c"],
+    x: Float[Array, "b *space c"],
     label: Int[Array, " b"] | None,
     keys: Key[Array, " b"],
     levels: int,
@@ -144,7 +161,7 @@ def latent_rate(
 
 @eqx.filter_jit
 def _decoder(
-    model: UnifiedLatents, x: Float[Array, "b h w c"], keys: Key[Array, " b"], levels: int
+    model: UnifiedLatents, x: Float[Array, "b *space c"], keys: Key[Array, " b"], levels: int
 ) -> DiffusionEstimate:
     z_key, decoder_key = split_keys(keys, 2)
     denoise = model.decoder.given(model.encode(x, key=z_key), model.decoder_logsnr_0(len(x)))
@@ -152,7 +169,7 @@ def _decoder(
 
 
 @eqx.filter_jit
-def _flow(model: UnifiedLatents, x: Float[Array, "b h w c"], keys: Key[Array, " b"]) -> FlowRate:
+def _flow(model: UnifiedLatents, x: Float[Array, "b *space c"], keys: Key[Array, " b"]) -> FlowRate:
     clean_keys, flow_keys = split_keys(keys, 2)
     posterior, schedule = model.posterior(x), model.latent_schedule
     z_clean = posterior.sample(key=clean_keys)

@@ -32,6 +32,7 @@ __all__ = [
     "DEFINITION",
     "FEATURES",
     "I3D",
+    "KERNEL_METRIC",
     "METRIC",
     "MIN_FRAMES",
     "RESOLUTION",
@@ -42,6 +43,7 @@ __all__ = [
 ]
 
 METRIC = "fvd"
+KERNEL_METRIC = "kvd"
 FEATURES = 400
 RESOLUTION = 224
 MIN_FRAMES = 9
@@ -149,6 +151,22 @@ class I3D(eqx.Module):
     layers: tuple[Unit | MaxPool | Mixed, ...]
     """One for each of `STAGES`."""
     classifier: Pointwise
+
+    @property
+    def metric(self) -> str:
+        return METRIC
+
+    @property
+    def kernel_metric(self) -> str:
+        return KERNEL_METRIC
+
+    @property
+    def definition(self) -> str:
+        return DEFINITION
+
+    @property
+    def sha256(self) -> str:
+        return SHA256
 
     def __call__(self, videos: Float[Array, "b t h w 3"]) -> Float[Array, "b 400"]:
         """FVD's features of videos of any size and at least 9 frames, `b t h w 3` in [-1, 1]: the logits.
