@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from stand_ins import LastCorner
 
-from ulx import evaluation, job, runs
+from ulx import encode, evaluation, job, reconstruct, runs, sample
 from ulx.config import Config
 from ulx.data.source import Dataset, InMemory, Split
 from ulx.diffusion import per_example_keys
@@ -179,12 +179,12 @@ def finished(config, tmp_path_factory):
 
     dataset = Dataset("clips", 16, ("clips",), split(12), split(6), "f")
     options = dataclasses.replace(config.evaluate, held_out=5, flow_images=0)
-    sample = dataclasses.replace(config.sample, guidance_scale=1.0)
+    unguided = dataclasses.replace(config.sample, guidance_scale=1.0)
     runs_folder = str(tmp_path_factory.mktemp("runs"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job, "open_dataset", lambda data: dataset)
         patch.setattr(i3d, "load", LastCorner)
-        job.run(dataclasses.replace(config, runs=runs_folder, evaluate=options, sample=sample))
+        job.run(dataclasses.replace(config, runs=runs_folder, evaluate=options, sample=unguided))
     path = Path(runs_folder) / config.name
     return path, evaluation.Evaluation.load(path / "evaluation"), dataset
 
@@ -237,6 +237,17 @@ def test_the_report_moves(finished):
     assert "Are samples copies" not in html
     assert "fvd, base model" in html
     assert "6 held-out clips" in html
+
+
+def test_commands_on_a_run_of_clips(finished, tmp_path, capsys):
+    path, _, _ = finished
+    sample.main([str(path), "--num", "3", "--out", str(tmp_path), "--batch-size", "3"])
+    with Image.open(tmp_path / "base-seed0-000001.png") as image:
+        assert (getattr(image, "n_frames", 1), image.size) == (4, (16, 16))
+    for command in (encode, reconstruct):
+        with pytest.raises(SystemExit):
+            command.main([str(path), str(tmp_path)])
+        assert f"error: {path} was trained on clips, and python -m ulx." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

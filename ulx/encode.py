@@ -70,6 +70,7 @@ class Options:
 def encode(options: Options) -> Path:
     """Write the latents; returns the file. All of them are held in memory until then."""
     run = runs.load(options.run, ema=options.ema, stage="stage1")
+    run.refuse_clips("python -m ulx.encode")
     folder = ImageFolder(options.folder, run.config.data.resolution)
     out = options.out or options.run / "latents.npz"
     if out.exists() and (out.is_dir() or not options.overwrite):

@@ -15,6 +15,7 @@ from ulx.data.extras import optional
 from ulx.data.folder import SUFFIXES, find_images, image_size, read_image
 
 __all__ = [
+    "STRIPS",
     "ImageFolder",
     "claim",
     "contact_sheet",
@@ -27,11 +28,15 @@ __all__ = [
 ]
 
 Images = UInt8[np.ndarray, "n h w 3"]
+Picture = UInt8[np.ndarray, "h w 3"] | UInt8[np.ndarray, "t h w 3"]
+"""An image or a clip."""
 
 NAMED = 10  # files named in a message; the rest are counted
 TILE = 96  # pixels; smaller images are enlarged to at least this
 SHEETS = re.compile(r"(.*/)?(contact_sheet|(base|prior)-seed-?\d+-sheet)\.png")
 """The contact sheets that the commands write beside their images."""
+STRIPS = 16
+"""Clips on a sheet, each a strip of its frames."""
 FRAME_MS = 125
 """Milliseconds of a frame of an animation."""
 PLAIN, MARKED = (222, 222, 222), (230, 159, 0)
@@ -152,7 +157,7 @@ def claim(out: Path, names: Iterable[str], overwrite: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
 
-def png(image: UInt8[np.ndarray, "h w 3"] | UInt8[np.ndarray, "t h w 3"]) -> bytes:
+def png(image: Picture) -> bytes:
     """The bytes of a PNG file, of a clip an animated one."""
     buffer, images = (
         io.BytesIO(),
@@ -177,7 +182,7 @@ def film_strips(clips: UInt8[np.ndarray, "n t h w 3"]) -> UInt8[np.ndarray, "n h
     return np.concatenate(list(clips.swapaxes(0, 1)), axis=2)
 
 
-def write_png(path: Path, image: UInt8[np.ndarray, "h w 3"]) -> None:
+def write_png(path: Path, image: Picture) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(png(image))
 

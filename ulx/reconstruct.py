@@ -61,6 +61,7 @@ class Options:
 def reconstruct(options: Options) -> float:
     """Write the reconstructions; returns the mean PSNR in dB, between what was written and the prepared originals."""
     run = runs.load(options.run, ema=options.ema, stage="stage1")
+    run.refuse_clips("python -m ulx.reconstruct")
     folder = ImageFolder(options.folder, run.config.data.resolution)
     config = options.sample.over(run.config.sample)
     out = options.out or options.run / "reconstructions"

@@ -24,7 +24,7 @@ from ulx.command_line import parse_arguments, run_command
 from ulx.config import Config, differences, from_json
 from ulx.data.pixels import to_float
 from ulx.evaluation import Evaluation
-from ulx.image_files import contact_sheet, film_strips, framed, write_png
+from ulx.image_files import STRIPS, contact_sheet, film_strips, framed, write_png
 from ulx.metrics.images import psnr
 from ulx.metrics_log import read_metrics
 from ulx.progress import duration
@@ -35,9 +35,6 @@ __all__ = ["write"]
 
 BUDGET = 2**20
 """Pixels of each kind of picture, though at least 8 images: with large ones the page would have hundreds of MB."""
-
-STRIPS = 16
-"""Clips on a sheet, each a strip of its frames."""
 
 TITLES = {"stage1": "Stage 1", "decoder": "The decoder", "stage2": "Stage 2"}
 

@@ -230,6 +230,11 @@ class Run:
     weights: str = "EMA"
     """Which average they are, in words."""
 
+    def refuse_clips(self, what: str) -> None:
+        """Raises ValueError for a run on clips, which `what` does not know."""
+        if self.config.data.is_video:
+            raise ValueError(f"{self.path} was trained on clips, and {what} takes images alone")
+
 
 def load(path: str | Path, *, ema: float | None = None, stage: Stage = "stage2") -> Run:
     """Load a run's newest weights: the moving average of training or, with `ema`, one that its snapshots make.

@@ -4,6 +4,7 @@
     python -m ulx.sample runs/openmoji --label animals-nature --guidance-scale 2
     python -m ulx.sample runs/openmoji --num 50000 --out samples               for a distance
     python -m ulx.sample runs/openmoji --prior                                 the raw prior, for comparison
+    python -m ulx.sample runs/kinetics600                                      clips, as animated PNGs
 
 Image i of a seed is the same whatever --num and --batch-size. Written to --out: one PNG for each image, named by
 model, seed and index, a contact sheet of the first 100, and a JSON file with all settings and the label of each file.
@@ -26,7 +27,7 @@ from ulx.config import SampleConfig
 from ulx.data.pixels import to_uint8
 from ulx.diffusion import split_keys
 from ulx.generate import decode, in_batches, sample_latents
-from ulx.image_files import claim, contact_sheet, write_png
+from ulx.image_files import STRIPS, claim, contact_sheet, film_strips, write_png
 from ulx.progress import Progress
 from ulx.samplers import Solver
 from ulx.seeding import root_key
@@ -126,7 +127,7 @@ def sample(options: Options) -> Path:
 
     def images(
         label: Int32[np.ndarray, " b"], *, keys: Key[Array, " b"]
-    ) -> tuple[UInt8[Array, "b h w c"], Int32[np.ndarray, "b 2"]]:
+    ) -> tuple[UInt8[Array, "b *space c"], Int32[np.ndarray, "b 2"]]:
         latent_keys, decoder_keys = split_keys(keys, 2)
         latents = sample_latents(
             denoiser,
@@ -157,7 +158,10 @@ def sample(options: Options) -> Path:
 
     names = [""] * options.num if labels is None else [run.class_names[label] for label in labels]
     captions = [] if labels is None else names[: len(shown)]
-    write_png(out / f"{stem}-sheet.png", contact_sheet(np.stack(shown), captions=captions))
+    tiles = np.stack(shown)
+    if tiles.ndim == 5:  # each clip a strip of its frames, as many as can be looked at
+        tiles = film_strips(tiles[:STRIPS])
+    write_png(out / f"{stem}-sheet.png", contact_sheet(tiles, captions=captions[: len(tiles)]))
     nfe, decoder_nfe = np.concatenate(nfes).mean(axis=0).round().astype(int).tolist()
     facts = {
         "run": str(options.run),
