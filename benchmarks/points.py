@@ -11,20 +11,34 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ulx.config import Config, TrainConfig
 
-__all__ = ["RESULTS", "identity", "measured", "of_length", "read", "resumable", "stage1", "whole"]
+__all__ = ["RESULTS", "add", "find", "measured", "of_length", "read", "resumable", "same", "stage1", "whole"]
 
 RESULTS = Path(__file__).parent / "results"
+NOT_MEASURED = (
+    *("name", "runs", "resume", "data.cache_dir", "data.workers"),
+    "autoencoder",  # where it was copied from tells nothing that its settings, which are there too, do not
+    *("evaluate.inception_weights", "evaluate.inception_resize", "evaluate.lpips"),  # add to what is measured
+)
+"""Settings by which no point differs from another."""
 
 
-def identity(config: "Config") -> str:
-    """What makes a measured point this one: all settings that it was trained and measured with. The code is not among
-    them: after a change of the method, take its lines out of the file."""
-    from ulx.config import fingerprint
+OF_BASE = ("train_base", "model.base", "base_bias", "cache_latents")
+"""Settings that a measurement of stage 1 knows nothing of."""
 
-    # Where an autoencoder was copied from tells nothing that its settings, which the configuration holds too, do not.
-    where = ("name", "runs", "resume", "autoencoder", "data.cache_dir", "data.workers")
-    more = ("evaluate.inception_weights", "evaluate.inception_resize", "evaluate.lpips")  # adds to what is measured
-    return fingerprint(config, ignore=(*where, *more))
+
+def same(point: dict[str, Any], config: "Config", ignore: tuple[str, ...] = ()) -> bool:
+    """Whether the point was measured with these settings; fields that it does not know yet count at their defaults.
+    The code is not among them: after a change of the method, take its lines out of the file."""
+    from ulx.config import differences, from_json
+
+    try:
+        return not differences(from_json(json.dumps(point["config"])), config, ignore=(*NOT_MEASURED, *ignore))
+    except (KeyError, TypeError, ValueError):  # of other settings than there are now
+        return False
+
+
+def find(points: list[dict[str, Any]], config: "Config", ignore: tuple[str, ...] = ()) -> dict[str, Any] | None:
+    return next((point for point in points if same(point, config, ignore)), None)
 
 
 def read(file: Path) -> list[dict[str, Any]]:
@@ -84,18 +98,22 @@ def whole(config: "Config") -> dict[str, Any]:
 
 def measured(config: "Config", file: Path, measure: Callable[["Config"], dict[str, Any]] = stage1) -> dict[str, Any]:
     """The point of `config`: as it is in `file` already, or else measured and added to it."""
-    name = identity(config)
-    for point in read(file):
-        if point.get("settings") == name:
-            return point
-    point = measure(resumable(config)) | {
+    ignore = OF_BASE if measure is stage1 else ()
+    return find(read(file), config, ignore) or add(measure(resumable(config)), config, file)
+
+
+def add(found: dict[str, Any], config: "Config", file: Path) -> dict[str, Any]:
+    """A line of the file: what was found, by which settings, of which data, where and when."""
+    from ulx.config import to_json
+
+    point = found | {
         "steps": config.train.steps,
         "base_steps": config.train_base.steps,
         "seed": config.seed,
-        "settings": name,
         "data": json.loads((config.path / "dataset.json").read_text())["fingerprint"],
         "machine": f"{platform.processor() or platform.machine()}, CPU",
         "date": datetime.date.today().isoformat(),
+        "config": json.loads(to_json(config)),
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as out:

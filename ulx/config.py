@@ -5,7 +5,6 @@ Every field is an option of the command line (`experiments/`), with its docstrin
 
 import dataclasses
 import difflib
-import hashlib
 import json
 import math
 import typing
@@ -28,7 +27,6 @@ __all__ = [
     "SampleConfig",
     "TrainConfig",
     "differences",
-    "fingerprint",
     "from_json",
     "to_json",
 ]
@@ -324,12 +322,6 @@ def differences(old: Config, new: Config, ignore: tuple[str, ...] = ()) -> list[
         for (path, before), (_, after) in zip(_leaves(old), _leaves(new), strict=True)
         if before != after and not _is_in(path, ignore)
     ]
-
-
-def fingerprint(config: Config, ignore: tuple[str, ...] = ()) -> str:
-    """16 hex digits that tell configurations apart, but for the fields or groups that `ignore` names."""
-    kept = [(path, repr(value)) for path, value in _leaves(config) if not _is_in(path, ignore)]
-    return hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:16]
 
 
 def _is_in(path: str, names: tuple[str, ...]) -> bool:

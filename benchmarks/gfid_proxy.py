@@ -1,0 +1,150 @@
+"""Does the proxy (`ulx.proxy`) rank autoencoders as base models trained on them do?
+
+    python benchmarks/bitrate_vs_fid.py          first: autoencoders, and base models of two sizes on each
+    python benchmarks/gfid_proxy.py
+
+Measures the proxy on every autoencoder of bitrate_vs_fid.py and sets its distance against that of the base models
+there: Spearman's rank correlation, beside that of the numbers that an autoencoder has anyway (PSNR, the distance of its
+reconstructions, its rate). Points in the results file with the same settings are not measured again. Leaves
+benchmarks/results/gfid_proxy.jsonl, a table and a plot.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import bitrate_vs_fid
+import numpy as np
+import points
+
+if TYPE_CHECKING:
+    from ulx.config import Config
+
+MEASURES = {
+    "proxy": lambda point: point["proxy"]["fd_efflite0"]["value"],
+    "fd reconstructions": lambda point: point["sweep"]["large"]["fd_efflite0"]["reconstruction"]["value"],
+    "PSNR": lambda point: -point["sweep"]["large"]["psnr"]["value"],
+    "bits/pixel": lambda point: point["sweep"]["large"]["bits_per_pixel"]["value"],
+}
+"""What may tell how well an autoencoder can be generated from: lower is meant to be better."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The proxy against the base models of bitrate_vs_fid.py."""
+
+    preset: Literal["tiny", "smoke"] = "tiny"
+    """The preset that bitrate_vs_fid.py was run with."""
+    pairs: tuple[tuple[float, float], ...] = bitrate_vs_fid.Settings().pairs
+    """The autoencoders' b and c_lf."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of the autoencoders."""
+    results: str = str(points.RESULTS)
+    """Folder of the results."""
+    runs: str = "runs"
+    """Folder of the runs."""
+
+
+def spearman(a: list[float], b: list[float]) -> float:
+    """Rank correlation, without ties."""
+    x, y = (np.argsort(np.argsort(values)) for values in (a, b))
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def measured(config: "Config", file: Path) -> dict[str, Any]:
+    """The proxy of one autoencoder: as it is in `file` for this recipe, or measured and added to it."""
+    from ulx import proxy, tokenizers
+    from ulx.data import open_dataset
+
+    recipe = repr(proxy.RECIPE)
+    known = points.find([point for point in points.read(file) if point["recipe"] == recipe], config)
+    if known is not None:
+        return known
+    tokenizer = tokenizers.load(str(config.path))
+    found, _ = proxy.measure(tokenizer, open_dataset(config.data), proxy.RECIPE, cache_dir=config.data.cache_dir)
+    return points.add({"proxy": found, "recipe": recipe}, config, file)
+
+
+def generated(point: dict[str, Any], base: str) -> float:
+    return point["sweep"][base]["fd_efflite0"]["base"]["value"]
+
+
+def table(shown: list[dict[str, Any]]) -> str:
+    lines = ["| b | c_lf | bits/pixel | fd proxy | fd small base | fd large base | date |", "|" + "---|" * 7]
+    for point in shown:
+        cells = [
+            f"{point['config']['sigmoid_bias']:g}",
+            f"{point['config']['loss_factor']:g}",
+            f"{MEASURES['bits/pixel'](point):.3f}",
+            f"{MEASURES['proxy'](point):.1f}",
+            f"{generated(point, 'small'):.1f}",
+            f"{generated(point, 'large'):.1f}",
+            point["date"],
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "| rank correlation of | with fd small base | with fd large base |", "|---|---|---|"]
+    for name, value in MEASURES.items():
+        own = [value(point) for point in shown]
+        found = [spearman(own, [generated(point, base) for point in shown]) for base in ("small", "large")]
+        lines.append(f"| {name}{' (higher is better)' * (name == 'PSNR')} | {found[0]:+.2f} | {found[1]:+.2f} |")
+    return "\n".join(lines)
+
+
+def plot(shown: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(5, 4), layout="constrained")
+    for base in ("small", "large"):
+        axis.scatter(
+            [MEASURES["proxy"](point) for point in shown],
+            [generated(point, base) for point in shown],
+            label=f"{base} base",
+        )
+    axis.set(xlabel="fd_efflite0 of the proxy", ylabel="fd_efflite0 of the base model")
+    axis.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    import tyro
+
+    settings = tyro.cli(Settings, description=__doc__)
+    from ulx.command_line import run_command
+
+    def work() -> None:
+        suffix = "" if settings.preset == "tiny" else f"_{settings.preset}"
+        results = Path(settings.results)
+        known = points.read(results / f"bitrate_vs_fid{suffix}.jsonl")
+        of_sweep = bitrate_vs_fid.Settings(preset=settings.preset, runs=settings.runs)
+        file = results / f"gfid_proxy{suffix}.jsonl"
+        shown = []
+        for seed in settings.seeds:
+            for pair in settings.pairs:
+                configs = bitrate_vs_fid.configs_of(pair, seed, of_sweep)
+                sweep = {size: points.find(known, config) for size, config in configs.items()}
+                if None in sweep.values():
+                    raise ValueError(
+                        f"b {pair[0]:g}, c_lf {pair[1]:g}, seed {seed} is not in bitrate_vs_fid{suffix}.jsonl yet: "
+                        f"python benchmarks/bitrate_vs_fid.py --preset {settings.preset} first"
+                    )
+                shown.append(measured(configs["large"], file) | {"sweep": sweep})
+        if len(shown) < 3:
+            raise ValueError("fewer than three autoencoders have no ranking to speak of")
+        text = table(sorted(shown, key=MEASURES["bits/pixel"]))
+        file.with_suffix(".md").write_text(
+            f"Measured by `python benchmarks/gfid_proxy.py --preset {settings.preset}`: fd is fd_efflite0 of 512 "
+            "samples to the training images, of the proxy's base model and of those of bitrate_vs_fid. Machine: "
+            f"{shown[0]['machine']}, 2 cores.\n\n{text}\n"
+        )
+        plot(shown, file.with_suffix(".png"))
+        print(text)
+
+    run_command(work)
+
+
+if __name__ == "__main__":
+    main()

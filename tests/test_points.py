@@ -1,0 +1,71 @@
+"""When a measured point is this one: the benchmarks' memory."""
+
+import dataclasses
+import json
+
+import bitrate_vs_fid
+import compute_vs_fid
+import gfid_proxy
+import points
+import pytest
+
+from ulx.config import Config, to_json
+from ulx.data.source import Dataset
+
+
+def point(config: Config) -> dict:
+    return {"config": json.loads(to_json(config))}
+
+
+def test_a_point_is_known_by_its_settings_wherever_its_run_was(small_config):
+    here = point(small_config)
+    evaluate = dataclasses.replace(small_config.evaluate, lpips=True)
+    elsewhere = dataclasses.replace(
+        small_config, name="other", runs="there", resume=True, autoencoder="runs/one", evaluate=evaluate
+    )
+    assert points.same(here, elsewhere)
+    assert not points.same(here, dataclasses.replace(small_config, loss_factor=1.75))
+    assert not points.same(here, dataclasses.replace(small_config, seed=1))
+
+
+def test_settings_that_came_later_count_at_their_defaults(small_config):
+    old = point(small_config)
+    del old["config"]["model"]["given_frames"]
+    assert points.same(old, small_config)
+    old["config"]["abolished"] = 1
+    assert not points.same(old, small_config)
+    assert not points.same({}, small_config)
+
+
+def test_what_was_measured_is_not_measured_again(small_config, small_dataset: Dataset, tmp_path):
+    asked = []
+
+    def measure(config):
+        asked.append(config.loss_factor)
+        return {"found": 10 * config.loss_factor}
+
+    for factor in (2.0, 3.0):
+        config = dataclasses.replace(small_config, runs=str(tmp_path), name=f"{factor}", loss_factor=factor)
+        config.path.mkdir()
+        (config.path / "dataset.json").write_text(json.dumps({"fingerprint": small_dataset.fingerprint}))
+        for _ in range(2):
+            found = points.measured(config, tmp_path / "results" / "points.jsonl", measure)
+            assert (found["found"], found["data"]) == (10 * factor, small_dataset.fingerprint)
+    assert asked == [2.0, 3.0]
+
+
+def test_runs_of_the_sweeps_are_points_of_their_own():
+    sweep = bitrate_vs_fid.Settings()
+    configs = [config for pair in sweep.pairs for config in bitrate_vs_fid.configs_of(pair, 0, sweep).values()]
+    compute = compute_vs_fid.Settings()
+    configs += [config for method in compute.methods for config in compute_vs_fid.configs_of(method, compute)]
+    assert len({str(config.path) for config in configs}) == len(configs)
+    known = [point(config) for config in configs]
+    assert [points.find(known, config) for config in configs] == known
+
+
+def test_ranks_are_what_is_correlated():
+    assert gfid_proxy.spearman([1.0, 2.0, 30.0], [0.1, 5.0, 5.5]) == pytest.approx(1)
+    assert gfid_proxy.spearman([1.0, 2.0, 3.0], [9.0, 5.0, -5.5]) == pytest.approx(-1)
+    # Spearman's formula for ranks without ties: 1 − 6 Σd²/(n(n² − 1)).
+    assert gfid_proxy.spearman([1.0, 2.0, 3.0, 4.0], [1.0, 3.0, 2.0, 4.0]) == pytest.approx(1 - 6 * 2 / (4 * 15))
