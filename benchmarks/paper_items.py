@@ -146,17 +146,18 @@ ITEMS = (
     Item(
         "§5.1",
         "architectures",
-        ("presets.PAPER", "nn.encoder.Encoder", "nn.uvit.UViT", "benchmarks/architectures.py"),
+        ("presets.PAPER", "nn.encoder.Encoder", "nn.uvit.UViT", "frames.given_frames", "benchmarks/architectures.py"),
         (
             "test_presets.py::test_networks_are_those_of_section_5_1",
             "test_presets.py::test_preset_initialises_and_takes_a_step",
             "test_nn.py::test_network_of_a_still_video_is_the_image_network",
+            "test_frames.py::test_samples_follow_the_given_frames_alone",
         ),
-        missing="conditioning on frames and on text",
+        missing="conditioning on text",
     ),
     Item(
         "§5.2",
-        "FLOPs; PSNR; Fréchet distances; the networks of FID and FVD; two folders, and cards, compared",
+        "FLOPs; PSNR; FID and FVD; two folders, and cards, compared",
         (
             "flops.forward_flops",
             "cost.network_costs",
@@ -166,6 +167,7 @@ ITEMS = (
             "metrics.i3d.I3D",
             "metrics.compare.compare",
             "cards.differences",
+            "evaluation.evaluate",
         ),
         (
             "test_flops.py::test_transformer_block_forward_and_backward",
@@ -176,8 +178,8 @@ ITEMS = (
             "metrics/test_i3d.py::test_logits_of_a_black_video_are_those_of_the_original_module",
             "metrics/test_compare.py::test_card_and_table",
             "test_cards.py::test_refuses_with_the_field_that_differs",
+            "test_frames.py::test_clips_are_compared_with_the_held_out_ones_by_fvd",
         ),
-        missing="FID and FVD in the evaluation of a run",
     ),
     Item(
         "beyond it",
