@@ -14,8 +14,8 @@ RESULTS = Path(__file__).parent / "results"
 HEADER = """\
 Counted by `python benchmarks/architectures.py` from the shapes of `ulx.presets.PAPER`, for one example. A multiply and
 an add are two FLOPs; linear projections, convolutions and attention products count; training is 3 × forward. `paper`:
-forward GFLOPs of the base model where the paper names them. The text-to-image bases are counted without text, the video
-bases without given frames: neither conditioning is built yet.
+forward GFLOPs of the base model where the paper names them. The text-to-image bases are counted without text, which is
+not built yet.
 
 | preset | example | latent | network | channels | parameters (M) | forward GFLOPs | training GFLOPs | paper |
 |---|---|---|---|---|---|---|---|---|
@@ -36,17 +36,15 @@ def rows(name: str) -> list[str]:
     import jax
 
     from ulx.cost import network_costs
-    from ulx.denoiser import Denoiser
     from ulx.models import UnifiedLatents
-    from ulx.nn.uvit import UViT
     from ulx.presets import PAPER
+    from ulx.stages import make_base
 
     preset = PAPER[name]
 
     def build(key):
         model = UnifiedLatents(preset.shape, preset.model, key=key)
-        network = UViT(model.latent_shape, preset.model.base, num_classes=preset.num_classes, key=key)
-        return model, Denoiser(network)
+        return model, make_base(model, preset.model, preset.num_classes, key=key)
 
     model, base = eqx.filter_eval_shape(build, jax.random.key(0))
     lines = []

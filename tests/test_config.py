@@ -9,6 +9,7 @@ from openmoji import PRESETS
 from ulx import runs, weightings
 from ulx.command_line import parse, run_command
 from ulx.config import Config, SampleConfig, TrainConfig, differences, from_json, to_json
+from ulx.data import DataConfig
 from ulx.presets import PAPER
 from ulx.variants import VARIANTS
 
@@ -19,7 +20,7 @@ def test_presets_survive_json(preset):
 
 
 def test_steps_per_axis_survive_json():
-    config = Config(model=PAPER["kinetics600-small"].model)
+    config = Config(model=PAPER["kinetics600-small"].model, data=DataConfig(source="moving-emoji", resolution=128))
     assert from_json(to_json(config)) == config
     assert config.model.encoder.down == ((1, 2, 2), (2, 2, 2), (2, 1, 1))
 

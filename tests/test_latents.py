@@ -28,7 +28,7 @@ def latents(model, small_dataset):
 def test_loss_and_gradient_are_those_of_encoding_the_batch(small_config, small_dataset, model, latents):
     rng = np.random.default_rng(0)
     move = lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape).astype(np.float32)  # noqa: E731
-    base = jax.tree.map(move, make_base(model, small_config, 3, key=jax.random.key(1)))
+    base = jax.tree.map(move, make_base(model, small_config.model, 3, key=jax.random.key(1)))
     rows = [3, 11, 0, 7]
     examples = [
         {name: np.stack([data.train[i][name] for i in rows]) for name in data.train[0]}

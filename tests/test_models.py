@@ -138,7 +138,7 @@ def test_training_minimises_bits_per_pixel_of_the_sum(small_config, model, image
 def test_stage_2_is_the_sigmoid_weighted_loss_between_the_prior_s_ends(small_config, model, images):
     """By hand: λ from 5 to −10 by a cosine around b = 1, w = sigmoid(1 − λ), bits per pixel of 16·16 pixels."""
     config = dataclasses.replace(small_config, base_bias=1.0, label_dropout=0.0)
-    base = shaken(make_base(model, config, 3, key=jax.random.key(1)))
+    base = shaken(make_base(model, config.model, 3, key=jax.random.key(1)))
     label = jnp.asarray([0, 1, 2, 0])
     z_clean = eqx.filter_jit(model.encoder)(images)
     value, _ = eqx.filter_jit(base_loss(config, 16 * 16))(
@@ -160,7 +160,7 @@ def test_stage_2_is_the_sigmoid_weighted_loss_between_the_prior_s_ends(small_con
 
 
 def test_stage_2_leaves_the_encoder_alone_and_drops_labels(small_config, model, images):
-    base = make_base(model, small_config, 3, key=jax.random.key(1))
+    base = make_base(model, small_config.model, 3, key=jax.random.key(1))
     batch = {"image": jnp.asarray((images + 1) * 127.5, jnp.uint8), "label": jnp.asarray([0, 1, 2, 0])}
 
     def objective(pair):
@@ -198,7 +198,7 @@ def test_an_example_is_the_same_in_any_batch(model):
 
 
 def test_guidance_needs_a_label_and_counts_twice(small_config, model):
-    base = make_base(model, small_config, 3, key=jax.random.key(1))
+    base = make_base(model, small_config.model, 3, key=jax.random.key(1))
     config = SampleConfig(num_steps=3, solver="heun")
     with pytest.raises(ValueError, match="towards a label"):
         sample_latents(base, model.latent_schedule, config, keys=keys(), guidance_scale=2.0)

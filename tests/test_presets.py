@@ -1,6 +1,5 @@
 """Every preset takes a training step, by shapes alone; the paper's have the sizes that it states."""
 
-import dataclasses
 import math
 
 import equinox as eqx
@@ -11,24 +10,25 @@ import pytest
 
 from ulx.config import Config
 from ulx.cost import network_costs
-from ulx.denoiser import Denoiser
+from ulx.data import DataConfig
 from ulx.models import ModelConfig, UnifiedLatents
 from ulx.nn.transformer import Stack
-from ulx.nn.uvit import UViT
 from ulx.presets import MODELS, PAPER
-from ulx.stages import autoencoder_loss, base_loss
+from ulx.stages import autoencoder_loss, base_loss, make_base
 from ulx.training import Draws
 
 SIZES: dict[str, tuple[ModelConfig, tuple[int, ...], int]] = {
     "tiny": (MODELS["tiny"], (32, 32, 3), 10),
     "small": (MODELS["small"], (64, 64, 3), 10),
+    "video-smoke": (MODELS["video-smoke"], (16, 32, 32, 3), 1),
+    "video-tiny": (MODELS["video-tiny"], (16, 32, 32, 3), 1),
     **{name: (preset.model, preset.shape, preset.num_classes) for name, preset in PAPER.items()},
 }
 
 
 def networks(model: ModelConfig, shape: tuple[int, ...], num_classes: int, key):
     autoencoder = UnifiedLatents(shape, model, key=key)
-    return autoencoder, Denoiser(UViT(autoencoder.latent_shape, model.base, num_classes=num_classes, key=key))
+    return autoencoder, make_base(autoencoder, model, num_classes, key=key)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,8 @@ def abstract():
 def test_preset_initialises_and_takes_a_step(name):
     """Shapes and types of a whole training step of both stages, without computing it."""
     preset, shape, num_classes = SIZES[name]
-    config = dataclasses.replace(Config(), data=dataclasses.replace(Config().data, resolution=shape[-2]))
+    data = DataConfig(source="moving-emoji" if len(shape) == 4 else "openmoji", resolution=shape[-2])
+    config = Config(data=data, model=preset)
     batch = {
         "image": jax.ShapeDtypeStruct((2, *shape), jnp.uint8),
         "label": jax.ShapeDtypeStruct((2,), jnp.int32),
@@ -141,7 +142,9 @@ def base_flops_by_hand(width: int, depth: int) -> int:
 def test_base_flops(name, abstract):
     base = network_costs(*abstract(name))["base"]
     channels, blocks = PAPER[name].model.base.channels, PAPER[name].model.base.blocks
-    assert base.forward_flops == base_flops_by_hand(channels[0], blocks[-1])
+    # Given frames: 4×8×8 pixels of 3 colours and a mask under each of 1024 positions.
+    frames = 2 * 1024 * (4 * 8 * 8 * 4) * channels[0] if name.startswith("kinetics") else 0
+    assert base.forward_flops == base_flops_by_hand(channels[0], blocks[-1]) + frames
     assert base.training_flops == 3 * base.forward_flops
     wanted = PAPER[name].paper_base_gflops
     if wanted is not None:

@@ -111,6 +111,7 @@ _VIDEO = ModelConfig(
     prior=_IMAGES.prior,
     decoder=dataclasses.replace(_IMAGES.decoder, patch=(1, 2, 2), down=_VIDEO_STEPS),
     base=_base(512, down=((1, 2, 2),)),
+    given_frames=5,
 )
 
 PAPER: dict[str, PaperPreset] = {

@@ -156,7 +156,7 @@ def stage1_state(config: Config, num_classes: int = 0) -> TrainState:
 
 def decoder_state(config: Config, model: UnifiedLatents) -> TrainState:
     """Untrained diffusion decoder for a trained encoder, with its optimizer."""
-    decoder = make_decoder(model, config, key=root_key(config.seed, "decoder weights"))
+    decoder = make_decoder(model, config.model, key=root_key(config.seed, "decoder weights"))
     return TrainState(decoder, make_optimizer(config.train_decoder), posthoc=len(config.train_decoder.posthoc_ema))
 
 
@@ -167,7 +167,7 @@ def with_decoder(model: UnifiedLatents, decoder: DiffusionDecoder) -> UnifiedLat
 
 def stage2_state(config: Config, model: UnifiedLatents, num_classes: int) -> TrainState:
     """Untrained base model with its optimizer."""
-    base = make_base(model, config, num_classes, key=root_key(config.seed, "stage2 weights"))
+    base = make_base(model, config.model, num_classes, key=root_key(config.seed, "stage2 weights"))
     return TrainState(base, make_optimizer(config.train_base), posthoc=len(config.train_base.posthoc_ema))
 
 

@@ -16,7 +16,7 @@ from ulx.data.pixels import to_float
 from ulx.decoders import DiffusionDecoder
 from ulx.denoiser import Denoiser
 from ulx.frames import given_frames, given_shape, padded
-from ulx.models import UnifiedLatents
+from ulx.models import ModelConfig, UnifiedLatents
 from ulx.nn.uvit import UViT
 from ulx.posterior import Posterior
 from ulx.rate_control import Control, controlled
@@ -87,12 +87,10 @@ def autoencoder_loss(config: Config) -> Loss:
     return loss
 
 
-def make_decoder(model: UnifiedLatents, config: Config, *, key: Key[Array, ""]) -> DiffusionDecoder:
+def make_decoder(model: UnifiedLatents, config: ModelConfig, *, key: Key[Array, ""]) -> DiffusionDecoder:
     """An untrained diffusion decoder for that autoencoder's latents, in the place of its own."""
-    frames_shape = given_shape(model.shape) if config.model.given_frames else None
-    network = UViT(
-        model.shape, config.model.decoder, context_shape=model.latent_shape, frames_shape=frames_shape, key=key
-    )
+    frames_shape = given_shape(model.shape) if config.given_frames else None
+    network = UViT(model.shape, config.decoder, context_shape=model.latent_shape, frames_shape=frames_shape, key=key)
     return DiffusionDecoder(Denoiser(network), schedules.image_schedule(model.shape[-2]))
 
 
@@ -119,10 +117,10 @@ def decoder_loss(config: Config) -> Loss:
     return loss
 
 
-def make_base(model: UnifiedLatents, config: Config, num_classes: int, *, key: Key[Array, ""]) -> Denoiser:
+def make_base(model: UnifiedLatents, config: ModelConfig, num_classes: int, *, key: Key[Array, ""]) -> Denoiser:
     """The untrained base model for that autoencoder's latents."""
-    frames_shape = given_shape(model.shape) if config.model.given_frames else None
-    network = UViT(model.latent_shape, config.model.base, frames_shape=frames_shape, num_classes=num_classes, key=key)
+    frames_shape = given_shape(model.shape) if config.given_frames else None
+    network = UViT(model.latent_shape, config.base, frames_shape=frames_shape, num_classes=num_classes, key=key)
     return Denoiser(network)
 
 
