@@ -20,7 +20,7 @@ from ulx.config import Config
 from ulx.data.source import Dataset, InMemory, Split
 from ulx.diffusion import per_example_keys
 from ulx.frames import given_frames, given_shape, padded
-from ulx.generate import decode, sample_latents
+from ulx.generate import decode, extend, sample_latents
 from ulx.latents import encoded
 from ulx.metrics import i3d
 from ulx.metrics.frechet import Moments, frechet_distance
@@ -167,6 +167,27 @@ def test_samples_follow_the_given_frames_alone(config, model, base, clips):
     assert np.abs(sampled(x) - sampled(x.at[:, 1].set(0.0))).max() > 1e-3
 
 
+def test_a_rolled_window_is_given_the_last_frames(config, model, base, clips):
+    """By hand: the next clip, given the last two frames, adds two; and again."""
+    x = jnp.asarray(clips[:2] / np.float32(127.5) - 1)
+    keys = per_example_keys(KEY, 2)
+    found = extend(model, base, x, 7, config.sample, given=2, keys=keys)
+    assert found.shape == (2, 7, 16, 16, 3)
+    by_hand = x
+    for window in (1, 2):
+        pairs = jax.vmap(lambda key, i=window: jax.random.split(jax.random.fold_in(key, i)))(keys)
+        frames = jnp.concatenate([by_hand[:, -2:], jnp.zeros((2, 2, 16, 16, 3))], axis=1)
+        mask = jnp.zeros((2, 4, 16, 16, 1)).at[:, :2].set(1)
+        frames = jnp.concatenate([frames, mask], axis=-1)
+        z_0 = sample_latents(base, model.latent_schedule, config.sample, keys=pairs[:, 0], frames=frames).z
+        clip = decode(model, z_0, config.sample, keys=pairs[:, 1], frames=frames).z
+        by_hand = jnp.concatenate([by_hand, clip[:, 2:]], axis=1)
+    np.testing.assert_allclose(found, by_hand[:, :7], atol=1e-6)
+    np.testing.assert_array_equal(extend(model, base, x, 3, config.sample, given=2, keys=keys), x[:, :3])
+    with pytest.raises(ValueError, match="of 4 frames, 5 cannot be given to a model of 4 frames a clip"):
+        extend(model, base, x, 7, config.sample, given=5, keys=keys)
+
+
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
     """A run on clips from end to end, I3D aside."""
@@ -244,6 +265,9 @@ def test_commands_on_a_run_of_clips(finished, tmp_path, capsys):
     sample.main([str(path), "--num", "3", "--out", str(tmp_path), "--batch-size", "3"])
     with Image.open(tmp_path / "base-seed0-000001.png") as image:
         assert (getattr(image, "n_frames", 1), image.size) == (4, (16, 16))
+    sample.main([str(path), "--num", "1", "--out", str(tmp_path / "long"), "--frames", "7"])
+    with Image.open(tmp_path / "long" / "base-seed0-000000.png") as image:
+        assert getattr(image, "n_frames", 1) == 7
     for command in (encode, reconstruct):
         with pytest.raises(SystemExit):
             command.main([str(path), str(tmp_path)])

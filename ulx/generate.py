@@ -13,11 +13,12 @@ from ulx import guidance, samplers
 from ulx.config import SampleConfig
 from ulx.denoiser import Denoiser, StandardNormal
 from ulx.diffusion import normal, split_keys
+from ulx.frames import given_frames, padded
 from ulx.models import UnifiedLatents
 from ulx.schedules import Schedule
 from ulx.typing import Denoise, Keys
 
-__all__ = ["decode", "encode", "example_keys", "in_batches", "sample_latents"]
+__all__ = ["decode", "encode", "example_keys", "extend", "in_batches", "sample_latents"]
 
 
 def example_keys(key: Key[Array, ""], start: int, count: int) -> Key[Array, " b"]:
@@ -86,6 +87,45 @@ def decode(
     logsnr_0 = model.decoder_logsnr_0(len(keys))
     sample = model.decoder.sample(z_0, solve, keys=keys, logsnr_0=logsnr_0, frames=frames)
     return samplers.Sample(z=jnp.clip(sample.z, -1, 1), nfe=sample.nfe)
+
+
+def extend(
+    model: UnifiedLatents,
+    base: Denoiser | StandardNormal,
+    clips: Float[Array, "b t h w c"],
+    frames: int,
+    config: SampleConfig,
+    *,
+    given: int,
+    keys: Key[Array, " b"],
+    label: Int[Array, " b"] | None = None,
+    guidance_scale: float = 1.0,
+) -> Float[Array, "b _t h w c"]:
+    """Clips continued to so many frames by rolling the window: the last `given` ones are those that the next clip, of
+    the model's own length, is given.
+
+    Raises ValueError for a window that would add nothing, or clips too short to give so many frames.
+    """
+    length = model.shape[0]
+    if not 0 < given < length or clips.shape[1] < given:
+        raise ValueError(f"of {clips.shape[1]} frames, {given} cannot be given to a model of {length} frames a clip")
+    window = 0
+    while clips.shape[1] < frames:
+        window += 1
+        latent_keys, decoder_keys = split_keys(jax.vmap(lambda key, i=window: jax.random.fold_in(key, i))(keys), 2)
+        known = given_frames(padded(clips[:, -given:], length), given)
+        z_0 = sample_latents(
+            base,
+            model.latent_schedule,
+            config,
+            keys=latent_keys,
+            label=label,
+            frames=known,
+            guidance_scale=guidance_scale,
+        ).z
+        more = decode(model, z_0, config, keys=decoder_keys, frames=known).z
+        clips = jnp.concatenate([clips, more[:, given:]], axis=1)
+    return clips[:, :frames]
 
 
 @eqx.filter_jit

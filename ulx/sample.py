@@ -4,7 +4,7 @@
     python -m ulx.sample runs/openmoji --label animals-nature --guidance-scale 2
     python -m ulx.sample runs/openmoji --num 50000 --out samples               for a distance
     python -m ulx.sample runs/openmoji --prior                                 the raw prior, for comparison
-    python -m ulx.sample runs/kinetics600                                      clips, as animated PNGs
+    python -m ulx.sample runs/kinetics600 --num 4 --frames 60                  clips, as animated PNGs
 
 Image i of a seed is the same whatever --num and --batch-size. Written to --out: one PNG for each image, named by
 model, seed and index, a contact sheet of the first 100, and a JSON file with all settings and the label of each file.
@@ -26,7 +26,7 @@ from ulx.command_line import parse_arguments, run_command
 from ulx.config import SampleConfig
 from ulx.data.pixels import to_uint8
 from ulx.diffusion import split_keys
-from ulx.generate import decode, in_batches, sample_latents
+from ulx.generate import decode, extend, in_batches, sample_latents
 from ulx.image_files import STRIPS, claim, contact_sheet, film_strips, write_png
 from ulx.progress import Progress
 from ulx.samplers import Solver
@@ -81,6 +81,8 @@ class Options:
     """Classes to sample, by name or index, in turn; by default all of them."""
     guidance_scale: float = 1.0
     """Classifier-free guidance: 1 is off, above 1 trades variety for typical members of the class."""
+    frames: int | None = None
+    """Length of the clips, of a run that can be given frames: beyond its own by giving it the last ones anew."""
     prior: bool = False
     """Sample the raw stage-1 prior in place of the base model. It knows no classes and no guidance."""
     ema: float | None = None
@@ -95,7 +97,7 @@ class Options:
     sample: SamplerOptions = SamplerOptions()
 
     def __post_init__(self):
-        for name in ("num", "batch_size"):
+        for name in ("num", "batch_size", "frames"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not math.isfinite(self.guidance_scale):
@@ -117,6 +119,9 @@ def sample(options: Options) -> Path:
             f"{options.run} was trained with label_dropout=0, so its base model has no prediction without a label to "
             "move away from: sample it with --guidance-scale 1"
         )
+    given = run.config.model.given_frames
+    if options.frames is not None and (options.prior or not given):
+        raise ValueError(f"--frames needs a base model that can be given frames, and {options.run} has none to sample")
     labels = None if options.prior else labels_in_turn(options.label, run.class_names, options.num)
     config = options.sample.over(run.config.sample)
     kind = "prior" if options.prior else "base"
@@ -138,7 +143,20 @@ def sample(options: Options) -> Path:
             guidance_scale=options.guidance_scale,
         )
         decoded = decode(run.model, latents.z, config, keys=decoder_keys)
-        return to_uint8(decoded.z), np.tile(np.array([latents.nfe, decoded.nfe], np.int32), (len(label), 1))
+        clips = decoded.z
+        if options.frames is not None:
+            clips = extend(
+                run.model,
+                denoiser,
+                clips,
+                options.frames,
+                config,
+                given=given,
+                keys=keys,
+                label=jnp.asarray(label),
+                guidance_scale=options.guidance_scale,
+            )
+        return to_uint8(clips), np.tile(np.array([latents.nfe, decoded.nfe], np.int32), (len(label), 1))
 
     size = min(options.batch_size or run.config.evaluate.batch_size, options.num)
     rows = np.zeros(options.num, np.int32) if labels is None else labels
@@ -171,6 +189,7 @@ def sample(options: Options) -> Path:
         "seed": options.seed,
         "sampler": dataclasses.asdict(config) | {"guidance_scale": options.guidance_scale},
         "nfe": {"latent": nfe, "decoder": decoder_nfe},
+        "frames": options.frames,
         "files": [{"file": file, "label": name} for file, name in zip(files, names, strict=True)],
     }
     (out / f"{stem}.json").write_text(json.dumps(facts, indent=2) + "\n")
