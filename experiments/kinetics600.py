@@ -10,10 +10,10 @@ Needs pip install "ulx[all,fvd]". Leaves runs/NAME/report.html with clips that m
 own setting (Kinetics-600 at 128×128) is not here yet; its networks are `ulx.presets.PAPER`.
 """
 
+from ulx.command_line import experiment
 from ulx.config import Config, EvaluateConfig, SampleConfig, TrainConfig
 from ulx.data import DataConfig
 from ulx.presets import MODELS
-from ulx.variants import VARIANTS
 
 PRESETS = {
     "tiny": Config(
@@ -50,15 +50,5 @@ PRESETS = {
 }
 
 
-def main() -> None:
-    from ulx.command_line import parse, run_command
-
-    changes = {name: variant.change for name, variant in VARIANTS.items()}
-    config = parse(Config, PRESETS, default="tiny", variants=changes, description=__doc__ or "")
-    from ulx import job
-
-    run_command(lambda: job.run(config))
-
-
 if __name__ == "__main__":
-    main()
+    experiment(PRESETS, __doc__ or "")

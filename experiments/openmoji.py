@@ -11,10 +11,10 @@ Leaves runs/NAME/report.html with pictures, curves, bits and distances. Presets:
 (64×64 pixels, for an accelerator or a night).
 """
 
+from ulx.command_line import experiment
 from ulx.config import Config, EvaluateConfig, SampleConfig, TrainConfig
 from ulx.data import DataConfig
 from ulx.presets import MODELS
-from ulx.variants import VARIANTS
 
 PRESETS = {
     "tiny": Config(
@@ -57,15 +57,5 @@ PRESETS = {
 }
 
 
-def main() -> None:
-    from ulx.command_line import parse, run_command
-
-    changes = {name: variant.change for name, variant in VARIANTS.items()}
-    config = parse(Config, PRESETS, default="tiny", variants=changes, description=__doc__ or "")
-    from ulx import job
-
-    run_command(lambda: job.run(config))
-
-
 if __name__ == "__main__":
-    main()
+    experiment(PRESETS, __doc__ or "")

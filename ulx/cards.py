@@ -33,6 +33,7 @@ OF_METRIC = {
     "the number of reference images": ("n_a",),
     "the number of measured images": ("n_b",),
     "the number of images": ("n",),
+    "the size of the reference": ("n_reference",),
     "the number of pairs": ("n_pairs",),
     "the neighbours": ("neighbours",),
     "the reference": ("reference",),

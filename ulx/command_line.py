@@ -7,11 +7,14 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ulx.data.extras import optional
 
-__all__ = ["parse", "parse_arguments", "run_command"]
+if TYPE_CHECKING:
+    from ulx.config import Config
+
+__all__ = ["experiment", "parse", "parse_arguments", "run_command"]
 
 Settings = TypeVar("Settings")
 
@@ -47,6 +50,21 @@ def parse(
         return tyro.cli(
             kind, default=defaults, description=description, args=args, config=(tyro.conf.AvoidSubcommands,)
         )
+
+
+def experiment(presets: Mapping[str, "Config"], description: str) -> None:
+    """The main of an experiment: the job by a configuration from the command line, of the first preset by default.
+
+    The job is imported after the command line is read, so that --help is quick.
+    """
+    from ulx.config import Config
+    from ulx.variants import VARIANTS
+
+    changes = {name: variant.change for name, variant in VARIANTS.items()}
+    config = parse(Config, presets, default=next(iter(presets)), variants=changes, description=description)
+    from ulx import job
+
+    run_command(lambda: job.run(config))
 
 
 def parse_arguments(kind: type[Settings], description: str, args: Sequence[str] | None = None) -> Settings:

@@ -25,8 +25,9 @@ from ulx.data.source import Dataset
 from ulx.denoiser import Denoiser
 from ulx.metrics import compare, efficientnet, i3d, inception, lpips
 from ulx.metrics.copies import copies_among, spread_over
+from ulx.metrics.entries import Metric, frechet, mean
 from ulx.metrics.features import FeatureNetwork, features
-from ulx.metrics.frechet import Moments, frechet_distance
+from ulx.metrics.frechet import Moments
 from ulx.metrics.images import SSIM_WINDOW, psnr, ssim
 from ulx.metrics.reference import training_moments
 from ulx.models import UnifiedLatents
@@ -66,7 +67,6 @@ DEFINITIONS = {
 
 Images = UInt8[np.ndarray, "..."]
 """Images `n h w c`, or clips `n t h w c`."""
-Metric = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +174,7 @@ def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Co
     metrics["psnr"] |= {"nfe": made.decoder_nfe, "solver": sampled.decoder_solver}
     if len(made.flow):
         pixels = int(np.prod(model.shape[:-1]))
-        bits = lambda nats: _mean(losses.bits_per_pixel(jnp.asarray(nats), num_pixels=pixels))  # noqa: E731
+        bits = lambda nats: mean(losses.bits_per_pixel(jnp.asarray(nats), num_pixels=pixels))  # noqa: E731
         metrics["flow"] = {
             "bits_per_pixel": bits(made.flow) | {"probes": FLOW_PROBES, "solver_steps": made.flow_steps},
             "bound_less_flow": bits(np.asarray(made.rate.rate)[made.flow_of] - made.flow),
@@ -316,12 +316,12 @@ def _distances(
             found = seen(images, what)
             others[what] |= compare.kernel_and_manifolds(network, originals, found)[0]
             if trained is None or what == "reconstruction":
-                distances[what] = _distance(found, own, HELD_OUT) | {"nfe": nfe}
+                distances[what] = frechet(found, own) | {"against": HELD_OUT, "nfe": nfe}
             if trained is not None:
                 name = f"{what}_to_training" if what == "reconstruction" else what
-                distances[name] = _distance(found, trained, TRAINING) | {"nfe": nfe}
+                distances[name] = frechet(found, trained) | {"against": TRAINING, "nfe": nfe}
         if trained is not None:
-            distances["held_out_images"] = _distance(originals, trained, TRAINING)
+            distances["held_out_images"] = frechet(originals, trained) | {"against": TRAINING}
         metrics[network.metric] = distances
     return metrics | {"against_held_out_images": others}
 
@@ -332,7 +332,7 @@ def _bits(rate: RateEstimate, model: UnifiedLatents) -> dict[str, Any]:
     by_level = np.asarray(losses.bits_per_pixel(rate.by_level, num_pixels=pixels))
     return {
         "bits_per_pixel": _bits_per_pixel(rate.rate, rate.diffusion, model),
-        "bits_per_latent_dim": _mean(losses.bits_per_latent_dim(rate.rate, num_dims=dims)) | _measured(rate.diffusion),
+        "bits_per_latent_dim": mean(losses.bits_per_latent_dim(rate.rate, num_dims=dims)) | _measured(rate.diffusion),
         "terminal_bits_per_pixel": float(np.mean(losses.bits_per_pixel(rate.terminal, num_pixels=pixels))),
         "encoder_bits_per_pixel": float(np.mean(losses.bits_per_pixel(rate.encoder, num_pixels=pixels))),
         "latent_shape": list(model.latent_shape),
@@ -346,7 +346,7 @@ def _bits(rate: RateEstimate, model: UnifiedLatents) -> dict[str, Any]:
 
 def _bits_per_pixel(nats: PerExample, estimate: DiffusionEstimate, model: UnifiedLatents) -> dict[str, Any]:
     pixels = int(np.prod(model.shape[:-1]))
-    return _mean(losses.bits_per_pixel(nats, num_pixels=pixels)) | _measured(estimate)
+    return mean(losses.bits_per_pixel(nats, num_pixels=pixels)) | _measured(estimate)
 
 
 def _measured(estimate: DiffusionEstimate) -> dict[str, Any]:
@@ -365,7 +365,7 @@ def _errors(images: Images, originals: Images, distance: compare.PairMeasure | N
 
 
 def _psnr(images: Images, originals: Images) -> Metric:
-    return _mean(psnr(to_float(images), to_float(originals)))
+    return mean(psnr(to_float(images), to_float(originals)))
 
 
 def _of_pairs(measure: compare.PairMeasure, images: Images, originals: Images, rows: int = 64) -> Metric:
@@ -373,7 +373,7 @@ def _of_pairs(measure: compare.PairMeasure, images: Images, originals: Images, r
     x, y = (each.reshape(-1, *each.shape[-3:]) for each in (images, originals))
     parts = [slice(start, start + rows) for start in range(0, len(x), rows)]
     values = np.concatenate([measure(to_float(x[part]), to_float(y[part])) for part in parts])
-    return _mean(values.reshape(len(images), -1).mean(axis=1))
+    return mean(values.reshape(len(images), -1).mean(axis=1))
 
 
 def _continuation(continued: Images, originals: Images, given: int) -> dict[str, Metric]:
@@ -382,25 +382,7 @@ def _continuation(continued: Images, originals: Images, given: int) -> dict[str,
     wanted = originals[:, after]
     repeated = np.broadcast_to(originals[:, given - 1 : given], wanted.shape)
     own, other = (psnr(to_float(each), to_float(wanted)) for each in (continued[:, after], repeated))
-    return {"psnr": _mean(own), "psnr_of_last_frame": _mean(other), "gap": _mean(own - other)}
-
-
-def _mean(per_image: Any) -> dict[str, Any]:
-    """Mean over images with its standard error, which holds the images' spread and the estimator's noise alike."""
-    values = np.asarray(per_image, np.float64)
-    error = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
-    return {"value": float(values.mean()), "standard_error": error, "n": len(values)}
-
-
-def _distance(found: Float[np.ndarray, "n d"], reference: Moments, against: str) -> Metric:
-    moments = Moments.of(found)
-    return {
-        "value": frechet_distance(moments, reference),
-        "n": moments.count,
-        "n_reference": reference.count,
-        "rank_deficient": moments.rank_deficient or reference.rank_deficient,
-        "against": against,
-    }
+    return {"psnr": mean(own), "psnr_of_last_frame": mean(other), "gap": mean(own - other)}
 
 
 def _swap(swapped: Images, originals: Images) -> dict[str, Any]:
@@ -408,7 +390,7 @@ def _swap(swapped: Images, originals: Images) -> dict[str, Any]:
     count = len(swapped)
     own = psnr(to_float(swapped), to_float(np.roll(originals, 1, axis=0)[:count]))
     other = psnr(to_float(swapped), to_float(originals[:count]))
-    return {"psnr_to_the_latents_image": _mean(own), "psnr_to_the_other": _mean(other), "gap": _mean(own - other)}
+    return {"psnr_to_the_latents_image": mean(own), "psnr_to_the_other": mean(other), "gap": mean(own - other)}
 
 
 def _held_out(dataset: Dataset, options: EvaluateConfig) -> tuple[Images, Int32[np.ndarray, " n"]]:

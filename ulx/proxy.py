@@ -38,8 +38,9 @@ from ulx.denoiser import Denoiser
 from ulx.generate import in_batches, sample_latents
 from ulx.image_files import claim, contact_sheet, write_png
 from ulx.metrics import compare, efficientnet
+from ulx.metrics.entries import frechet, mean
 from ulx.metrics.features import features
-from ulx.metrics.frechet import Moments, frechet_distance
+from ulx.metrics.frechet import Moments
 from ulx.metrics.images import psnr
 from ulx.metrics.reference import training_moments
 from ulx.metrics_log import MetricsLog
@@ -140,9 +141,9 @@ def measure(
     originals = seen(held_out, "held-out images")
     trained = training_moments(dataset, network, cache_dir)
     metrics = {
-        network.metric: _distance(seen(samples, "samples"), trained),
-        f"{network.metric}_reconstruction": _distance(seen(reconstructions, "reconstructions"), Moments.of(originals)),
-        "psnr": _mean(np.asarray(psnr(to_float(reconstructions), to_float(held_out)))),
+        network.metric: frechet(seen(samples, "samples"), trained),
+        f"{network.metric}_reconstruction": frechet(seen(reconstructions, "reconstructions"), Moments.of(originals)),
+        "psnr": mean(np.asarray(psnr(to_float(reconstructions), to_float(held_out)))),
     }
     meant = compare.definitions(network)[network.metric]
     metrics[network.metric] |= meant
@@ -152,7 +153,7 @@ def measure(
         nats = calls.rated(held_out)
         pixels = math.prod(held_out.shape[1:3])
         bits = np.asarray(losses.bits_per_pixel(jnp.asarray(nats), num_pixels=pixels))
-        metrics["bits_per_pixel"] = _mean(bits) | {"definition": "the tokenizer's own rate over height · width · ln 2"}
+        metrics["bits_per_pixel"] = mean(bits) | {"definition": "the tokenizer's own rate over height · width · ln 2"}
     return metrics, {"samples": samples, "reconstructions": reconstructions, "originals": held_out}
 
 
@@ -244,21 +245,6 @@ def _generated(
 
     z_0 = in_batches(latents, labels, batch_size=batch_size, key=root_key(seed, "proxy samples"))
     return made.back(z_0 / np.float32(jax.nn.sigmoid(made.logsnr_0) ** 0.5))
-
-
-def _distance(found: Float[np.ndarray, "n d"], reference: Moments) -> dict[str, Any]:
-    moments = Moments.of(found)
-    return {
-        "value": frechet_distance(moments, reference),
-        "n_a": reference.count,
-        "n_b": moments.count,
-        "rank_deficient": moments.rank_deficient or reference.rank_deficient,
-    }
-
-
-def _mean(values: Float[np.ndarray, " n"]) -> dict[str, Any]:
-    error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
-    return {"value": float(values.mean(dtype=np.float64)), "standard_error": error, "n": len(values)}
 
 
 def _images(split: Split) -> Images:
