@@ -97,6 +97,17 @@ def test_flow_of_a_standard_normal_is_its_density(run, images):
     np.testing.assert_allclose(found, by_hand(model, jnp.asarray(images) / 127.5 - 1, keys), atol=256e-3)
 
 
+def test_autoencoder_alone_is_measured_as_in_the_whole(run, runner, small_dataset, images):
+    """The same estimates of the same draws: its rate under the prior, and the PSNR of its reconstructions."""
+    found = evaluation.evaluate_autoencoder(run.model, small_dataset, run.config)
+    nats = np.asarray(runner.rate(images, run.model.prior).rate)
+    assert found["bits_per_pixel"]["value"] == pytest.approx(nats.mean() / (256 * math.log(2)), rel=1e-6)
+    reconstructions, nfe = runner.decode(runner.encode(images), evaluation.RECONSTRUCT)
+    error = np.mean((reconstructions.astype(np.float64) - images) ** 2, axis=(1, 2, 3))
+    assert found["psnr"]["value"] == pytest.approx(np.mean(10 * np.log10(255**2 / error)), rel=1e-5)
+    assert found["psnr"]["nfe"] == nfe == 2
+
+
 @pytest.fixture(scope="module")
 def distances(small_dataset, tmp_path_factory):
     held_out = np.stack([example["image"] for example in small_dataset.validation])

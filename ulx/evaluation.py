@@ -99,7 +99,7 @@ def evaluate_autoencoder(model: UnifiedLatents, dataset: Dataset, config: Config
     """Bits and PSNR on the held-out images: what stage 1 alone answers for."""
     held_out, _ = _held_out(dataset, config.evaluate)
     with Progress("evaluate", total=3 * len(held_out), unit="images") as progress:
-        run = _Runner(model, config, progress)
+        run = Runner(model, config, progress)
         rate = run.rate(held_out, model.prior)
         reconstructions, nfe = run.decode(run.encode(held_out), RECONSTRUCT)
     return {**_bits(rate, model), "psnr": _psnr(reconstructions, held_out) | {"nfe": nfe}}
