@@ -71,7 +71,7 @@ def decode(
 ) -> samplers.Sample:
     """Images in [−1, 1] from z_0 at λ_z(0), and given frames, by the model's decoder (Alg. 2, second half)."""
 
-    def solve(denoise: Denoise, noise: Float[Array, "b *dims"], schedule: Schedule, solver_keys: Keys):
+    def solve(denoise: Denoise, noise: Float[Array, " b *dims"], schedule: Schedule, solver_keys: Keys):
         num_steps = config.decoder_num_steps
         grid = samplers.logsnr_grid(num_steps, logsnr_min=schedule.logsnr_min, logsnr_max=schedule.logsnr_max)
         return samplers.sample(

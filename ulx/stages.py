@@ -133,7 +133,7 @@ def base_schedule(config: Config) -> schedules.Cosine:
     return schedules.cosine(config.model.logsnr_0, config.model.logsnr_1, shift=config.base_bias)
 
 
-def given_or_dropped(x: Float[Array, "b *clip"], keys: Keys, count: int, rate: float) -> Array | None:
+def given_or_dropped(x: Float[Array, " b *clip"], keys: Keys, count: int, rate: float) -> Array | None:
     """The first `count` frames of clips, or, with probability `rate`, none of them; None for a count of 0."""
     if not count:
         return None

@@ -104,12 +104,12 @@ def feature_batches(
 
 
 @eqx.filter_jit
-def _apply(network: Network, images: Float[Array, "b *shape"], mesh: Mesh) -> Float[Array, "b d"]:
+def _apply(network: Network, images: Float[Array, " b *shape"], mesh: Mesh) -> Float[Array, "b d"]:
     """The network on each device by itself: left to the compiler, a network that takes a few images at a time (a loop
     over the batch) would have every device do all of them."""
     arrays, static = eqx.partition(network, eqx.is_array)
 
-    def each(arrays: Any, images: Float[Array, "b *shape"]) -> Float[Array, "b d"]:
+    def each(arrays: Any, images: Float[Array, " b *shape"]) -> Float[Array, "b d"]:
         return eqx.combine(arrays, static)(images)
 
     everywhere, batch = PartitionSpec(), PartitionSpec("batch")
@@ -139,7 +139,7 @@ def _rebatched(parts: Iterable[Images], size: int) -> Iterator[Float[np.ndarray,
         yield np.concatenate(held)
 
 
-def _floats(images: np.ndarray, first: int) -> Float[np.ndarray, "b *shape"]:
+def _floats(images: np.ndarray, first: int) -> Float[np.ndarray, " b *shape"]:
     """uint8 to [-1, 1]; floats are checked, because a wrong range or a NaN only shows as a strange distance."""
     if images.ndim not in (4, 5):
         raise ValueError(f"images must have axes `n h w c`, or videos `n t h w c`, got shape {images.shape}")

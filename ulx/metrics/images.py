@@ -14,7 +14,7 @@ _K1, _K2 = 0.01, 0.03
 
 
 def psnr(
-    a: Float[Array, "b *shape"] | Float[np.ndarray, "b *shape"],
+    a: Float[Array, " b *shape"] | Float[np.ndarray, " b *shape"],
     b: Float[Array, "..."] | Float[np.ndarray, "..."],
 ) -> Float[Array, " b"]:
     """Peak signal-to-noise ratio of each image (or clip) in dB, for values in [-1, 1]: 10 log10(2²/MSE).
@@ -74,7 +74,7 @@ def _windowed(x: Float[Array, "*batch h w c"]) -> Float[Array, "*batch h2 w2 c"]
 
 
 def nearest(
-    queries: Num[Array, "q *shape"] | Num[np.ndarray, "q *shape"],
+    queries: Num[Array, " q *shape"] | Num[np.ndarray, " q *shape"],
     references: Num[Array, "r ..."] | Num[np.ndarray, "r ..."],
     chunk: int = 1024,
 ) -> tuple[Int64[np.ndarray, " q"], Float64[np.ndarray, " q"]]:
@@ -109,5 +109,5 @@ def nearest(
     return index, distance
 
 
-def _rows(x: Num[Array, "n *shape"] | Num[np.ndarray, "n *shape"]) -> Float64[np.ndarray, "n d"]:
+def _rows(x: Num[Array, " n *shape"] | Num[np.ndarray, " n *shape"]) -> Float64[np.ndarray, "n d"]:
     return np.asarray(x).reshape(len(x), -1).astype(np.float64)

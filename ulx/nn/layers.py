@@ -144,7 +144,7 @@ class Dropout(eqx.Module):
             raise ValueError(f"a dropout rate is in [0, 1), got {rate}")
         self.rate = rate
 
-    def __call__(self, x: Float[Array, "b *n"], key: Key[Array, " b"] | None) -> Float[Array, "b *n"]:
+    def __call__(self, x: Float[Array, " b *n"], key: Key[Array, " b"] | None) -> Float[Array, " b *n"]:
         if key is None or self.rate == 0:
             return x
         keep = jax.vmap(lambda k: jax.random.bernoulli(k, 1 - self.rate, x.shape[1:]))(key)
