@@ -1,7 +1,7 @@
 """The estimators of the rate L_z against each other: how large an error does the same number of network calls leave?
 
-    python benchmarks/rate_estimators.py                              exact denoisers in 16 dimensions, three schedules
-    python benchmarks/rate_estimators.py --run runs/openmoji          and the prior of a trained run, on held-out images
+    python benchmarks/rate_estimators.py                         exact denoisers, 16 and 256 dimensions, three schedules
+    python benchmarks/rate_estimators.py --run runs/openmoji     and the prior of a trained run, on held-out images
 
 The error is that of L_z of given examples, from independent replicates; with the examples' own spread it becomes the
 standard error of a data set's rate. For a run the rate under the base model and the probability flow's stand beside it.
@@ -16,8 +16,9 @@ import platform
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-DIMS = 16
 EXAMPLES = 128
+BEST = "independent, at best"
+"""What no proposal of noise levels that all examples share can go below, by quadrature."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Settings:
 
     run: str | None = None
     """Folder of a trained run to measure too."""
+    dims: tuple[int, ...] = (16, 256)
+    """Dimensions of the data with exact denoisers."""
     draws: int = 16
     """Denoiser calls per example and replicate."""
     replicates: int = 128
@@ -55,7 +58,7 @@ def estimators() -> dict:
     }
 
 
-def exact_data() -> dict:
+def exact_data(dims: int) -> dict:
     """Per data set: samples of a NumPy generator, its best denoiser, and its exact rate between two log-SNRs."""
     import jax
     import jax.numpy as jnp
@@ -63,7 +66,7 @@ def exact_data() -> dict:
 
     from ulx import diffusion
 
-    variance = np.geomspace(0.1, 10.0, DIMS)
+    variance = np.geomspace(0.1, 10.0, dims)
 
     def shrink(z_t, logsnr, *, key=None):
         level = diffusion.expand(logsnr, z_t)
@@ -83,19 +86,43 @@ def exact_data() -> dict:
 
     return {
         "Gaussian, variances 0.1 to 10": (
-            lambda rng: rng.standard_normal((EXAMPLES, DIMS)) * np.sqrt(variance),
+            lambda rng: rng.standard_normal((EXAMPLES, dims)) * np.sqrt(variance),
             shrink,
             lambda high, low: 0.5 * np.sum(np.log1p(variance * math.exp(high)) - np.log1p(variance * math.exp(low))),
         ),
-        "points {−1, 1}^16": (
-            lambda rng: rng.choice([-1.0, 1.0], (EXAMPLES, DIMS)),
+        "points {−1, 1}^d": (
+            lambda rng: rng.choice([-1.0, 1.0], (EXAMPLES, dims)),
             sign,
-            lambda high, low: DIMS * (information_of_signs(high) - information_of_signs(low)),
+            lambda high, low: dims * (information_of_signs(high) - information_of_signs(low)),
         ),
     }
 
 
-def on_exact_data(settings: Settings) -> list[dict]:
+def least_variance(denoise, x, high: float, low: float, levels: int = 256, noises: int = 16) -> float:
+    """Of one draw of L_z, averaged over the examples, with the best density of noise levels that they can share.
+
+    With f(λ, ε) = ½ exp(λ) ‖x − x̂‖², so that L_z = ∫ E f dλ, a density q leaves ∫ E f²/q dλ − L_z², least for q in
+    proportion to √(E f²), E being over noise and examples: (∫ √(E f²) dλ)² − L_z².
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    def at(level):
+        key = jax.random.fold_in(jax.random.key(2), jnp.round(1000 * level).astype(jnp.int32) + 2**20)
+        noise = jax.random.normal(key, (noises, *x.shape))
+        alpha, sigma = jnp.sqrt(jax.nn.sigmoid(level)), jnp.sqrt(jax.nn.sigmoid(-level))
+        found = jax.vmap(lambda eps: denoise(alpha * x + sigma * eps, jnp.full(len(x), level)))(noise)
+        nats = 0.5 * jnp.exp(level) * jnp.sum((x - found) ** 2, axis=-1)
+        return nats.mean(0), (nats**2).mean()
+
+    grid = np.linspace(low, high, levels)
+    mean, square = jax.jit(lambda g: jax.lax.map(at, g))(jnp.asarray(grid, jnp.float32))
+    exact = np.trapezoid(np.asarray(mean, np.float64), grid, axis=0)
+    return float(np.trapezoid(np.sqrt(np.asarray(square, np.float64)), grid) ** 2 - np.mean(exact**2))
+
+
+def on_exact_data(dims: int, settings: Settings) -> list[dict]:
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -109,7 +136,7 @@ def on_exact_data(settings: Settings) -> list[dict]:
         "cosine shifted by −3": schedules.cosine(8.0, -7.0).shifted(-3.0),
     }
     rows = []
-    for data, (draw, denoise, integral) in exact_data().items():
+    for data, (draw, denoise, integral) in exact_data(dims).items():
         x, other = (jnp.asarray(draw(np.random.default_rng(seed)), jnp.float32) for seed in (0, 1))
         for shape, schedule in shapes.items():
             pilot = jax.jit(lambda z, key, d=denoise, s=schedule: estimate_rate(d, z, s, key=key))
@@ -126,8 +153,11 @@ def on_exact_data(settings: Settings) -> list[dict]:
                     proposal=proposal if learned else None,
                 )
                 exact = float(integral(schedule.logsnr_max, schedule.logsnr_min))
-                rows.append({"data": data, "schedule": shape, "estimator": name, "exact": exact})
+                rows.append({"data": data, "schedule": shape, "dims": dims, "estimator": name, "exact": exact})
                 rows[-1] |= _row(found.diffusion.mean, settings.replicates)
+            least = least_variance(denoise, x, schedule.logsnr_max, schedule.logsnr_min)
+            error = math.sqrt(least / settings.draws / EXAMPLES)
+            rows.append(rows[-1] | {"estimator": BEST, "value": None, "estimator_error_of_one_replicate": error})
     return rows
 
 
@@ -218,17 +248,19 @@ def on_a_run(settings: Settings) -> dict:
 
 def table(rows: list[dict]) -> str:
     lines = [
-        "| data | schedule | estimator | exact, nats | measured | error of one replicate | against independent "
+        "| data | d | schedule | estimator | exact, nats | measured | error of one replicate | against independent "
         "| against stratified |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        same = {r["estimator"]: r for r in rows if (r["data"], r["schedule"]) == (row["data"], row["schedule"])}
+        where = lambda r: (r["data"], r["schedule"], r["dims"])  # noqa: E731
+        same = {r["estimator"]: r for r in rows if where(r) == where(row)}
         error = row["estimator_error_of_one_replicate"]
+        measured = "" if row["value"] is None else f"{row['value']:.3f} ± {row['standard_error']:.3f}"
         gains = [same[name]["estimator_error_of_one_replicate"] / error for name in ("independent", "stratified")]
         lines.append(
-            f"| {row['data']} | {row['schedule']} | {row['estimator']} | {row['exact']:.3f} "
-            f"| {row['value']:.3f} ± {row['standard_error']:.3f} | {error:.3f} | {gains[0]:.2f}× | {gains[1]:.2f}× |"
+            f"| {row['data']} | {row['dims']} | {row['schedule']} | {row['estimator']} | {row['exact']:.3f} "
+            f"| {measured} | {error:.3f} | {gains[0]:.2f}× | {gains[1]:.2f}× |"
         )
     return "\n".join(lines)
 
@@ -271,22 +303,20 @@ def plot(rows: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(row["estimator"] for row in rows))
-    groups = list(dict.fromkeys((row["data"], row["schedule"]) for row in rows))
-    figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
-    for index, name in enumerate(names):
-        relative = [
-            next(
-                row["estimator_error_of_one_replicate"] / row["exact"]
-                for row in rows
-                if (row["data"], row["schedule"], row["estimator"]) == (*group, name)
-            )
-            for group in groups
-        ]
-        axis.bar([i + 0.12 * (index - 3) for i in range(len(groups))], relative, 0.11, label=name)
-    axis.set(yscale="log", ylabel="error of one replicate / L_z", title=f"{EXAMPLES} examples, {DIMS} dimensions")
-    axis.set_xticks(range(len(groups)), [f"{data.split()[0].strip(',')}\n{shape}" for data, shape in groups])
-    axis.legend(fontsize=8, ncols=4)
-    axis.set_ylim(top=2 * axis.get_ylim()[1])
+    sizes = list(dict.fromkeys(row["dims"] for row in rows))
+    figure, axes = plt.subplots(len(sizes), 1, figsize=(9, 3.6 * len(sizes)), layout="constrained", squeeze=False)
+    for axis, dims in zip(axes[:, 0], sizes, strict=True):
+        own = [row for row in rows if row["dims"] == dims]
+        groups = list(dict.fromkeys((row["data"], row["schedule"]) for row in own))
+        for index, name in enumerate(names):
+            of_name = {(row["data"], row["schedule"]): row for row in own if row["estimator"] == name}
+            found = [of_name[group] for group in groups]
+            relative = [row["estimator_error_of_one_replicate"] / row["exact"] for row in found]
+            axis.bar([i + 0.11 * (index - 3.5) for i in range(len(groups))], relative, 0.1, label=name)
+        axis.set(yscale="log", ylabel="error of one replicate / L_z", title=f"{EXAMPLES} examples, {dims} dimensions")
+        axis.set_xticks(range(len(groups)), [f"{data.split()[0].strip(',')}\n{shape}" for data, shape in groups])
+        axis.set_ylim(top=2 * axis.get_ylim()[1])
+    axes[0, 0].legend(fontsize=8, ncols=4)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -300,15 +330,16 @@ def main() -> None:
     def work() -> None:
         results = Path(settings.results)
         results.mkdir(parents=True, exist_ok=True)
-        rows = on_exact_data(settings)
+        rows = [row for dims in settings.dims for row in on_exact_data(dims, settings)]
         plot(rows, results / "rate_estimators.png")
-        found = {"exact_data": rows, "draws": settings.draws, "examples": EXAMPLES, "dims": DIMS}
+        found = {"exact_data": rows, "draws": settings.draws, "examples": EXAMPLES}
         text = (
             f"Measured by `python benchmarks/rate_estimators.py`, {datetime.date.today().isoformat()}, "
-            f"{platform.machine()} CPU: the diffusion term of L_z with exact denoisers, {EXAMPLES} examples of {DIMS} "
+            f"{platform.machine()} CPU: the diffusion term of L_z with exact denoisers, {EXAMPLES} examples of d "
             f"dimensions, {settings.draws} calls per example. ± is one standard error over data and noise. The error "
             f"of one replicate is the estimator's own, from {settings.replicates} independent replicates (known to "
-            f"{100 / math.sqrt(2 * settings.replicates):.0f} %).\n\n{table(rows)}\n"
+            f"{100 / math.sqrt(2 * settings.replicates):.0f} %); the last row of each group is what no density of "
+            f"independent noise levels that the examples share goes below.\n\n{table(rows)}\n"
         )
         if settings.run:
             found["run"] = on_a_run(settings)
