@@ -31,6 +31,7 @@ __all__ = [
     "DEFINITION",
     "FEATURES",
     "I3D",
+    "KERNEL_METRIC",
     "METRIC",
     "MIN_FRAMES",
     "RESOLUTION",
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 METRIC = "fvd"
+KERNEL_METRIC = "kd_i3d"
 FEATURES = 400
 RESOLUTION = 224
 MIN_FRAMES = 9
@@ -157,6 +159,22 @@ class I3D(eqx.Module):
         if videos.shape[1] < MIN_FRAMES:
             raise ValueError(f"I3D takes videos of at least {MIN_FRAMES} frames, got {videos.shape[1]}: 16 are usual")
         return in_chunks(self._logits, _CPU_CHUNK, videos)
+
+    @property
+    def metric(self) -> str:
+        return METRIC
+
+    @property
+    def kernel_metric(self) -> str:
+        return KERNEL_METRIC
+
+    @property
+    def definition(self) -> str:
+        return DEFINITION
+
+    @property
+    def sha256(self) -> str:
+        return SHA256
 
     def head(self, x: Float[Array, "b t 7 7 c"]) -> Float[Array, "b 400"]:
         """Averages over space and over windows of two steps of time, the classifier, and the mean over the windows.
