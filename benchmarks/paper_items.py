@@ -157,7 +157,7 @@ ITEMS = (
     ),
     Item(
         "§5.2",
-        "FLOPs; PSNR; FID and FVD; two folders, and cards, compared",
+        "FLOPs; PSNR; FID and FVD; folders of images or videos, and cards, compared",
         (
             "flops.forward_flops",
             "cost.network_costs",
@@ -166,6 +166,7 @@ ITEMS = (
             "metrics.inception.InceptionV3",
             "metrics.i3d.I3D",
             "metrics.compare.compare",
+            "data.video.read_clip",
             "cards.differences",
             "evaluation.evaluate",
         ),
@@ -177,6 +178,8 @@ ITEMS = (
             "metrics/test_inception.py::test_every_layer_and_the_features",
             "metrics/test_i3d.py::test_logits_of_a_black_video_are_those_of_the_original_module",
             "metrics/test_compare.py::test_card_and_table",
+            "metrics/test_compare_videos.py::test_fvd_of_i3d_itself",
+            "data/test_video.py::test_which_frames_a_clip_has",
             "test_cards.py::test_refuses_with_the_field_that_differs",
             "test_frames.py::test_clips_are_compared_with_the_held_out_ones_by_fvd",
         ),

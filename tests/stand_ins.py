@@ -19,7 +19,7 @@ class LastCorner(Corner):
     """The same of a clip's last frame, in the place of I3D."""
 
     metric: str = eqx.field(default="fvd", static=True)
-    kernel_metric: str = eqx.field(default="kvd", static=True)
+    kernel_metric: str = eqx.field(default="kd_i3d", static=True)
 
     def __call__(self, clips):
         return clips[:, -1, 0, 0, :]

@@ -24,6 +24,9 @@ OF_CARD = {
     "the reference's pixels": ("a", "pixels_sha256"),
     "the resolution": ("resolution",),
     "the preparation": ("preparation",),
+    "the frames of each video": ("clip", "frames"),
+    "the stride of frames": ("clip", "stride"),
+    "the rule of clips": ("clip", "rule"),
     "the dtype": ("dtype",),
 }
 OF_METRIC = {

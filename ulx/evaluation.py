@@ -29,6 +29,7 @@ from ulx.metrics.entries import Metric, frechet, mean
 from ulx.metrics.features import FeatureNetwork, features
 from ulx.metrics.frechet import Moments
 from ulx.metrics.images import SSIM_WINDOW, psnr, ssim
+from ulx.metrics.pairs import SSIM, PairMeasure
 from ulx.metrics.reference import training_moments
 from ulx.models import UnifiedLatents
 from ulx.progress import Progress
@@ -56,7 +57,7 @@ DEFINITIONS = {
     "bits_per_pixel_base": "the same bound with the base model in the prior's place",
     "decoder_bits_per_pixel": "L_x with w = 1, over height · width · ln 2; mean over images",
     "psnr": "10 log10(255²/MSE) in dB of each reconstruction, mean over images",
-    "ssim": f"structural similarity of each reconstruction, mean over images: {compare.SSIM}",
+    "ssim": f"structural similarity of each reconstruction, mean over images: {SSIM}",
     lpips.METRIC: f"distance of each reconstruction in VGG16's activations, mean over images ({lpips.DEFINITION})",
     "psnr_of_mean_training_image": "10 log10(255²/MSE) in dB of the mean training image, mean over images",
     "swap": "PSNR in dB of decodings of another image's latent with this one's noise, mean over pairs",
@@ -354,7 +355,7 @@ def _measured(estimate: DiffusionEstimate) -> dict[str, Any]:
     return {"levels": levels, "draws": draws, "weighting": "w = 1"}
 
 
-def _errors(images: Images, originals: Images, distance: compare.PairMeasure | None) -> dict[str, Metric]:
+def _errors(images: Images, originals: Images, distance: PairMeasure | None) -> dict[str, Metric]:
     """What pairs say: PSNR; SSIM and, if it is given, LPIPS where the images are large enough for it."""
     metrics, side = {"psnr": _psnr(images, originals)}, min(images.shape[-3:-1])
     if side >= SSIM_WINDOW:
@@ -368,7 +369,7 @@ def _psnr(images: Images, originals: Images) -> Metric:
     return mean(psnr(to_float(images), to_float(originals)))
 
 
-def _of_pairs(measure: compare.PairMeasure, images: Images, originals: Images, rows: int = 64) -> Metric:
+def _of_pairs(measure: PairMeasure, images: Images, originals: Images, rows: int = 64) -> Metric:
     """Of clips, every frame's, averaged over each clip first."""
     x, y = (each.reshape(-1, *each.shape[-3:]) for each in (images, originals))
     parts = [slice(start, start + rows) for start in range(0, len(x), rows)]

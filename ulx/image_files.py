@@ -1,28 +1,33 @@
-"""Image files in and out of the commands: folders read in batches, outputs that overwrite nothing, contact sheets."""
+"""Image files in and out of the commands: folders of them, outputs that overwrite nothing, contact sheets."""
 
 import io
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
 from ulx.data.cache import UnreadableError
 from ulx.data.extras import optional
-from ulx.data.folder import SUFFIXES, find_images, image_size, read_image
+from ulx.data.folder import PREPARATION, SUFFIXES, find_images, image_size, read_image
 
 __all__ = [
+    "SHEETS",
     "STRIPS",
     "ImageFolder",
     "claim",
     "contact_sheet",
     "film_strips",
     "framed",
+    "one_size",
     "png",
     "png_names",
+    "require_folder",
+    "unreadable",
     "write_png",
     "zoom_for",
 ]
@@ -41,6 +46,9 @@ FRAME_MS = 125
 """Milliseconds of a frame of an animation."""
 PLAIN, MARKED = (222, 222, 222), (230, 159, 0)
 """Colours of the frames' borders."""
+RULE = f"""\
+upright, on white, halved by averaging while at least twice too large, then bicubic to the resolution, centre-cropped \
+(ulx.data.folder.read_image, version {PREPARATION}); the network resizes further"""
 GAP, CAPTION = 6, 14  # pixels between the tiles of a sheet, and for a line of text under them
 
 
@@ -54,10 +62,12 @@ class ImageFolder:
     images that are not of one size or whose size cannot be read.
     """
 
+    kind = "image"
+    frames = 1
+    """Of each example."""
+
     def __init__(self, folder: Path, resolution: int | None):
-        if not folder.is_dir():
-            kind = NotADirectoryError if folder.exists() else FileNotFoundError
-            raise kind(f"{folder} is no folder: give the one that holds the images")
+        require_folder(folder, "images")
         self.folder = folder
         found = find_images(folder)
         self.sheets = [name for name in found if SHEETS.fullmatch(name)]
@@ -66,23 +76,22 @@ class ImageFolder:
             raise ValueError(f"no images in {folder} (looked for {' '.join(SUFFIXES)}, subfolders included)")
         self.skipped: list[tuple[str, str]] = []
         self.enlarged = 0
-        self.resolution = self._one_size() if resolution is None else resolution
+        self.resolution = one_size(folder, self.names, image_size, "image") if resolution is None else resolution
 
-    def _one_size(self) -> int:
-        side, first = 0, self.names[0]
-        for name in self.names:
-            file = self.folder / name
-            try:
-                width, height = image_size(file)
-            except UnreadableError as error:
-                raise ValueError(f"{file} cannot be read as an image ({error}): repair or remove it") from error
-            side = side or width
-            if not width == height == side:
-                of_first = "" if name == first else f", and {first} is {side}×{side}"
-                raise ValueError(
-                    f"{file} is {width}×{height} pixels{of_first}: give a --resolution, or squares of one size"
-                )
-        return side
+    def preparation(self) -> dict[str, Any]:
+        """How images are made of the files, as a card says it."""
+        return {"preparation": RULE}
+
+    def decoder(self) -> str:
+        """What reads the files, and its version."""
+        return f"Pillow {optional('PIL').__version__}"
+
+    def read(self, name: str) -> tuple[UInt8[np.ndarray, "h w 3"], bool]:
+        """One image, and whether it had to be enlarged. Raises ValueError for a file that cannot be read, naming it."""
+        try:
+            return read_image(self.folder / name, self.resolution)
+        except UnreadableError as error:
+            raise unreadable(self.folder / name, "image", error) from error
 
     def batches(self, size: int) -> Iterator[tuple[list[str], Images]]:
         """Names and images, `size` at a time (fewer at the end). Raises ValueError if not one could be read."""
@@ -126,6 +135,40 @@ class ImageFolder:
     def _skipped(self) -> str:
         listed = ", ".join(f"{name} ({reason})" for name, reason in self.skipped[:NAMED])
         return listed + (f" and {len(self.skipped) - NAMED} more" if len(self.skipped) > NAMED else "")
+
+
+def require_folder(folder: Path, what: str) -> None:
+    """Raises FileNotFoundError or NotADirectoryError, saying `what` the folder ought to hold."""
+    if not folder.is_dir():
+        kind = NotADirectoryError if folder.exists() else FileNotFoundError
+        raise kind(f"{folder} is no folder: give the one that holds the {what}")
+
+
+def unreadable(file: Path, kind: str, error: UnreadableError) -> ValueError:
+    """The error that names a file, of an "image" or a "video", and what to do."""
+    article = "an" if kind == "image" else "a"
+    return ValueError(f"{file} cannot be read as {article} {kind} ({error}): repair or remove it")
+
+
+def one_size(folder: Path, names: Sequence[str], size_of: Callable[[Path], tuple[int, int]], kind: str) -> int:
+    """The side of the squares that all files hold, by `size_of`, their width and height.
+
+    Raises ValueError, naming the file, for what is no square or of another size, or cannot be read.
+    """
+    side, first = 0, names[0]
+    for name in names:
+        file = folder / name
+        try:
+            width, height = size_of(file)
+        except UnreadableError as error:
+            raise unreadable(file, kind, error) from error
+        side = side or width
+        if not width == height == side:
+            of_first = "" if name == first else f", and {first} is {side}×{side}"
+            raise ValueError(
+                f"{file} is {width}×{height} pixels{of_first}: give a --resolution, or squares of one size"
+            )
+    return side
 
 
 def png_names(names: Sequence[str]) -> list[str]:

@@ -18,6 +18,7 @@ from ulx.metrics import compare, efficientnet, inception, lpips
 from ulx.metrics.frechet import Moments, frechet_distance
 from ulx.metrics.kernel import kernel_distance
 from ulx.metrics.manifold import precision_recall
+from ulx.metrics.pairs import namesakes
 
 SIZE, COUNT, SHIFT = 16, 6, 5
 
@@ -145,9 +146,9 @@ def test_names_that_could_be_one_another_s_are_no_pairs(tmp_path, originals):
             (tmp_path / folder).mkdir(exist_ok=True)
             Image.fromarray(originals[0]).save(tmp_path / folder / name)
     a, b = (ImageFolder(tmp_path / folder, None) for folder in ("a", "b"))
-    assert compare._pairs(a, b) == [(name, name) for name in a.names]
+    assert namesakes(a, b) == [(name, name) for name in a.names]
     (tmp_path / "b" / "x.bmp.png").unlink()
-    assert compare._pairs(a, ImageFolder(tmp_path / "b", None)) is None
+    assert namesakes(a, ImageFolder(tmp_path / "b", None)) is None
 
 
 def test_resolution_is_the_data_cache_s_rule(folders, originals, capsys):

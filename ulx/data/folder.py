@@ -21,7 +21,17 @@ from ulx.data.extras import optional
 from ulx.data.source import Dataset
 from ulx.data.split import Item, held_out, subset, unit_hash
 
-__all__ = ["SUFFIXES", "center_crop", "find_images", "image_size", "open_folder", "read_image"]
+__all__ = [
+    "SUFFIXES",
+    "center_crop",
+    "find_files",
+    "find_images",
+    "image_size",
+    "open_folder",
+    "read_image",
+    "reason_of",
+    "upright_rgb",
+]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 PREPARATION = 1  # of read_image; a change makes every cache anew
@@ -72,15 +82,18 @@ def open_folder(
 
 
 def find_images(path: str | os.PathLike[str]) -> list[str]:
-    """Relative paths (with `/`) of all image files under `path`, sorted; links to folders are followed.
-
-    Raises `FileNotFoundError`, `NotADirectoryError`.
-    """
+    """`find_files` of images. Raises `FileNotFoundError`, `NotADirectoryError`."""
     root = Path(path).expanduser()
     if not root.exists():
         raise FileNotFoundError(f"no folder of images at {root} (--data.path)")
     if not root.is_dir():
         raise NotADirectoryError(f"{root} is a file: --data.path wants the folder that holds the images")
+    return find_files(root, SUFFIXES)
+
+
+def find_files(root: Path, suffixes: tuple[str, ...]) -> list[str]:
+    """Relative paths (with `/`) of all files with these suffixes (lower case) under a folder, sorted, but for hidden
+    ones; links to folders are followed."""
     found, seen = [], set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -92,7 +105,7 @@ def find_images(path: str | os.PathLike[str]) -> list[str]:
         found += [
             Path(folder, name).relative_to(root).as_posix()
             for name in files
-            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+            if name.lower().endswith(suffixes) and not name.startswith(".")
         ]
     return sorted(found)
 
@@ -103,15 +116,15 @@ def read_image(path: str | os.PathLike[str], resolution: int) -> tuple[UInt8[np.
     Grey, palette, 16-bit, CMYK and transparent images are handled; of an animation it is the first frame.
     Raises `UnreadableError` with the reason.
     """
-    image_module, image_ops = optional("PIL.Image"), optional("PIL.ImageOps")
+    image_module = optional("PIL.Image")
     try:
         with image_module.open(path) as opened:
             opened.load()
-            image = _to_rgb(image_ops.exif_transpose(opened), image_module)
+            image = upright_rgb(opened)
     except UnreadableError:
         raise
     except Exception as error:  # damaged bytes raise anything in Pillow's decoders: struct.error, IndexError, ...
-        raise UnreadableError(_reason(Path(path), error)) from error
+        raise UnreadableError(reason_of(Path(path), error)) from error
     smaller = min(image.size) < resolution
     return center_crop(image, resolution), smaller
 
@@ -123,7 +136,7 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
         with image_module.open(path) as opened:
             return opened.size
     except Exception as error:
-        raise UnreadableError(_reason(Path(path), error)) from error
+        raise UnreadableError(reason_of(Path(path), error)) from error
 
 
 def center_crop(image: Any, resolution: int) -> UInt8[np.ndarray, "h w 3"]:
@@ -138,7 +151,10 @@ def center_crop(image: Any, resolution: int) -> UInt8[np.ndarray, "h w 3"]:
     return np.array(image)[top : top + resolution, left : left + resolution]
 
 
-def _to_rgb(image: Any, image_module: Any) -> Any:
+def upright_rgb(image: Any) -> Any:
+    """A `PIL.Image` of any mode as RGB: turned as its EXIF says, on white. Raises `UnreadableError`."""
+    image_module = optional("PIL.Image")
+    image = optional("PIL.ImageOps").exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits a pixel, grey; Pillow's own conversion clips it to white
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
@@ -153,7 +169,8 @@ def _to_rgb(image: Any, image_module: Any) -> Any:
     return image.convert("RGB")
 
 
-def _reason(path: Path, error: Exception) -> str:
+def reason_of(path: Path, error: Exception) -> str:
+    """Why a file could not be read, in words that do not repeat its name."""
     if isinstance(error, optional("PIL").UnidentifiedImageError):
         return "is empty" if path.stat().st_size == 0 else "is no image that Pillow knows"
     return f"{error}" or type(error).__name__

@@ -12,7 +12,8 @@ Nothing is imported here; take the module you need:
 * `features`: any network over any number of images, in batches of one fixed shape, on all of the process's devices.
 * `images`: `psnr` and `ssim` per image, and `nearest`, the search for an image's closest one in a reference set.
 * `lpips`: the distance between two images in the packaged VGG16's activations.
-* `compare`: all of them between two folders of images, on a card (`python -m ulx.metrics DIR_A DIR_B`).
+* `examples`, `pairs`, `compare`: two folders of images or of videos, errors between files of one name, and all metrics
+  on a card (`python -m ulx.metrics DIR_A DIR_B`).
 * `copies`: which training image is nearest to each sample, and whether it is one.
 * `layers`: what the networks share.
 * `weights`: weight files of torch (old and new format) and pickles of numpy arrays, read by an unpickler that builds

@@ -1,14 +1,21 @@
-"""Compare two folders of images.
+"""Compare two folders of images, or two folders of videos.
 
     python -m ulx.metrics DIR_A DIR_B
     python -m ulx.metrics real/ generated/ --resolution 256 --out card.json
+    python -m ulx.metrics real_videos/ generated_videos/ --frames 16 --stride 1 --resolution 128
 
-DIR_A is the reference: real images, or the originals of reconstructions. Prints fd_efflite0 and kd_efflite0 (Fréchet
-and kernel distance of EfficientNet-lite0's features; not FID and KID, whose features are InceptionV3's), precision and
-recall, and, where both folders hold the same file names (whatever their suffixes), PSNR and SSIM of the pairs.
---inception-weights adds FID and KID, whose weights no package carries, and --lpips LPIPS of the pairs.
+DIR_A is the reference: real ones, or the originals of reconstructions. Of images it prints fd_efflite0 and kd_efflite0
+(Fréchet and kernel distance of EfficientNet-lite0's features; not FID and KID, whose features are InceptionV3's),
+precision and recall, and, where both folders hold the same file names (whatever their suffixes), PSNR and SSIM of the
+pairs. --inception-weights adds FID and KID, whose weights no package carries, and --lpips LPIPS of the pairs.
+
+Of videos it prints fvd and kd_i3d (Fréchet and kernel distance of I3D's logits), precision and recall by them, and PSNR
+and SSIM of the pairs frame by frame: pip install "ulx[fvd,video]". A video gives one clip, its first --frames frames or
+every --stride-th of them; all of them count, those that a model was given too (for Kinetics-600: 16 frames, of which 5
+are given). GIFs and WebPs are videos if they are animated.
+
 --out writes them as a card: each number with its definition and N, the network's hash, a hash of either folder's
-pixels, how images were prepared, the version of ulx. Contact sheets written by ulx are left out.
+pixels, how examples were prepared, the version of ulx. Contact sheets written by ulx are left out.
 """
 
 import dataclasses
@@ -19,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ulx.command_line import parse_arguments, run_command
+from ulx.data.video import Clip
 from ulx.metrics import inception
 from ulx.metrics.compare import compare
 from ulx.metrics.inception import Resize
@@ -30,27 +38,32 @@ __all__ = ["Options", "main", "table"]
 @dataclasses.dataclass(frozen=True)
 class Options:
     dir_a: Path
-    """Folder of the reference: real images, or the originals. Subfolders included."""
+    """Folder of the reference: real images or videos, or the originals. Subfolders included."""
     dir_b: Path
-    """Folder of the images that are measured against it."""
+    """Folder of the images or videos that are measured against it."""
     out: Path | None = None
     """The JSON file to write the card to; by default only the table is printed."""
     resolution: int | None = None
-    """What the images of both folders are centre-cropped and resized to, as for training; by default they must be
-    squares of one size."""
+    """What the images or frames of both folders are centre-cropped and resized to, as for training; by default they
+    must be squares of one size."""
+    frames: int | None = None
+    """Frames taken of each video, 16 by default."""
+    stride: int | None = None
+    """Every how manieth frame is taken, each by default."""
     inception_weights: Path | None = None
-    """The file of FID's InceptionV3, pytorch-fid's state dict or jax-fid's pickle: FID and KID as well."""
+    """The file of FID's InceptionV3, pytorch-fid's state dict or jax-fid's pickle: FID and KID of images as
+    well."""
     inception_resize: Resize = "tf1-bilinear"
     """How it is shown the images: "clean-bicubic" is Clean-FID's way, and its distances are called so."""
     lpips: bool = False
     """LPIPS of the pairs too; needs pip install "ulx[lpips]"."""
     batch_size: int = 64
-    """Images per call of the network; changes no result beyond rounding."""
+    """Images or frames per call of the network, of videos one at least; changes no result beyond rounding."""
     overwrite: bool = False
     """Write over a card that exists."""
 
     def __post_init__(self):
-        for name in ("resolution", "batch_size"):
+        for name in ("resolution", "frames", "stride", "batch_size"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
@@ -63,10 +76,12 @@ def run(options: Options) -> dict[str, Any]:
             f"{out} exists already: choose another --out" + ("" if out.is_dir() else ", or --overwrite")
         )
     weights = options.inception_weights
+    clip = {name: value for name in ("frames", "stride") if (value := getattr(options, name)) is not None}
     card = compare(
         options.dir_a,
         options.dir_b,
         resolution=options.resolution,
+        clip=Clip(**clip) if clip else None,
         batch_size=options.batch_size,
         networks=[] if weights is None else [inception.load(weights, options.inception_resize)],
         with_lpips=options.lpips,
@@ -84,12 +99,15 @@ def run(options: Options) -> dict[str, Any]:
 def table(card: dict[str, Any]) -> str:
     """The card's numbers as lines of text."""
     a, b = card["a"], card["b"]
-    lines = [f"A {a['path']}: {a['n']:,} images; B {b['path']}: {b['n']:,}; {card['resolution']} pixels each way"]
+    kind, clip = card["kind"], card.get("clip")
+    lines = [f"A {a['path']}: {a['n']:,} {kind}; B {b['path']}: {b['n']:,}; {card['resolution']} pixels each way"]
+    if clip:
+        lines.append(f"of each the first {clip['frames']} frames, with a stride of {clip['stride']}")
     for folder in (a, b):
         if folder["contact_sheets_left_out"]:
             lines.append(f"left out of {folder['path']}: {', '.join(folder['contact_sheets_left_out'])}")
         if folder["enlarged"]:
-            lines.append(f"{folder['enlarged']:,} images of {folder['path']} are smaller and were enlarged")
+            lines.append(f"{folder['enlarged']:,} {kind} of {folder['path']} are smaller and were enlarged")
     width = max(13, *(len(name) + 2 for name in card["metrics"]))
     for name, metric in card["metrics"].items():
         remark = "rank-deficient, so biased: compare at equal N only" if metric.get("rank_deficient") else ""

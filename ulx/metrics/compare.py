@@ -1,65 +1,45 @@
-"""Two folders of images measured against each other: every number on a card with what it is and what went in.
+"""Two folders of images, or of videos, measured against each other: every number on a card with what it is and what
+went in.
 
-The first folder, A, is the reference: real images, or the originals. The second, B, is what is measured against it.
+The first folder, A, is the reference: real ones, or the originals. The second, B, is what is measured against it.
 """
 
 import hashlib
 import subprocess
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-import equinox as eqx
 import jax
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Float, UInt8
 
 import ulx
-from ulx.data.folder import PREPARATION, read_image
-from ulx.data.pixels import to_float
-from ulx.image_files import ImageFolder
-from ulx.metrics import efficientnet, lpips
+from ulx.data.video import Clip
+from ulx.metrics import efficientnet, i3d
+from ulx.metrics.examples import Examples, open_both
 from ulx.metrics.features import FeatureNetwork, features
 from ulx.metrics.frechet import Moments, frechet_distance
-from ulx.metrics.images import SSIM_WINDOW, psnr, ssim
 from ulx.metrics.kernel import kernel_distance
 from ulx.metrics.manifold import NEIGHBOURS, precision_recall
-from ulx.progress import Progress
+from ulx.metrics.pairs import errors, measures, namesakes
 
-__all__ = ["SSIM", "PairMeasure", "commit", "compare", "definitions", "kernel_and_manifolds"]
-
-RULE = f"""\
-upright, on white, halved by averaging while at least twice too large, then bicubic to the resolution, centre-cropped \
-(ulx.data.folder.read_image, version {PREPARATION}); the network resizes further"""
+__all__ = ["commit", "compare", "definitions", "kernel_and_manifolds"]
 
 FRECHET = """\
-Fréchet distance between Gaussians fitted to the pooled features of A and of B, unbiased covariances; biased upwards, \
-the more the smaller N"""
+Fréchet distance between Gaussians fitted to the {} of A and of B, unbiased covariances; biased upwards, the more the \
+smaller N"""
 KERNEL = """\
-KID's estimator on the pooled features: unbiased squared MMD of the kernel (x·y/d + 1)^3 over all pairs; standard \
-error by the jackknife"""
+KID's estimator on the {}: unbiased squared MMD of the kernel (x·y/d + 1)^3 over all pairs; standard error by the \
+jackknife"""
+FEATURES = {i3d.METRIC: "logits"}
+"""What the features are where they are not pooled ones."""
 NAMESAKES = {"frechet": "FID", "kernel": "KID"}
 NOT_INCEPTION = "{}. Not {}, whose features are InceptionV3's"
 PRECISION = f"share of B's features within the manifold of A's: balls that reach neighbour {NEIGHBOURS}"
 RECALL = f"share of A's features within the manifold of B's: balls that reach neighbour {NEIGHBOURS}"
-SSIM = f"""\
-{SSIM_WINDOW}×{SSIM_WINDOW} Gaussian window of σ 1.5 within the image, K1 0.01, K2 0.03, range 0 to 1, mean over RGB"""
-OF_PAIRS = {
-    "psnr": "10 log10(255²/MSE) in dB of each pair of one name, mean over pairs; null: infinite, from an equal pair",
-    "ssim": f"structural similarity of each pair of one name, mean over pairs: {SSIM}",
-    lpips.METRIC: f"distance of each pair of one name in VGG16's activations, mean over pairs ({lpips.DEFINITION})",
-}
-SMALLEST = {
-    "ssim": (SSIM_WINDOW, "its window has"),
-    lpips.METRIC: (lpips.MIN_SIZE, "its network needs"),
-}
-"""Pixels each way that a measure of pairs needs, and why."""
 
-Images = UInt8[np.ndarray, "n h w 3"]
 Metric = dict[str, Any]
-PairMeasure = Callable[..., Float[Array, " b"]]
-"""measure(a, b) of two batches of images in [-1, 1]."""
 
 
 def compare(
@@ -67,47 +47,43 @@ def compare(
     b: Path,
     *,
     resolution: int | None = None,
+    clip: Clip | None = None,
     batch_size: int = 64,
     networks: Sequence[FeatureNetwork] = (),
     with_lpips: bool = False,
 ) -> dict[str, Any]:
     """The card: all metrics that the two folders allow under "metrics", why others are not there under "left_out".
 
-    Without a resolution all images must be squares of one size. `batch_size` images are read at a time; changes no
-    result beyond rounding. By features of EfficientNet-lite0, and of `networks` as well; pairs by LPIPS too if asked.
-    Raises FileNotFoundError, NotADirectoryError, ValueError for a folder with fewer than two images, a file that cannot
-    be read, or images of several sizes, ModuleNotFoundError without the package of LPIPS's weights.
+    Images are measured by features of EfficientNet-lite0, and of `networks` as well, videos by I3D's of a `clip` (by
+    default `Clip()`); pairs by LPIPS too if asked. Without a resolution all must be squares of one size. `batch_size`
+    images, or frames of videos, are read at a time; changes no result beyond rounding.
+    Raises FileNotFoundError, NotADirectoryError, ValueError for folders that may not be compared (`open_both`), a file
+    that cannot be read, or what belongs to the other kind, ModuleNotFoundError without the package of a network's
+    weights.
     """
-    folders = reference, compared = ImageFolder(a, resolution), ImageFolder(b, resolution)
-    for folder in folders:
-        if len(folder.names) < 2:
-            raise ValueError(f"{folder.folder} holds one image: a comparison needs at least 2 in each folder")
-    if reference.resolution != compared.resolution:
-        sizes = " and ".join(f"{folder.folder} {folder.resolution}×{folder.resolution}" for folder in folders)
-        raise ValueError(f"the images have two sizes, {sizes}: give a --resolution")
-    measures: dict[str, PairMeasure] = {"psnr": jax.jit(psnr), "ssim": jax.jit(ssim)}
-    if with_lpips:
-        measures[lpips.METRIC] = eqx.filter_jit(lpips.load())  # refused before anything is computed
-    networks = [efficientnet.load(), *networks]
-    found, facts = zip(*(_measured(networks, folder, batch_size) for folder in folders), strict=True)
+    both = reference, compared = open_both(a, b, resolution, clip)
+    networks = [*_networks(reference, networks)]
+    of_pairs = measures(with_lpips)  # refused before anything is computed
+    found, facts = zip(*(_measured(networks, folder, batch_size) for folder in both), strict=True)
     metrics: dict[str, Metric] = {}
     left_out: dict[str, str] = {}
-    for network, *both in zip(networks, *found, strict=True):
-        distances, reasons = _distances(network, *both)
+    for network, of_a, of_b in zip(networks, *found, strict=True):
+        distances, reasons = _distances(network, of_a, of_b, reference.kind)
         metrics, left_out = metrics | distances, left_out | reasons
-    names = _pairs(reference, compared)
+    names = namesakes(reference, compared)
     if names is None:
-        left_out |= dict.fromkeys(measures, "the folders do not hold the same file names")
+        left_out |= dict.fromkeys(of_pairs, "the folders do not hold the same file names")
     else:
-        pairs, reasons = _errors(measures, reference, compared, names, batch_size)
+        pairs, reasons = errors(of_pairs, reference, compared, names, batch_size)
         metrics, left_out = metrics | pairs, left_out | reasons
     return {
         "metrics": metrics,
         "left_out": left_out,
+        "kind": f"{reference.kind}s",
         "a": facts[0],
         "b": facts[1],
         "resolution": reference.resolution,
-        "preparation": RULE,
+        **reference.preparation(),
         "dtype": "float32",
         "device": jax.devices()[0].device_kind,
         "ulx": ulx.__version__,
@@ -115,8 +91,23 @@ def compare(
     }
 
 
+def _networks(examples: Examples, others: Sequence[FeatureNetwork]) -> Iterator[FeatureNetwork]:
+    """The kind's own first."""
+    if examples.kind == "image":
+        yield efficientnet.load()
+        yield from others
+        return
+    if others:
+        raise ValueError(f"{examples.folder} holds videos: networks of images (--inception-weights) do not take them")
+    if examples.frames < i3d.MIN_FRAMES:
+        raise ValueError(
+            f"I3D takes clips of at least {i3d.MIN_FRAMES} frames, got {examples.frames}: give a larger --frames"
+        )
+    yield i3d.load()
+
+
 def _distances(
-    network: FeatureNetwork, a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]
+    network: FeatureNetwork, a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"], example: str
 ) -> tuple[dict[str, Metric], dict[str, str]]:
     """All distances of features b to features a, with what they are, and why some are left out."""
     moments = Moments.of(a), Moments.of(b)
@@ -126,44 +117,40 @@ def _distances(
         "n_b": len(b),
         "rank_deficient": any(each.rank_deficient for each in moments),
     }
-    found, reasons = kernel_and_manifolds(network, a, b)
+    found, reasons = kernel_and_manifolds(network, a, b, example)
     meant = definitions(network)
     return {name: metric | meant[name] for name, metric in {network.metric: frechet, **found}.items()}, reasons
 
 
 def definitions(network: FeatureNetwork) -> dict[str, Metric]:
     """What each distance between the network's features is, by its name, and by which weights."""
-    names = _names(network)
-    kinds = {"frechet": FRECHET, "kernel": KERNEL, "precision": PRECISION, "recall": RECALL}
-    if _is_own(network):
+    names, what = _names(network), FEATURES.get(network.metric, "pooled features")
+    kinds = {"frechet": FRECHET.format(what), "kernel": KERNEL.format(what), "precision": PRECISION, "recall": RECALL}
+    if network.metric == efficientnet.METRIC:
         kinds |= {kind: NOT_INCEPTION.format(kinds[kind], name) for kind, name in NAMESAKES.items()}
     weights = {"definition": network.definition, "sha256": network.sha256}
     return {names[kind]: {"definition": text, "network": weights} for kind, text in kinds.items()}
 
 
-def _is_own(network: FeatureNetwork) -> bool:
-    """Whose precision and recall go without an addition to their names."""
-    return network.metric == efficientnet.METRIC
-
-
 def _names(network: FeatureNetwork) -> dict[str, str]:
-    plain = _is_own(network)
+    # The kind's own network's precision and recall go without an addition.
+    plain = network.metric in (efficientnet.METRIC, i3d.METRIC)
     shares = {kind: kind if plain else f"{kind}_{network.metric}" for kind in ("precision", "recall")}
     return {"frechet": network.metric, "kernel": network.kernel_metric} | shares
 
 
 def kernel_and_manifolds(
-    network: FeatureNetwork, a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]
+    network: FeatureNetwork, a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"], example: str = "image"
 ) -> tuple[dict[str, Metric], dict[str, str]]:
     """The kernel distance, precision and recall of features b against features a, at least two of each, by their names;
-    and why some are left out."""
+    and why some are left out. `example` is what they are features of."""
     names, count = _names(network), {"n_a": len(a), "n_b": len(b)}
     kernel = kernel_distance(a, b)
     metrics: dict[str, Metric] = {
         names["kernel"]: {"value": kernel.value, "standard_error": kernel.standard_error, **count}
     }
     if min(len(a), len(b)) <= NEIGHBOURS:
-        reason = f"they need more than {NEIGHBOURS} images in each folder"
+        reason = f"they need more than {NEIGHBOURS} {example}s in each folder"
         return metrics, {names[kind]: reason for kind in ("precision", "recall")}
     shares = precision_recall(a, b)
     for kind, value in (("precision", shares.precision), ("recall", shares.recall)):
@@ -172,84 +159,36 @@ def kernel_and_manifolds(
 
 
 def _measured(
-    networks: Sequence[FeatureNetwork], folder: ImageFolder, batch_size: int
+    networks: Sequence[FeatureNetwork], folder: Examples, batch_size: int
 ) -> tuple[list[Float[np.ndarray, "n _d"]], dict[str, Any]]:
     """A folder's features by each network, and what the card says of it."""
+    total, size, enlarged = len(folder.names), max(1, batch_size // folder.frames), set()
 
-    def parts(digest) -> Iterator[Images]:
-        for _, images in folder.batches(batch_size):
-            _refuse_unreadable(folder)
-            digest.update(images.tobytes())
-            yield images
+    def parts(digest) -> Iterator[UInt8[np.ndarray, "..."]]:
+        for start in range(0, total, size):
+            names = folder.names[start : start + size]
+            examples, smaller = zip(*map(folder.read, names), strict=True)
+            enlarged.update(name for name, each in zip(names, smaller, strict=True) if each)
+            stacked = np.stack(examples)
+            digest.update(stacked.tobytes())
+            yield stacked
 
     found, digests = [], []
     for network in networks:
-        total, description = len(folder.names), f"{network.metric}: features of {folder.folder}"
+        description = f"{network.metric}: features of {folder.folder}"
         digests.append(hashlib.sha256())
-        found.append(features(network, parts(digests[-1]), batch_size, total=total, description=description))
-        _refuse_unreadable(folder)
+        unit = f"{folder.kind}s"
+        found.append(features(network, parts(digests[-1]), size, total=total, description=description, unit=unit))
     if len({digest.hexdigest() for digest in digests}) > 1:
         raise ValueError(f"{folder.folder} changed while it was read: leave it alone, and compare again")
     return found, {
         "path": str(folder.folder),
-        "n": len(found[0]),
+        "n": total,
         "pixels_sha256": digests[0].hexdigest(),
-        "enlarged": folder.enlarged,
+        "decoder": folder.decoder(),
+        "enlarged": len(enlarged),
         "contact_sheets_left_out": folder.sheets,
     }
-
-
-def _refuse_unreadable(folder: ImageFolder) -> None:
-    for name, reason in folder.skipped:
-        raise ValueError(f"{folder.folder / name} cannot be read as an image ({reason}): repair or remove it")
-
-
-def _pairs(a: ImageFolder, b: ImageFolder) -> list[tuple[str, str]] | None:
-    """The files of one name in both, or None unless every file has its other one."""
-    if a.names == b.names:
-        return list(zip(a.names, b.names, strict=True))
-    of_a, of_b = (dict(zip(_without_suffixes(folder.names), folder.names, strict=True)) for folder in (a, b))
-    if of_a.keys() != of_b.keys() or not len(of_a) == len(a.names) == len(b.names):
-        return None
-    return [(of_a[name], of_b[name]) for name in of_a]
-
-
-def _without_suffixes(names: list[str]) -> list[str]:
-    """A name's suffix does not count (`ulx.reconstruct` makes a.png of a.jpg), unless that makes two names one."""
-    plain = [PurePosixPath(name).with_suffix("").as_posix() for name in names]
-    times = Counter(plain)
-    return [short if times[short] == 1 else name for name, short in zip(names, plain, strict=True)]
-
-
-def _errors(
-    measures: dict[str, PairMeasure], a: ImageFolder, b: ImageFolder, names: list[tuple[str, str]], batch_size: int
-) -> tuple[dict[str, Metric], dict[str, str]]:
-    """What `measures` find in the pairs, and why some are left out."""
-    left_out = {}
-    for name, (least, why) in SMALLEST.items():
-        if name in measures and a.resolution < least:
-            left_out[name] = f"{why} {least}×{least} pixels, the images are smaller"
-    used = {name: measure for name, measure in measures.items() if name not in left_out}
-    values: dict[str, list[np.ndarray]] = {name: [] for name in used}
-    with Progress("pairs", total=len(names), unit="pairs") as progress:
-        for start in range(0, len(names), batch_size):
-            part = names[start : start + batch_size]
-            x, y = (
-                to_float(np.stack([read_image(folder.folder / pair[side], folder.resolution)[0] for pair in part]))
-                for side, folder in enumerate((a, b))
-            )
-            for name, measure in used.items():
-                values[name].append(np.asarray(measure(x, y), np.float64))
-            progress.advance(len(part))
-    return {
-        name: _mean(np.concatenate(parts)) | {"definition": OF_PAIRS[name]} for name, parts in values.items()
-    }, left_out
-
-
-def _mean(values: Float[np.ndarray, " n"]) -> Metric:
-    infinite = bool(np.isinf(values).any())  # equal pairs, and the PSNR's mean with them
-    error = float("nan") if infinite else float(values.std(ddof=1) / np.sqrt(len(values)))
-    return {"value": float(values.mean()), "standard_error": error, "n_pairs": len(values)}
 
 
 def commit() -> str | None:

@@ -24,9 +24,9 @@ Network = Callable[[Float[Array, "b ..."]], Float[Array, "b d"]]
 
 @runtime_checkable
 class FeatureNetwork(Protocol):
-    """A network with what a distance between its features has to say of it."""
+    """A network of images or of videos, with what a distance between its features has to say of it."""
 
-    def __call__(self, images: Float[Array, "b h w c"], /) -> Float[Array, "b d"]: ...
+    def __call__(self, images: Float[Array, "b ..."], /) -> Float[Array, "b d"]: ...
 
     @property
     def metric(self) -> str:
@@ -40,7 +40,7 @@ class FeatureNetwork(Protocol):
 
     @property
     def definition(self) -> str:
-        """Architecture, weights and preprocessing: with another, an image may have other features."""
+        """Architecture, weights and preprocessing: with another, an image or a video may have other features."""
         ...
 
     @property

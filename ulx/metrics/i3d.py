@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 METRIC = "fvd"
-KERNEL_METRIC = "kvd"
+KERNEL_METRIC = "kd_i3d"
 FEATURES = 400
 RESOLUTION = 224
 MIN_FRAMES = 9
@@ -152,6 +152,15 @@ class I3D(eqx.Module):
     """One for each of `STAGES`."""
     classifier: Pointwise
 
+    def __call__(self, videos: Float[Array, "b t h w 3"]) -> Float[Array, "b 400"]:
+        """FVD's features of videos of any size and at least 9 frames, `b t h w 3` in [-1, 1]: the logits.
+
+        On a CPU one video at a time. ValueError for fewer frames.
+        """
+        if videos.shape[1] < MIN_FRAMES:
+            raise ValueError(f"I3D takes videos of at least {MIN_FRAMES} frames, got {videos.shape[1]}: 16 are usual")
+        return in_chunks(self._logits, _CPU_CHUNK, videos)
+
     @property
     def metric(self) -> str:
         return METRIC
@@ -167,15 +176,6 @@ class I3D(eqx.Module):
     @property
     def sha256(self) -> str:
         return SHA256
-
-    def __call__(self, videos: Float[Array, "b t h w 3"]) -> Float[Array, "b 400"]:
-        """FVD's features of videos of any size and at least 9 frames, `b t h w 3` in [-1, 1]: the logits.
-
-        On a CPU one video at a time. ValueError for fewer frames.
-        """
-        if videos.shape[1] < MIN_FRAMES:
-            raise ValueError(f"I3D takes videos of at least {MIN_FRAMES} frames, got {videos.shape[1]}: 16 are usual")
-        return in_chunks(self._logits, _CPU_CHUNK, videos)
 
     def head(self, x: Float[Array, "b t 7 7 c"]) -> Float[Array, "b 400"]:
         """Averages over space and over windows of two steps of time, the classifier, and the mean over the windows.

@@ -1,0 +1,209 @@
+"""Video files, read a frame at a time: upright, on white, as RGB.
+
+Video files are decoded by PyAV (FFmpeg's libraries; `pip install "ulx[video]"`), GIFs and animated WebPs by Pillow, by
+which their first frame is the same as where they are read as an image.
+
+Where implementations go apart:
+
+* YUV becomes RGB by libswscale, with the matrix and the range that the file states (BT.601 and limited where it states
+  none), rounded exactly. libswscale's default is a faster way for 4:2:0, the usual sampling: on flat colours its levels
+  come out 1.2 too low on average, and up to 2.7 off.
+* Frames are counted as they are stored, in the order of showing, whatever their times: a video of a variable frame rate
+  is not resampled, and none is brought to another rate.
+* A frame is turned and mirrored as the file's display matrix says. Pixels are taken for squares, interlaced fields are
+  not separated, HDR's transfer functions are left as they are.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Generator, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from ulx.data.cache import UnreadableError
+from ulx.data.extras import optional
+from ulx.data.folder import center_crop, find_files, image_size, reason_of, upright_rgb
+
+__all__ = ["SUFFIXES", "Clip", "ShortError", "decoders", "find_videos", "frames", "read_clip", "video_size"]
+
+SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg")
+ANIMATIONS = (".gif", ".webp")
+"""Read by Pillow; those of one frame are images."""
+
+Picture = Callable[[], Any]
+"""Makes a frame's upright RGB `PIL.Image`: to be called before the next frame is asked for, or not at all."""
+
+
+class ShortError(UnreadableError):
+    """A video has fewer frames than are wanted of it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """The frames that are taken of a video: the first, and then every `stride`-th."""
+
+    frames: int = 16
+    stride: int = 1
+
+    def __post_init__(self):
+        for name in ("frames", "stride"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+    @property
+    def span(self) -> int:
+        """How many frames a video must have."""
+        return (self.frames - 1) * self.stride + 1
+
+
+def find_videos(folder: Path) -> list[str]:
+    """Relative paths (with `/`) of all video files under a folder, sorted, and of GIFs and WebPs if they are animated.
+
+    Raises ValueError for one of those that cannot be read, naming it.
+    """
+    found = find_files(folder, SUFFIXES + ANIMATIONS)
+    return [name for name in found if not _is_animation(name) or _moves(folder / name)]
+
+
+def frames(path: Path) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+    """Yields all frames of a video, at its own size. Raises `UnreadableError` with the reason."""
+    pictures = _pictures(path)
+    with _with_reason(path):
+        for picture in pictures:
+            yield np.asarray(picture())
+
+
+def read_clip(path: Path, clip: Clip, resolution: int) -> tuple[UInt8[np.ndarray, "t h w 3"], bool]:
+    """The clip's frames, prepared as images are (`ulx.data.folder.read_image`): on white, centre-cropped to
+    `resolution`; and whether they had to be enlarged for that.
+
+    Nothing is decoded after the last of them. Raises `ShortError`, and `UnreadableError` with the reason for files that
+    are damaged up to there, hold no video, or whose frames change their size.
+    """
+    found, smaller, count = [], False, 0
+    decoding = _pictures(path)  # which may lack its package: no fault of the file
+    with _with_reason(path), contextlib.closing(decoding) as pictures:
+        for count, picture in enumerate(pictures, start=1):
+            if (count - 1) % clip.stride == 0:
+                image = picture()
+                smaller = min(image.size) < resolution
+                found.append(center_crop(image, resolution))
+                if len(found) == clip.frames:
+                    return np.stack(found), smaller
+    has = "1 frame" if count == 1 else f"{count} frames"
+    raise ShortError(f"has {has}, and {clip.frames} with a stride of {clip.stride} need {clip.span}")
+
+
+def video_size(path: Path) -> tuple[int, int]:
+    """Width and height as the file's header has them, before it is turned upright. Raises `UnreadableError`."""
+    if _is_animation(path.name):
+        return image_size(path)
+    av = optional("av", extra="video")
+    with _with_reason(path), _open(path, av) as container:
+        stream = _stream(container)
+        return stream.codec_context.width, stream.codec_context.height
+
+
+def decoders(names: Iterable[str]) -> str:
+    """The versions of what decodes files of these names."""
+    found = set()
+    for animation in {_is_animation(name) for name in names}:
+        if animation:
+            found.add(f"Pillow {optional('PIL').__version__}")
+        else:
+            av = optional("av", extra="video")
+            parts = (f"{part} {'.'.join(map(str, av.library_versions[part]))}" for part in ("libavcodec", "libswscale"))
+            found.add(f"PyAV {av.__version__} ({', '.join(parts)})")
+    return ", ".join(sorted(found))
+
+
+def _is_animation(name: str) -> bool:
+    return name.lower().endswith(ANIMATIONS)
+
+
+def _moves(path: Path) -> bool:
+    image_module = optional("PIL.Image")
+    try:
+        with image_module.open(path) as opened:
+            return getattr(opened, "is_animated", False)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read ({reason_of(path, error)}): repair or remove it") from error
+
+
+def _pictures(path: Path) -> Generator[Picture, None, None]:
+    """One for each frame, in the order of showing; only what is called is converted."""
+    if _is_animation(path.name):
+        return _of_animation(path, optional("PIL.Image"), optional("PIL.ImageSequence"))
+    return _of_video(path, optional("av", extra="video"))
+
+
+def _of_animation(path: Path, image_module: Any, sequence_module: Any) -> Generator[Picture, None, None]:
+    with image_module.open(path) as opened:
+        for image in sequence_module.Iterator(opened):
+            yield functools.partial(upright_rgb, image)
+
+
+def _of_video(path: Path, av: Any) -> Generator[Picture, None, None]:
+    with _open(path, av) as container:
+        first = None
+        for index, frame in enumerate(container.decode(_stream(container))):
+            if frame.is_corrupt:
+                raise UnreadableError(f"its frame {index} is damaged")
+            size = frame.width, frame.height
+            first = first or size
+            if size != first:
+                raise UnreadableError(f"its frames change from {first[0]}×{first[1]} to {size[0]}×{size[1]} pixels")
+            yield functools.partial(_picture, frame, av)
+
+
+def _open(path: Path, av: Any) -> Any:
+    # Text in another encoding is no reason to refuse a video; and a playlist under a video's name is not followed out
+    # of this machine.
+    return av.open(str(path), metadata_errors="replace", options={"protocol_whitelist": "file"})
+
+
+def _stream(container: Any) -> Any:
+    stream = container.streams.best("video")
+    if stream is None:
+        raise UnreadableError("has no video stream")
+    return stream
+
+
+def _picture(frame: Any, av: Any) -> Any:
+    flags = av.video.reformatter.Interpolation
+    exact = flags.BILINEAR | flags.ACCURATE_RND | flags.BITEXACT | flags.FULL_CHR_H_INT
+    has_alpha = any(component.is_alpha for component in frame.format.components)
+    pixels = frame.to_ndarray(format="rgba" if has_alpha else "rgb24", interpolation=exact)
+    matrix = frame.side_data.get(av.sidedata.sidedata.Type.DISPLAYMATRIX)
+    if matrix is not None:
+        pixels = np.ascontiguousarray(_turned(pixels, np.frombuffer(bytes(matrix), np.int32)))
+    return upright_rgb(optional("PIL.Image").fromarray(pixels))
+
+
+def _turned(pixels: UInt8[np.ndarray, "h w c"], matrix: np.ndarray) -> UInt8[np.ndarray, "_h _w c"]:
+    """By FFmpeg's display matrix, rows (a b u; c d v; x y w) in fixed point: (x, y) is shown at (ax + cy, bx + dy)."""
+    one = 1 << 16
+    a, b, c, d = (int(np.rint(matrix[i] / one)) for i in (0, 1, 3, 4))
+    entries = tuple(map(abs, (a, b, c, d)))
+    off = np.abs(matrix[[0, 1, 3, 4]] - np.array([a, b, c, d]) * one).max()
+    if off > 1 or entries not in ((1, 0, 0, 1), (0, 1, 1, 0)):
+        raise UnreadableError("is to be shown turned by an angle, or scaled: only quarter turns and mirrors are known")
+    if a == 0:
+        pixels = pixels.swapaxes(0, 1)
+    return pixels[:: -1 if b + d < 0 else 1, :: -1 if a + c < 0 else 1]
+
+
+@contextlib.contextmanager
+def _with_reason(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnreadableError:
+        raise
+    except Exception as error:  # of PyAV's and Pillow's decoders, which damaged bytes make raise anything
+        # FFmpeg's own words, without its function's name and number.
+        reason = getattr(error, "strerror", None) or reason_of(path, error)
+        raise UnreadableError("is empty" if path.stat().st_size == 0 else reason) from error
