@@ -13,45 +13,34 @@ package. Leaves benchmarks/results/bitrate_vs_fid.jsonl, a table, a plot and rec
 import dataclasses
 import math
 import statistics
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import points
 
 if TYPE_CHECKING:
     from ulx.config import Config
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-
 SHOWN = 12
 """Held-out images whose reconstructions are shown."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(points.Settings):
     """Bits and distances against (b, c_lf)."""
 
-    preset: Literal["tiny", "smoke"] = "tiny"
-    """What each point is trained like: a preset of experiments/openmoji.py."""
     pairs: tuple[tuple[float, float], ...] = ((1.4, 2.0), (1.4, 4.0), (1.4, 8.0), (1.4, 16.0), (2.5, 1.7), (2.5, 2.5))
     """The decoder's bias b and loss factor c_lf of each autoencoder."""
     base_steps: int | None = None
     """Steps of the base models' training; by default half of the preset's."""
     seeds: tuple[int, ...] = (0,)
     """Each trains all of them."""
-    results: str = str(points.RESULTS)
-    """Folder of the results."""
-    runs: str = "runs"
-    """Folder of the runs."""
 
 
 def configs_of(pair: tuple[float, float], seed: int, settings: Settings) -> dict[str, "Config"]:
     """The runs of one autoencoder, by the size of the base model; those after the first copy its stage 1."""
-    from openmoji import PRESETS
-
-    preset, (bias, factor) = PRESETS[settings.preset], pair
+    preset, (bias, factor) = points.preset(settings.preset), pair
     base = preset.model.base
     # An eighth of the FLOPs in its products: half of the width, in heads of half the size, and half of the blocks.
     block = dataclasses.replace(base.block, head_size=base.block.head_size // 2)
@@ -109,10 +98,9 @@ COLUMNS = (
 
 
 def table(shown: list[Point]) -> str:
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    rows = []
     for point in shown:
         bias, factor = point.pair
-        bits, psnr = point.autoencoder["bits_per_pixel"], point.autoencoder["psnr"]
         both = lambda digits, *path, of=point: [  # noqa: E731
             f"{of.value(*path, base=base):.{digits}f}" for base in ("small", "large")
         ]
@@ -120,8 +108,8 @@ def table(shown: list[Point]) -> str:
             f"{bias:g}",
             f"{factor:g}",
             f"{cut_off(point.pair):.2f}",
-            f"{bits['value']:.3f} ± {bits['standard_error']:.3f}",
-            f"{psnr['value']:.2f} ± {psnr['standard_error']:.2f}",
+            points.plus_minus(point.autoencoder["bits_per_pixel"], 3),
+            points.plus_minus(point.autoencoder["psnr"], 2),
             f"{point.value('fd_efflite0', 'reconstruction'):.1f}",
             *both(1, "fd_efflite0", "base"),
             *both(3, "against_held_out_images", "base", "kd_efflite0"),
@@ -129,8 +117,8 @@ def table(shown: list[Point]) -> str:
             str(point.seed),
             point.autoencoder["date"],
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return points.markdown(COLUMNS, rows)
 
 
 def cut_off(pair: tuple[float, float]) -> float:
@@ -199,41 +187,34 @@ def pictures(shown: list[Point], path: Path) -> None:
     plt.close(figure)
 
 
+def measured(settings: Settings, file: Path) -> Iterator[list[Point]]:
+    shown = []
+    for seed in settings.seeds:
+        for pair in settings.pairs:
+            runs = configs_of(pair, seed, settings)
+            found = {size: points.measured(config, file, points.whole) for size, config in runs.items()}
+            shown.append(Point(pair, seed, runs, found))
+            yield sorted(shown, key=lambda point: (cut_off(point.pair), point.seed))
+
+
+def write(shown: list[Point], settings: Settings, file: Path) -> None:
+    first = shown[0].autoencoder
+    samples = first["fd_efflite0"]["base"]
+    file.with_suffix(".md").write_text(
+        f"Measured by `python benchmarks/bitrate_vs_fid.py --preset {settings.preset}`: the "
+        f"`{settings.preset}` preset with {first['base_steps']} steps of the base models, EMA weights, held-out "
+        f"OpenMoji by family; fd is fd_efflite0 of {samples['n']} samples to the {samples['n_reference']} training "
+        f"images, or of {first['held_out']['n']} reconstructions to their originals (fewer than features: compare "
+        "within the table alone), kd the kernel distance to the held-out images. λ* = b + ln(c_lf − 1). ± is one "
+        f"standard error over images. Machine: {first['machine']}, 2 cores.\n\n{table(shown)}\n"
+    )
+    plot(shown, file.with_suffix(".png"))
+    if all((point.runs["large"].path / "evaluation").exists() for point in shown):
+        pictures(shown, file.with_name(f"{file.stem}_reconstructions.png"))
+
+
 def main() -> None:
-    import tyro
-
-    settings = tyro.cli(Settings, description=__doc__)
-    from ulx.command_line import run_command
-
-    def work() -> None:
-        name = "bitrate_vs_fid" if settings.preset == "tiny" else f"bitrate_vs_fid_{settings.preset}"
-        file = Path(settings.results) / f"{name}.jsonl"
-        shown = []
-        for seed in settings.seeds:
-            for pair in settings.pairs:
-                runs = configs_of(pair, seed, settings)
-                found = {size: points.measured(config, file, points.whole) for size, config in runs.items()}
-                shown.append(Point(pair, seed, runs, found))
-                write(sorted(shown, key=lambda point: (cut_off(point.pair), point.seed)), file)
-        print((file.parent / f"{name}.md").read_text())
-
-    def write(shown: list[Point], file: Path) -> None:
-        """All of what is there by now, after every autoencoder."""
-        first = shown[0].autoencoder
-        samples = first["fd_efflite0"]["base"]
-        file.with_suffix(".md").write_text(
-            f"Measured by `python benchmarks/bitrate_vs_fid.py --preset {settings.preset}`: the "
-            f"`{settings.preset}` preset with {first['base_steps']} steps of the base models, EMA weights, held-out "
-            f"OpenMoji by family; fd is fd_efflite0 of {samples['n']} samples to the {samples['n_reference']} training "
-            f"images, or of {first['held_out']['n']} reconstructions to their originals (fewer than features: compare "
-            "within the table alone), kd the kernel distance to the held-out images. λ* = b + ln(c_lf − 1). ± is one "
-            f"standard error over images. Machine: {first['machine']}, 2 cores.\n\n{table(shown)}\n"
-        )
-        plot(shown, file.with_suffix(".png"))
-        if all((point.runs["large"].path / "evaluation").exists() for point in shown):
-            pictures(shown, file.with_name(f"{file.stem}_reconstructions.png"))
-
-    run_command(work)
+    points.command(Settings, __doc__, "bitrate_vs_fid", measured, write)
 
 
 if __name__ == "__main__":

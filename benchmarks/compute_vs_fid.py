@@ -12,7 +12,7 @@ not FID. Leaves benchmarks/results/compute_vs_fid.jsonl, a table and a plot.
 """
 
 import dataclasses
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,17 +21,13 @@ import points
 if TYPE_CHECKING:
     from ulx.config import Config
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-
 Method = Literal["unified", "kl-autoencoder", "pixels"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(points.Settings):
     """Distance against training compute."""
 
-    preset: Literal["tiny", "smoke"] = "tiny"
-    """What is trained: a preset of experiments/openmoji.py."""
     methods: tuple[Method, ...] = ("unified", "kl-autoencoder", "pixels")
     """Which of `ulx.variants`."""
     base_steps: tuple[int, ...] = (500, 1000, 2000, 4000)
@@ -40,19 +36,13 @@ class Settings:
     """Solver steps of its sampler."""
     seed: int = 0
     """Seed of every run."""
-    results: str = str(points.RESULTS)
-    """Folder of the results."""
-    runs: str = "runs"
-    """Folder of the runs."""
 
 
 def configs_of(method: Method, settings: Settings) -> list["Config"]:
     """The runs of one method by length; those after the first copy its stage 1."""
-    from openmoji import PRESETS
-
     from ulx.variants import VARIANTS
 
-    preset = PRESETS[settings.preset]
+    preset = points.preset(settings.preset)
     config = VARIANTS[method].change(preset)
     base, pixels = preset.model.base, config.model.latent == "pixels"
     if pixels:
@@ -82,12 +72,14 @@ def compute(point: dict[str, Any]) -> tuple[float, float]:
     return cost["training_flops_stage2"], sum(stages)
 
 
+COLUMNS = (
+    *("method", "base steps", "base TFLOPs", "all TFLOPs", "bits/pixel", "fd reconstructions", "fd samples"),
+    *("kd samples", "NFE", "seed", "date"),
+)
+
+
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
-    lines = [
-        "| method | base steps | base TFLOPs | all TFLOPs | bits/pixel | fd reconstructions | fd samples | kd samples "
-        "| NFE | seed | date |",
-        "|" + "---|" * 11,
-    ]
+    rows = []
     for method, shown in found.items():
         for p in shown:
             alone, together = compute(p)
@@ -105,8 +97,8 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
                 str(p["seed"]),
                 p["date"],
             ]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append(cells)
+    return points.markdown(COLUMNS, rows)
 
 
 def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
@@ -126,38 +118,31 @@ def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     plt.close(figure)
 
 
+def measured(settings: Settings, file: Path) -> Iterator[dict[str, list[dict[str, Any]]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for method in settings.methods:
+        found[method] = []
+        for config in configs_of(method, settings):
+            found[method].append(points.measured(config, file, points.whole))
+            yield found
+
+
+def write(found: dict[str, list[dict[str, Any]]], settings: Settings, file: Path) -> None:
+    first = next(iter(found.values()))[0]
+    samples = first["fd_efflite0"]["base"]
+    file.with_suffix(".md").write_text(
+        f"Measured by `python benchmarks/compute_vs_fid.py --preset {settings.preset}`: the "
+        f"`{settings.preset}` preset on OpenMoji, EMA "
+        f"weights; fd is fd_efflite0 of {samples['n']} samples without guidance to the {samples['n_reference']} "
+        "training images (fewer than features: compare within the table alone), kd the kernel distance to the "
+        "held-out images; FLOPs of training by the paper's convention. Machine: "
+        f"{first['machine']}, 2 cores.\n\n{table(found)}\n"
+    )
+    plot(found, file.with_suffix(".png"))
+
+
 def main() -> None:
-    import tyro
-
-    settings = tyro.cli(Settings, description=__doc__)
-    from ulx.command_line import run_command
-
-    def work() -> None:
-        name = "compute_vs_fid" if settings.preset == "tiny" else f"compute_vs_fid_{settings.preset}"
-        file = Path(settings.results) / f"{name}.jsonl"
-        found: dict[str, list[dict[str, Any]]] = {}
-        for method in settings.methods:
-            found[method] = []
-            for config in configs_of(method, settings):
-                found[method].append(points.measured(config, file, points.whole))
-                write(found, file)
-        print(file.with_suffix(".md").read_text())
-
-    def write(found: dict[str, list[dict[str, Any]]], file: Path) -> None:
-        """All of what is there by now, after every run."""
-        first = next(iter(found.values()))[0]
-        samples = first["fd_efflite0"]["base"]
-        file.with_suffix(".md").write_text(
-            f"Measured by `python benchmarks/compute_vs_fid.py --preset {settings.preset}`: the "
-            f"`{settings.preset}` preset on OpenMoji, EMA "
-            f"weights; fd is fd_efflite0 of {samples['n']} samples without guidance to the {samples['n_reference']} "
-            "training images (fewer than features: compare within the table alone), kd the kernel distance to the "
-            "held-out images; FLOPs of training by the paper's convention. Machine: "
-            f"{first['machine']}, 2 cores.\n\n{table(found)}\n"
-        )
-        plot(found, file.with_suffix(".png"))
-
-    run_command(work)
+    points.command(Settings, __doc__, "compute_vs_fid", measured, write)
 
 
 if __name__ == "__main__":

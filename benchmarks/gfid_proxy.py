@@ -10,8 +10,9 @@ benchmarks/results/gfid_proxy.jsonl, a table and a plot.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import bitrate_vs_fid
 import numpy as np
@@ -30,19 +31,13 @@ MEASURES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """The proxy against the base models of bitrate_vs_fid.py."""
+class Settings(points.Settings):
+    """The proxy against the base models of bitrate_vs_fid.py, run with the same preset."""
 
-    preset: Literal["tiny", "smoke"] = "tiny"
-    """The preset that bitrate_vs_fid.py was run with."""
     pairs: tuple[tuple[float, float], ...] = bitrate_vs_fid.Settings().pairs
     """The autoencoders' b and c_lf."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of the autoencoders."""
-    results: str = str(points.RESULTS)
-    """Folder of the results."""
-    runs: str = "runs"
-    """Folder of the runs."""
 
 
 def spearman(a: list[float], b: list[float]) -> float:
@@ -51,7 +46,7 @@ def spearman(a: list[float], b: list[float]) -> float:
     return float(np.corrcoef(x, y)[0, 1])
 
 
-def measured(config: "Config", file: Path) -> dict[str, Any]:
+def proxy_of(config: "Config", file: Path) -> dict[str, Any]:
     """The proxy of one autoencoder: as it is in `file` for this recipe, or measured and added to it."""
     from ulx import proxy, tokenizers
     from ulx.data import open_dataset
@@ -70,9 +65,9 @@ def generated(point: dict[str, Any], base: str) -> float:
 
 
 def table(shown: list[dict[str, Any]]) -> str:
-    lines = ["| b | c_lf | bits/pixel | fd proxy | fd small base | fd large base | date |", "|" + "---|" * 7]
-    for point in shown:
-        cells = [
+    """The points, and below them the correlations."""
+    rows = [
+        [
             f"{point['config']['sigmoid_bias']:g}",
             f"{point['config']['loss_factor']:g}",
             f"{MEASURES['bits/pixel'](point):.3f}",
@@ -81,13 +76,16 @@ def table(shown: list[dict[str, Any]]) -> str:
             f"{generated(point, 'large'):.1f}",
             point["date"],
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "| rank correlation of | with fd small base | with fd large base |", "|---|---|---|"]
+        for point in shown
+    ]
+    columns = ("b", "c_lf", "bits/pixel", "fd proxy", "fd small base", "fd large base", "date")
+    correlations = []
     for name, value in MEASURES.items():
         own = [value(point) for point in shown]
         found = [spearman(own, [generated(point, base) for point in shown]) for base in ("small", "large")]
-        lines.append(f"| {name}{' (higher is better)' * (name == 'PSNR')} | {found[0]:+.2f} | {found[1]:+.2f} |")
-    return "\n".join(lines)
+        correlations.append([f"{name}{' (higher is better)' * (name == 'PSNR')}", *(f"{each:+.2f}" for each in found)])
+    of = ("rank correlation of", "with fd small base", "with fd large base")
+    return f"{points.markdown(columns, rows)}\n\n{points.markdown(of, correlations)}"
 
 
 def plot(shown: list[dict[str, Any]], path: Path) -> None:
@@ -109,41 +107,38 @@ def plot(shown: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def measured(settings: Settings, file: Path) -> Iterator[list[dict[str, Any]]]:
+    """All of them at once: fewer have no ranking to speak of."""
+    of_bases = settings.file("bitrate_vs_fid")
+    known = points.read(of_bases)
+    of_sweep = bitrate_vs_fid.Settings(preset=settings.preset, runs=settings.runs)
+    shown = []
+    for seed in settings.seeds:
+        for pair in settings.pairs:
+            configs = bitrate_vs_fid.configs_of(pair, seed, of_sweep)
+            sweep = {size: points.find(known, config) for size, config in configs.items()}
+            if None in sweep.values():
+                raise ValueError(
+                    f"b {pair[0]:g}, c_lf {pair[1]:g}, seed {seed} is not in {of_bases.name} yet: "
+                    f"python benchmarks/bitrate_vs_fid.py --preset {settings.preset} first"
+                )
+            shown.append(proxy_of(configs["large"], file) | {"sweep": sweep})
+    if len(shown) < 3:
+        raise ValueError("fewer than three autoencoders have no ranking to speak of")
+    yield sorted(shown, key=MEASURES["bits/pixel"])
+
+
+def write(shown: list[dict[str, Any]], settings: Settings, file: Path) -> None:
+    file.with_suffix(".md").write_text(
+        f"Measured by `python benchmarks/gfid_proxy.py --preset {settings.preset}`: fd is fd_efflite0 of 512 "
+        "samples to the training images, of the proxy's base model and of those of bitrate_vs_fid. Machine: "
+        f"{shown[0]['machine']}, 2 cores.\n\n{table(shown)}\n"
+    )
+    plot(shown, file.with_suffix(".png"))
+
+
 def main() -> None:
-    import tyro
-
-    settings = tyro.cli(Settings, description=__doc__)
-    from ulx.command_line import run_command
-
-    def work() -> None:
-        suffix = "" if settings.preset == "tiny" else f"_{settings.preset}"
-        results = Path(settings.results)
-        known = points.read(results / f"bitrate_vs_fid{suffix}.jsonl")
-        of_sweep = bitrate_vs_fid.Settings(preset=settings.preset, runs=settings.runs)
-        file = results / f"gfid_proxy{suffix}.jsonl"
-        shown = []
-        for seed in settings.seeds:
-            for pair in settings.pairs:
-                configs = bitrate_vs_fid.configs_of(pair, seed, of_sweep)
-                sweep = {size: points.find(known, config) for size, config in configs.items()}
-                if None in sweep.values():
-                    raise ValueError(
-                        f"b {pair[0]:g}, c_lf {pair[1]:g}, seed {seed} is not in bitrate_vs_fid{suffix}.jsonl yet: "
-                        f"python benchmarks/bitrate_vs_fid.py --preset {settings.preset} first"
-                    )
-                shown.append(measured(configs["large"], file) | {"sweep": sweep})
-        if len(shown) < 3:
-            raise ValueError("fewer than three autoencoders have no ranking to speak of")
-        text = table(sorted(shown, key=MEASURES["bits/pixel"]))
-        file.with_suffix(".md").write_text(
-            f"Measured by `python benchmarks/gfid_proxy.py --preset {settings.preset}`: fd is fd_efflite0 of 512 "
-            "samples to the training images, of the proxy's base model and of those of bitrate_vs_fid. Machine: "
-            f"{shown[0]['machine']}, 2 cores.\n\n{text}\n"
-        )
-        plot(shown, file.with_suffix(".png"))
-        print(text)
-
-    run_command(work)
+    points.command(Settings, __doc__, "gfid_proxy", measured, write)
 
 
 if __name__ == "__main__":

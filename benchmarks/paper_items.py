@@ -90,8 +90,12 @@ ITEMS = (
     Item(
         "beyond it",
         "DDIM, Heun, DPM-Solver++(2M), Tsit5, ancestral, reverse SDE",
-        ("samplers.sample", "solvers", "benchmarks/solver_orders.py"),
-        ("test_samplers.py::test_order_of_convergence", "test_samplers.py::TestStochastic"),
+        ("samplers.sample", "solvers", "benchmarks/solver_orders.py", "benchmarks/sampling.py"),
+        (
+            "test_samplers.py::test_order_of_convergence",
+            "test_samplers.py::TestStochastic",
+            "test_benchmarks.py::test_sampling_spends_what_it_reports_and_repeats_the_evaluation",
+        ),
     ),
     Item(
         "beyond it",
@@ -222,16 +226,22 @@ ITEMS = (
     Item(
         "Tab. 3",
         "channels of the latent",
-        ("nn.encoder.EncoderConfig.latent_channels",),
-        ("test_nn.py::test_encoder_reduces_and_every_parameter_counts",),
-        missing="the benchmark",
+        ("nn.encoder.EncoderConfig.latent_channels", "benchmarks/latent_shape.py"),
+        (
+            "test_nn.py::test_encoder_reduces_and_every_parameter_counts",
+            "test_benchmarks.py::test_latents_have_their_shapes_at_comparable_compute",
+        ),
+        missing="results",
     ),
     Item(
         "Tab. 4",
         "shape of the latent",
-        ("nn.encoder.EncoderConfig.patch", "nn.encoder.EncoderConfig.down"),
-        ("test_nn.py::test_encoder_of_a_still_video_is_the_image_encoder",),
-        missing="the benchmark",
+        ("nn.encoder.EncoderConfig.patch", "nn.encoder.EncoderConfig.down", "benchmarks/latent_shape.py"),
+        (
+            "test_nn.py::test_encoder_of_a_still_video_is_the_image_encoder",
+            "test_benchmarks.py::test_latents_have_their_shapes_at_comparable_compute",
+        ),
+        missing="results",
     ),
     Item(
         "Tab. 5",
@@ -241,13 +251,15 @@ ITEMS = (
             "evaluation.evaluate",
             "models.ModelConfig.reconstruction",
             "models.ModelConfig.latent_prior",
+            "benchmarks/ablations.py",
         ),
         (
             "test_evaluation.py::test_rate_under_the_base_model_is_without_a_label",
             "test_variants.py::test_regression_decoder_weighs_as_its_cut_off",
             "test_posterior.py::TestStandardNormal",
+            "test_benchmarks.py::test_ablations_differ_from_the_baseline_in_what_they_name",
         ),
-        missing="the benchmark",
+        missing="results",
     ),
     Item(
         "Tab. 6",
@@ -258,13 +270,15 @@ ITEMS = (
             "models.ModelConfig.logsnr_0",
             "config.Config.autoencoder",
             "nn.encoder.EncoderConfig.variance",
+            "benchmarks/ablations.py",
         ),
         (
             "test_variants.py::test_stop_gradient_leaves_the_encoder_the_decoder_and_a_small_kl",
             "test_variants.py::test_runs_from_end_to_end",
             "test_variants.py::test_an_autoencoder_of_another_run",
+            "test_benchmarks.py::test_ablations_differ_from_the_baseline_in_what_they_name",
         ),
-        missing="the benchmark",
+        missing="results",
     ),
     Item(
         "App. B",

@@ -1,19 +1,42 @@
-"""What benchmarks share: train with some settings, measure the run once, and keep the result as a line of a file."""
+"""What benchmarks share: train with some settings, measure the run once, and keep the result as a line of a file; their
+options, their `main` and their tables.
+
+`experiments/` is on the path of whatever imports this, for its presets.
+"""
 
 import dataclasses
 import datetime
 import json
 import platform
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 if TYPE_CHECKING:
     from ulx.config import Config, TrainConfig
 
-__all__ = ["RESULTS", "add", "find", "measured", "of_length", "read", "resumable", "same", "stage1", "whole"]
+__all__ = [
+    "RESULTS",
+    "Settings",
+    "add",
+    "command",
+    "distances",
+    "find",
+    "markdown",
+    "measured",
+    "of_length",
+    "plus_minus",
+    "preset",
+    "read",
+    "resumable",
+    "same",
+    "stage1",
+    "whole",
+]
 
 RESULTS = Path(__file__).parent / "results"
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 NOT_MEASURED = (
     *("name", "runs", "resume", "data.cache_dir", "data.workers"),
     "autoencoder",  # where it was copied from tells nothing that its settings, which are there too, do not
@@ -53,6 +76,79 @@ def of_length(train: "TrainConfig", steps: int) -> "TrainConfig":
         steps=steps,
         warmup_steps=round(part * train.warmup_steps),
         ema_decay=max(0.0, 1 - (1 - train.ema_decay) / part),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Options of a benchmark of whole runs."""
+
+    preset: Literal["tiny", "smoke"] = "tiny"
+    """What is trained: a preset of experiments/openmoji.py."""
+    results: str = str(RESULTS)
+    """Folder of the results."""
+    runs: str = "runs"
+    """Folder of the runs."""
+
+    def file(self, name: str) -> Path:
+        """The results of a benchmark, one point a line; those of other presets are kept apart."""
+        return Path(self.results) / (f"{name}.jsonl" if self.preset == "tiny" else f"{name}_{self.preset}.jsonl")
+
+
+Options = TypeVar("Options", bound=Settings)
+Found = TypeVar("Found")
+
+
+def command(
+    options: type[Options],
+    description: str | None,
+    name: str,
+    found: Callable[[Options, Path], Iterable[Found]],
+    write: Callable[[Found, Options, Path], None],
+) -> None:
+    """The `main` of a benchmark.
+
+    `found(settings, file)` measures point by point and yields, after each, all that is there by now; `write` makes the
+    page beside `file`, a .md, and the pictures of it, anew every time. The last page is printed.
+    """
+    import tyro
+
+    settings = tyro.cli(options, description=description)
+    from ulx.command_line import run_command
+
+    def work() -> None:
+        file = settings.file(name)
+        for so_far in found(settings, file):
+            write(so_far, settings, file)
+        print(file.with_suffix(".md").read_text())
+
+    run_command(work)
+
+
+def preset(name: str) -> "Config":
+    from openmoji import PRESETS
+
+    return PRESETS[name]
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    return "\n".join(
+        ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *("| " + " | ".join(r) + " |" for r in rows)]
+    )
+
+
+def plus_minus(metric: dict[str, Any], digits: int) -> str:
+    return f"{metric['value']:.{digits}f} ± {metric['standard_error']:.{digits}f}"
+
+
+def distances(found: dict[str, Any]) -> str:
+    """What fd and kd are in a table of whole runs, in words."""
+    samples = found["fd_efflite0"]["base"]
+    return (
+        f"fd is fd_efflite0 of {samples['n']} samples without guidance to the {samples['n_reference']} training "
+        f"images, or of {found['held_out']['n']} reconstructions to their originals (fewer than features: compare "
+        "within the table alone), kd the kernel distance to the held-out images"
     )
 
 

@@ -37,7 +37,16 @@ from ulx.runner import FLOW_PROBES, Runner
 from ulx.seeding import root_int
 from ulx.typing import PerExample
 
-__all__ = ["Evaluation", "evaluate", "evaluate_autoencoder", "networks"]
+__all__ = [
+    "RECONSTRUCT",
+    "SAMPLE",
+    "Evaluation",
+    "evaluate",
+    "evaluate_autoencoder",
+    "held_out_examples",
+    "labels_like",
+    "networks",
+]
 
 RECONSTRUCT, SAMPLE = "reconstruct", "sample"
 """Purposes of noise. Reconstructions, swapped or not, share theirs; so do the samples of all models, row by row."""
@@ -98,7 +107,7 @@ class Evaluation:
 
 def evaluate_autoencoder(model: UnifiedLatents, dataset: Dataset, config: Config) -> dict[str, Any]:
     """Bits and PSNR on the held-out images: what stage 1 alone answers for."""
-    held_out, _ = _held_out(dataset, config.evaluate)
+    held_out, _ = held_out_examples(dataset, config.evaluate)
     with Progress("evaluate", total=3 * len(held_out), unit="images") as progress:
         run = Runner(model, config, progress)
         rate = run.rate(held_out, model.prior)
@@ -124,7 +133,7 @@ def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Co
     Raises as `networks` does.
     """
     compared, of_pairs = networks(config)
-    held_out, held_out_labels = _held_out(dataset, config.evaluate)
+    held_out, held_out_labels = held_out_examples(dataset, config.evaluate)
     made = _Made.by(model, base, dataset, held_out, held_out_labels, config)
     sampled = config.sample
     metrics: dict[str, Any] = {
@@ -247,7 +256,7 @@ class _Made:
         options, given = config.evaluate, config.model.given_frames
         first = held_out[:, :given] if given else None
         count = len(held_out) if given else options.num_samples
-        labels = _labels_like(dataset.train.labels, count, root_int(config.seed, "evaluation labels"))
+        labels = labels_like(dataset.train.labels, count, root_int(config.seed, "evaluation labels"))
         own_labels = held_out_labels if config.label_dropout == 0 else None
         # Copies are sought among images alone: there is no end of clips.
         compared = 0 if config.data.is_video else 2 * PICTURES
@@ -394,7 +403,7 @@ def _swap(swapped: Images, originals: Images) -> dict[str, Any]:
     return {"psnr_to_the_latents_image": mean(own), "psnr_to_the_other": mean(other), "gap": mean(own - other)}
 
 
-def _held_out(dataset: Dataset, options: EvaluateConfig) -> tuple[Images, Int32[np.ndarray, " n"]]:
+def held_out_examples(dataset: Dataset, options: EvaluateConfig) -> tuple[Images, Int32[np.ndarray, " n"]]:
     """Held-out images and their labels, all of them or as many as are asked for."""
     held_out = dataset.validation
     rows = spread_over(len(held_out), options.held_out or len(held_out))
@@ -409,6 +418,6 @@ def _mean_image(dataset: Dataset) -> UInt8[np.ndarray, "..."]:
     return (total / len(rows)).round().astype(np.uint8)
 
 
-def _labels_like(labels: Int32[np.ndarray, " n"], count: int, seed: int) -> Int32[np.ndarray, " m"]:
+def labels_like(labels: Int32[np.ndarray, " n"], count: int, seed: int) -> Int32[np.ndarray, " m"]:
     """Labels drawn with the training set's frequencies."""
     return np.random.default_rng(seed).choice(labels, count).astype(np.int32)

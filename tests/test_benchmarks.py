@@ -1,0 +1,246 @@
+"""The benchmarks of whole runs: what each row is trained as, that none is measured twice, and the pages they leave."""
+
+import dataclasses
+import importlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import ablations
+import equinox as eqx
+import jax
+import latent_shape
+import points
+import pytest
+import sampling
+from stand_ins import Corner
+
+from ulx import evaluation, runs
+from ulx.config import Config, differences, to_json
+from ulx.cost import network_costs
+from ulx.denoiser import Denoiser
+from ulx.models import UnifiedLatents
+from ulx.nn.uvit import UViT
+
+
+def metric(value: float) -> dict:
+    return {"value": value, "standard_error": value / 10, "n": 5}
+
+
+def metrics_of(config: Config) -> dict:
+    """What the main job would leave in metrics.json, as far as the benchmarks read it."""
+    distance = lambda value: metric(value) | {"n_reference": 12, "nfe": 16}  # noqa: E731
+    return {
+        "loss_factor": config.loss_factor,
+        "held_out": {"n": 5},
+        "bits_per_pixel": metric(0.5),
+        "bits_per_pixel_base": metric(0.4),
+        "bits_per_latent_dim": metric(1.5),
+        "psnr": metric(20.0),
+        "fd_efflite0": {"base": distance(110.0), "reconstruction": distance(80.0)},
+        "against_held_out_images": {"base": {"kd_efflite0": metric(0.25)}},
+        "cost": {
+            "training_flops_stage1": 2e12,
+            "training_flops_stage2": 1e12,
+            "forward_flops_per_image": {"encoder": 1e6, "prior": 2e6, "decoder": 3e6, "base": 4e6},
+        },
+    }
+
+
+def remembered(config: Config) -> None:
+    config.path.mkdir(parents=True, exist_ok=True)
+    (config.path / "dataset.json").write_text(json.dumps({"fingerprint": "of the data"}))
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """A benchmark's command, with what the main job is asked for in the order of asking."""
+    asked: list[Config] = []
+
+    def whole(config: Config) -> dict:
+        asked.append(config)
+        remembered(config)
+        return metrics_of(config)
+
+    def run(name: str, *options: str) -> tuple[list[Config], Path]:
+        asked.clear()
+        folders = ("--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs"))
+        monkeypatch.setattr(sys, "argv", [name, "--preset", "smoke", *folders, *options])
+        importlib.import_module(name).main()
+        return list(asked), tmp_path / "results" / f"{name}_smoke"
+
+    monkeypatch.setattr(points, "whole", whole)
+    monkeypatch.setattr("ulx.command_line.run_command", lambda work: work())
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "count", "row"),
+    [
+        (
+            "bitrate_vs_fid",
+            ("--pairs", "1.4", "4", "2.5", "1.7"),
+            4,
+            "| 1.4 | 4 | 2.50 | 0.500 ± 0.050 | 20.00 ± 2.00 | 80.0 | 110.0 | 110.0 | 0.250 |",
+        ),
+        (
+            "compute_vs_fid",
+            ("--methods", "unified", "pixels", "--base-steps", "50", "100"),
+            4,
+            "| unified | 50 | 1 | 3 | 0.500 | 80.0 | 110.0 | 0.250 | 16 | 0 |",
+        ),
+        ("ablations", (), 7, "| N(0, I) | MSE | 0.500 ± 0.050 | 0.400 ± 0.040 | 1.500 | 20.00 ± 2.00 | 80.0 | 110.0 |"),
+        (
+            "latent_shape",
+            (),
+            6,
+            "| 16×16×8 | 0.500 ± 0.050 | 1.500 | 20.00 ± 2.00 | 80.0 | 110.0 | 0.250 | 1 | 2 | 3 | 4 |",
+        ),
+    ],
+)
+def test_every_row_is_a_run_of_its_own_and_measured_once(command, capsys, name, options, count, row):
+    asked, results = command(name, *options)
+    assert len(asked) == len({config.path for config in asked}) == count
+    page = results.with_suffix(".md").read_text()
+    assert row in page
+    assert page in capsys.readouterr().out
+    assert results.with_suffix(".png").stat().st_size > 1000
+    assert len(points.read(results.with_suffix(".jsonl"))) == count
+    again, _ = command(name, *options)
+    assert again == []
+    assert results.with_suffix(".md").read_text() == page
+
+
+def changed(config: Config, baseline: Config) -> set[str]:
+    return {line.partition(":")[0] for line in differences(baseline, config, ignore=("name", "variant"))}
+
+
+def test_ablations_differ_from_the_baseline_in_what_they_name():
+    settings = ablations.Settings(other_data="images")
+    configs = {row: ablations.config_of(row, 0, settings) for row in settings.all_rows}
+    baseline = configs.pop("unified")
+    assert {row: changed(config, baseline) for row, config in configs.items()} == {
+        "mse": {"model.reconstruction"},
+        "normal-prior": {"model.latent_prior"},
+        "normal-prior-mse": {"model.latent_prior", "model.reconstruction"},
+        "stop-gradient": {"prior_gradient", "kl_weight"},  # and 8 channels, which the baseline has
+        "low-noise": {"model.logsnr_0"},
+        "learned-variance": {"model.encoder.variance"},
+        "other-data": set(),
+    }
+    assert configs["mse"].train_configs["decoder"] == baseline.train
+    other = ablations.of_other_data(configs["other-data"], "images")
+    assert changed(other, configs["other-data"]) == {"data.source", "data.path"}
+
+
+def test_an_autoencoder_of_other_data_is_trained_first_and_taken(command, monkeypatch):
+    trained = []
+    monkeypatch.setattr(points, "stage1", trained.append)
+    asked, results = command("ablations", "--rows", "unified", "--other-data", "images")
+    assert [config.data.path for config in trained] == ["images"]
+    assert [config.autoencoder for config in asked] == [None, str(trained[0].path)]
+    assert asked[1].data == asked[0].data
+    assert "| C | autoencoder trained on other data |" in results.with_suffix(".md").read_text()
+    again, _ = command("ablations", "--rows", "unified", "--other-data", "images")
+    assert again == []
+    assert len(trained) == 1
+    # Of another folder it is another point.
+    another, _ = command("ablations", "--rows", "unified", "--other-data", "others")
+    assert len(another) == 1
+
+
+def test_latents_have_their_shapes_at_comparable_compute():
+    settings = latent_shape.Settings()
+    shapes = [(8, 2), (8, 4), (8, 8), (8, 16), (16, 8), (4, 8)]
+    assert settings.shapes == shapes
+    assert changed(latent_shape.config_of((8, 8), 0, settings), points.preset("tiny")) == {"evaluate.flow_images"}
+    flops = {}
+    for shape in shapes:
+        config = latent_shape.config_of(shape, 0, settings)
+        model = eqx.filter_eval_shape(UnifiedLatents, config.data.shape, config.model, key=jax.random.key(0))
+        assert model.latent_shape == (shape[0], shape[0], shape[1])
+        base = eqx.filter_eval_shape(
+            lambda key, c=config, m=model: Denoiser(UViT(m.latent_shape, c.model.base, num_classes=10, key=key)),
+            jax.random.key(0),
+        )
+        flops[shape] = {name: cost.forward_flops for name, cost in network_costs(model, base).items()}
+    for shape in shapes:
+        for name, own in flops[shape].items():
+            # Attention over fewer tokens, and the first and last layers, make the difference.
+            assert own == pytest.approx(flops[8, 8][name], rel=0.06), (shape, name)
+
+
+def test_samplers_get_the_calls_that_are_asked_for(small_config):
+    settings = sampling.Settings(calls=(8, 4), tolerances=(1e-3, 1e-2))
+
+    def samples(sampler, part):
+        return [config.sample for config in sampling.configs_of(sampler, part, small_config, settings)]
+
+    own = small_config.sample
+    assert samples("heun", "latents") == [dataclasses.replace(own, solver="heun", num_steps=n) for n in (2, 4)]
+    assert samples("euler-churn", "decoder") == [
+        dataclasses.replace(own, decoder_solver="euler", decoder_churn=1.0, decoder_num_steps=n) for n in (4, 8)
+    ]
+    assert samples("tsit5", "latents") == [
+        dataclasses.replace(own, solver="tsit5", tolerance=tolerance) for tolerance in (1e-2, 1e-3)
+    ]
+
+
+@pytest.fixture
+def finished_run(trained_run, small_dataset, tmp_path, monkeypatch) -> Path:
+    """The run at its last step, as its settings have it, under another name."""
+    monkeypatch.setattr("ulx.data.open_dataset", lambda data: small_dataset)
+    monkeypatch.setattr("ulx.metrics.efficientnet.load", lambda: Corner())
+    path = tmp_path / "finished"
+    shutil.copytree(trained_run, path)
+    config = runs.read_config(path)
+    train = dataclasses.replace(config.train_base, steps=runs.load(path).step[1])
+    data = dataclasses.replace(config.data, cache_dir=str(tmp_path / "cache"))
+    (path / "config.json").write_text(to_json(dataclasses.replace(config, train_base=train, data=data)))
+    return path
+
+
+def test_sampling_spends_what_it_reports_and_repeats_the_evaluation(finished_run, small_dataset, tmp_path, monkeypatch):
+    file = tmp_path / "results" / "sampling.jsonl"
+    settings = sampling.Settings(
+        run=str(finished_run), samplers=("euler", "heun", "tsit5"), calls=(2, 4), tolerances=(0.1,)
+    )
+    *_, shown = sampling.measured(settings, file)
+    assert [(p.part, p.sampler) for p in shown] == [
+        (part, sampler)
+        for part in ("latents", "decoder")
+        for sampler, count in (("euler", 2), ("heun", 2), ("tsit5", 1))
+        for _ in range(count)
+    ]
+    for point in shown:
+        if point.sampler != "tsit5":
+            calls = point.config.sample.num_steps if point.part == "latents" else point.config.sample.decoder_num_steps
+            assert point.found["nfe"] == calls * (2 if point.sampler == "heun" else 1)
+    # The run samples by euler in two steps: the evaluation's own numbers.
+    run = runs.load(finished_run)
+    assert run.base is not None
+    whole = evaluation.evaluate(run.model, run.base, small_dataset, run.config).metrics
+    latents, decoder = shown[0].found, next(p.found for p in shown if p.part == "decoder")
+    assert latents["fd_efflite0"]["value"] == pytest.approx(whole["fd_efflite0"]["base"]["value"], rel=1e-6)
+    assert decoder["fd_efflite0"]["value"] == pytest.approx(whole["fd_efflite0"]["reconstruction"]["value"], rel=1e-6)
+    assert decoder["psnr"]["value"] == pytest.approx(whole["psnr"]["value"], rel=1e-6)
+    assert len({point.distance for point in shown}) == len(shown)
+
+    sampling.write(shown, settings, file)
+    page = file.with_suffix(".md").read_text()
+    assert f"| tsit5, tolerance 0.1 | {shown[4].found['nfe']} |" in page
+    assert page.count("\n| euler | 2 |") == 2
+    assert file.with_suffix(".png").stat().st_size > 1000
+    # Nothing is measured again, nor is the run even read.
+    monkeypatch.setattr(runs, "load", lambda *args: pytest.fail("read again"))
+    *_, again = sampling.measured(settings, file)
+    assert [point.found for point in again] == [point.found for point in shown]
+
+
+def test_sampling_refuses_a_run_that_goes_on(trained_run, tmp_path):
+    settings = sampling.Settings(run=str(trained_run), samplers=("euler",))
+    with pytest.raises(ValueError, match="has not finished its base model"):
+        next(sampling.measured(settings, tmp_path / "sampling.jsonl"))
+    with pytest.raises(FileNotFoundError, match="nothing is not a run"):
+        sampling.trained(dataclasses.replace(settings, run=str(tmp_path / "nothing")))
