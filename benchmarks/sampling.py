@@ -13,7 +13,7 @@ sampling.md and sampling.png.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -246,7 +246,11 @@ def trained(settings: Settings) -> "Config":
 def measured(settings: Settings, file: Path) -> Iterator[list[Point]]:
     config = trained(settings)
     subject, shown = Subject(config), []
-    for part, measure in (("latents", subject.of_latents), ("decoder", subject.of_decoder)):
+    measures: dict[Part, Callable[["Config"], dict[str, Any]]] = {
+        "latents": subject.of_latents,
+        "decoder": subject.of_decoder,
+    }
+    for part, measure in measures.items():
         own = file.with_name(f"{file.stem}_{part}.jsonl")
         for sampler in settings.samplers:
             for changed in configs_of(sampler, part, config, settings):
