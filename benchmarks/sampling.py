@@ -246,7 +246,7 @@ def trained(settings: Settings) -> "Config":
 def measured(settings: Settings, file: Path) -> Iterator[list[Point]]:
     config = trained(settings)
     subject, shown = Subject(config), []
-    measures: dict[Part, Callable[["Config"], dict[str, Any]]] = {
+    measures: dict[Part, Callable[[Config], dict[str, Any]]] = {
         "latents": subject.of_latents,
         "decoder": subject.of_decoder,
     }
