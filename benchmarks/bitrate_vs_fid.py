@@ -11,6 +11,7 @@ package. Leaves benchmarks/results/bitrate_vs_fid.jsonl, a table, a plot and rec
 """
 
 import dataclasses
+import json
 import math
 import statistics
 from collections.abc import Callable, Iterator
@@ -150,7 +151,10 @@ def plot(shown: list[Point], path: Path) -> None:
         own = [pair for pair in pairs if pair[0] == bias]
         bits = [mean(pair, lambda p: p.bits) for pair in own]
         axes[0, 0].plot([pair[1] for pair in own], bits, marker="o", label=f"b = {bias:g}")
-    axes[0, 0].set(xlabel="loss factor c_lf", ylabel="held-out bits/pixel", xscale="log", title="Rate (Fig. 8)")
+    factors = sorted({pair[1] for pair in pairs})
+    axes[0, 0].set_xscale("log", base=2)
+    axes[0, 0].set_xticks(factors, [f"{factor:g}" for factor in factors])
+    axes[0, 0].set(xlabel="loss factor c_lf", ylabel="held-out bits/pixel", title="Rate (Fig. 8)")
     axes[0, 0].legend()
     draw(axes[0, 1], lambda p: p.value("psnr"))
     axes[0, 1].set(xlabel="held-out bits/pixel", ylabel="PSNR (dB)", title="Reconstruction (Tab. 2)")
@@ -177,6 +181,8 @@ def pictures(shown: list[Point], path: Path) -> None:
     own = sorted((point for point in shown if point.seed == shown[0].seed), key=lambda point: point.bits)
     saved = [Evaluation.load(point.runs["large"].path / "evaluation").pictures for point in own]
     rows = [saved[0]["originals"], *(entry["reconstructions"] for entry in saved)]
+    credit = json.loads((own[0].runs["large"].path / "dataset.json").read_text())["attribution"]
+    (path.parent / "ATTRIBUTION.txt").write_text(credit + "\n", encoding="utf-8")
     names = ["original", *(f"{p.bits:.2f} bits/pixel\nb {p.pair[0]:g}, c_lf {p.pair[1]:g}" for p in own)]
     figure, axes = plt.subplots(len(rows), 1, figsize=(SHOWN * 0.75 + 1.2, len(rows) * 0.8), layout="constrained")
     for axis, row, name in zip(axes, rows, names, strict=True):
