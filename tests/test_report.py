@@ -55,7 +55,7 @@ class Runner:
     def decode(self, latents, purpose):
         return (latents + SHIFT).astype(np.uint8), 2
 
-    def sample(self, denoiser, label, count, purpose, *, guidance=1.0):
+    def sample(self, denoiser, label, count, purpose, *, guidance=1.0, first=None):
         level = np.full(count, 120) if label is None else 40 + 50 * label
         level = level + 20 * (guidance != 1) + np.arange(count) % 7
         return np.broadcast_to(level[:, None, None, None], (count, 16, 16, 3)).astype(np.uint8), 4
