@@ -143,8 +143,9 @@ class Subject:
         count = config.evaluate.num_samples
         labels = labels_like(self.dataset.train.labels, count, root_int(config.seed, "evaluation labels"))
         with Progress("sample", total=count, unit="images") as progress:
-            runner = Runner(self.run.model, config, progress)
-            images, nfe = runner.sample(self.run.base, labels, count, SAMPLE)
+            z_0, nfe = Runner(self.run.model, config, progress).latents(self.run.base, labels, count, SAMPLE)
+            # By the run's own settings, which decode the same: so the decoder is compiled once for all points.
+            images, _ = Runner(self.run.model, self.config, progress).decode(z_0, SAMPLE)
         return {"nfe": nfe, "fd_efflite0": frechet(self.seen(images, "samples"), self.training)}
 
     def of_decoder(self, config: "Config") -> dict[str, Any]:

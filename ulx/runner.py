@@ -116,6 +116,20 @@ class Runner:
 
         Of clips, the continuations of the `first` frames, if they are given, with these before them.
         """
+        z_0, nfe = self.latents(denoiser, label, count, purpose, guidance=guidance, first=first)
+        return self.decode(z_0, purpose, first)[0], nfe
+
+    def latents(
+        self,
+        denoiser: Denoiser | StandardNormal,
+        label: Int32[np.ndarray, " n"] | None,
+        count: int,
+        purpose: str,
+        *,
+        guidance: float = 1.0,
+        first: Images | None = None,
+    ) -> tuple[Float[np.ndarray, "n *latent k"], int]:
+        """What `sample` decodes, and the sampler's mean NFE."""
 
         def latents(index, *first, keys):
             sample = sample_latents(
@@ -131,7 +145,7 @@ class Runner:
 
         rows = np.zeros(count, np.int32) if label is None else label
         z_0, nfe = self._run(latents, *((rows,) if first is None else (rows, first)), purpose=purpose)
-        return self.decode(z_0, purpose, first)[0], round(nfe.mean())
+        return z_0, round(nfe.mean())
 
 
 @eqx.filter_jit
