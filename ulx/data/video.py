@@ -161,9 +161,10 @@ def _of_video(path: Path, av: Any) -> Generator[Picture, None, None]:
 
 
 def _open(path: Path, av: Any) -> Any:
-    # Text in another encoding is no reason to refuse a video; and a playlist under a video's name is not followed out
-    # of this machine.
-    return av.open(str(path), metadata_errors="replace", options={"protocol_whitelist": "file"})
+    # Text in another encoding, of which PyAV makes an error before 19, is no reason to refuse a video; and a playlist
+    # under a video's name is not followed out of this machine.
+    lenient = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+    return av.open(str(path), options={"protocol_whitelist": "file"}, **lenient)
 
 
 def _stream(container: Any) -> Any:
