@@ -224,6 +224,29 @@ def test_a_checkpoint_from_before_a_field_was_there_still_fits(tmp_path, small_d
             checkpoints.restore(Now(jnp.asarray(0), (jnp.zeros(2),), jnp.zeros(3)))
 
 
+def test_a_checkpoint_from_before_a_module_had_an_empty_part_still_fits(tmp_path, small_dataset):
+    class Before(eqx.Module):
+        layers: list[jax.Array]
+        bias: None = None
+
+    class Now(Before):
+        frames: jax.Array | None = None
+
+    class State(eqx.Module):
+        model: Before
+
+    batches = train_batches(small_dataset, batch_size=4, seed=0)
+    zeros = [jnp.zeros(3), jnp.zeros(2)]
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(5, State(Before([jnp.arange(3.0), jnp.ones(2)])), batches, wait=True)
+        now = checkpoints.restore(State(Now(zeros)))
+        assert [layer.tolist() for layer in now.model.layers] == [[0.0, 1.0, 2.0], [1.0, 1.0]]
+        with pytest.raises(ValueError, match=r"does not fit this model: 1 arrays .* such as model\.frames"):
+            checkpoints.restore(State(Now(zeros, frames=jnp.zeros(1))))
+        with pytest.raises(ValueError, match="does not fit this model"):
+            checkpoints.restore(State(Now([jnp.zeros(4), jnp.zeros(2)])))
+
+
 def test_checkpoint_of_another_model_is_refused(config, small_dataset):
     run_stage(config, small_dataset)
     wider = dataclasses.replace(config.model.prior, channels=(32,))

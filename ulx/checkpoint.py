@@ -1,7 +1,7 @@
 """Checkpoints by Orbax: the training state and the data iterator together, written asynchronously and atomically."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,21 +52,36 @@ class Checkpoints:
         step = self.latest if step is None else step
         if step is None:
             raise FileNotFoundError(f"no checkpoint in {self.manager.directory}")
-        fields = jax.tree.map(ocp.utils.to_shape_dtype_struct, _fields(state))
-        wanted: dict[str, Any] = {"state": ocp.args.StandardRestore(fields)}
-        if batches is not None:
-            wanted["data"] = grain.checkpoint.CheckpointRestore(batches)
+        fields = _fields(state)
+        paths, _ = jax.tree_util.tree_flatten_with_path(fields)
+        wanted = {_name(path): ocp.utils.to_shape_dtype_struct(leaf) for path, leaf in paths}
         try:
-            restored = self.manager.restore(step, args=ocp.args.Composite(**wanted))
+            args: dict[str, Any] = {"state": ocp.args.StandardRestore(self._as_on_disk(step, wanted))}
+            if batches is not None:
+                args["data"] = grain.checkpoint.CheckpointRestore(batches)
+            restored = self.manager.restore(step, args=ocp.args.Composite(**args))["state"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"the checkpoint of step {step} in {self.manager.directory} does not fit this model: {error}"
             ) from error
-        read = restored["state"]
+        read = {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(restored)[0]}
+        found = jax.tree_util.tree_map_with_path(lambda path, _: read[_name(path)], fields)
         arrays = eqx.tree_at(
-            lambda s: [getattr(s, name) for name in read], eqx.filter(state, eqx.is_array), list(read.values())
+            lambda s: [getattr(s, name) for name in found], eqx.filter(state, eqx.is_array), list(found.values())
         )
         return eqx.combine(arrays, state)
+
+    def _as_on_disk(self, step: int, wanted: Mapping[str, Any]) -> PyTree:
+        """The wanted arrays in the checkpoint's own tree. It may lack parts that hold none: Orbax compares these too,
+        and a module that got a new one, left empty, would no longer fit. Raises ValueError for other arrays."""
+        with ocp.StandardCheckpointer() as reader:
+            metadata = reader.metadata(self.manager.directory / str(step) / "state")
+        leaves, structure = jax.tree_util.tree_flatten_with_path(metadata.item_metadata.tree)
+        there = [_name(path) for path, _ in leaves]
+        if set(there) != set(wanted):
+            other = sorted(set(there) ^ set(wanted))
+            raise ValueError(f"{len(other)} arrays are in one of them alone, such as {other[0]}")
+        return structure.unflatten([wanted[name] for name in there])
 
     def close(self) -> None:
         self.manager.wait_until_finished()
@@ -85,3 +100,8 @@ def _fields(state: eqx.Module) -> dict[str, PyTree]:
     arrays = eqx.filter(state, eqx.is_array)
     fields = {field.name: getattr(arrays, field.name) for field in dataclasses.fields(arrays)}
     return {name: value for name, value in fields.items() if jax.tree.leaves(value)}
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    """Of an array, by its place: the same in a module, in the dicts and lists of a checkpoint, and in an old one."""
+    return ".".join(str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", None)))) for key in path)
