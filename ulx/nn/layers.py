@@ -16,6 +16,8 @@ __all__ = [
     "GroupNorm",
     "Linear",
     "LogSNREmbedding",
+    "by_frames",
+    "convolve",
     "draw",
     "layer_norm",
     "rms_norm",
@@ -88,12 +90,31 @@ class Conv(eqx.Module):
         self.bias = jnp.zeros(out_size)
 
     def __call__(self, x: Float[Array, "b *space in"]) -> Float[Array, "b *space out"]:
-        rank = x.ndim - 2
-        space = "".join("thw"[-rank:])
-        y = jax.lax.conv_general_dilated(
-            x, self.weight, (1,) * rank, "SAME", dimension_numbers=(f"N{space}C", f"{space}IO", f"N{space}C")
-        )
-        return y + self.bias
+        if x.ndim == 5:
+            return jax.lax.platform_dependent(x, self.weight, cpu=by_frames, default=convolve) + self.bias
+        return convolve(x, self.weight) + self.bias
+
+
+def convolve(x: Float[Array, "b *space in"], weight: Float[Array, "*kernel in out"]) -> Float[Array, "b *space out"]:
+    rank = x.ndim - 2
+    space = "".join("thw"[-rank:])
+    numbers = (f"N{space}C", f"{space}IO", f"N{space}C")
+    return jax.lax.conv_general_dilated(x, weight, (1,) * rank, "SAME", dimension_numbers=numbers)
+
+
+def by_frames(x: Float[Array, "b t h w in"], weight: Float[Array, "k kh kw in out"]) -> Float[Array, "b t h w out"]:
+    """The same, as a convolution of images whose channels are those of a frame and its neighbours in time.
+
+    XLA on a CPU takes two to three times as long, forward and backward, for one over three axes
+    (benchmarks/video_convolution.py).
+    """
+    batch, frames, height, width, channels = x.shape
+    taps = weight.shape[0]
+    padded = jnp.pad(x, ((0, 0), (taps // 2, taps // 2), (0, 0), (0, 0), (0, 0)))
+    windows = jnp.concatenate([padded[:, tap : tap + frames] for tap in range(taps)], axis=-1)
+    kernel = weight.transpose(1, 2, 0, 3, 4).reshape(*weight.shape[1:3], taps * channels, -1)
+    y = convolve(windows.reshape(batch * frames, height, width, taps * channels), kernel)
+    return y.reshape(batch, frames, height, width, -1)
 
 
 def layer_norm(x: Float[Array, "*n c"], epsilon: float = 1e-6) -> Float[Array, "*n c"]:
