@@ -83,7 +83,7 @@ class Subject:
         steps = run.step[1] if last == "stage2" else run.step[0]
         if run.base is None or steps < run.config.train_configs[last].steps:
             raise ValueError(f"{run.path} has not finished its base model: train on first (--resume)")
-        if not isinstance(run.model.decoder, DiffusionDecoder) or self.config.data.is_video:
+        if not isinstance(run.model.decoder, DiffusionDecoder) or self.config.data.clips:
             raise ValueError(f"{run.path} has no diffusion decoder of images, whose sampler could vary")
         return run
 

@@ -19,7 +19,7 @@ PRESETS = {
     "tiny": Config(
         preset="tiny",
         name="kinetics600",
-        data=DataConfig(source="moving-emoji"),
+        data=DataConfig(source="moving-emoji", clips=True),
         model=MODELS["video-tiny"],
         loss_factor=4.0,
         sigmoid_bias=1.4,
@@ -36,7 +36,7 @@ PRESETS = {
         preset="smoke",
         name="smoke600",
         prior_warmup=(10, 40),
-        data=DataConfig(source="moving-emoji", limit=512),
+        data=DataConfig(source="moving-emoji", clips=True, limit=512),
         model=MODELS["video-smoke"],
         loss_factor=4.0,
         sigmoid_bias=1.4,

@@ -20,7 +20,9 @@ def test_presets_survive_json(preset):
 
 
 def test_steps_per_axis_survive_json():
-    config = Config(model=PAPER["kinetics600-small"].model, data=DataConfig(source="moving-emoji", resolution=128))
+    config = Config(
+        model=PAPER["kinetics600-small"].model, data=DataConfig(source="moving-emoji", clips=True, resolution=128)
+    )
     assert from_json(to_json(config)) == config
     assert config.model.encoder.down == ((1, 2, 2), (2, 2, 2), (2, 1, 1))
 

@@ -54,7 +54,7 @@ def config(small_config) -> Config:
         base=network,
         given_frames=2,
     )
-    data = dataclasses.replace(small_config.data, source="moving-emoji", resolution=16, frames=4)
+    data = dataclasses.replace(small_config.data, source="moving-emoji", clips=True, resolution=16, frames=4)
     return dataclasses.replace(small_config, model=model, data=data)
 
 

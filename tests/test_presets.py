@@ -48,7 +48,7 @@ def abstract():
 def test_preset_initialises_and_takes_a_step(name):
     """Shapes and types of a whole training step of both stages, without computing it."""
     preset, shape, num_classes = SIZES[name]
-    data = DataConfig(source="moving-emoji" if len(shape) == 4 else "openmoji", resolution=shape[-2])
+    data = DataConfig("moving-emoji" if len(shape) == 4 else "openmoji", clips=len(shape) == 4, resolution=shape[-2])
     config = Config(data=data, model=preset)
     batch = {
         "image": jax.ShapeDtypeStruct((2, *shape), jnp.uint8),

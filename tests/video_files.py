@@ -1,5 +1,6 @@
 """Small videos for tests, written without loss."""
 
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ def write_video(
 ) -> None:
     """`t h w 3` uint8, or `t h w 4` for an encoder of alpha; `rotation` as PyAV takes it: degrees, mirrors.
 
-    Of `options`, `codec`, `pixels` and `format` go before what the suffix stands for.
+    Of `options`, `codec`, `pixels` and `format` go before what the suffix stands for; `times`, in tenths of a second,
+    make a variable frame rate.
     """
     codec, pixels, settings = LOSSLESS.get(path.suffix, ("", "", {}))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,8 +34,11 @@ def write_video(
         stream.pix_fmt = options.get("pixels", pixels)
         if rotation:
             stream.set_display_rotation(*rotation)
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgba" if frame.shape[-1] == 4 else "rgb24")))
+        times = options.get("times", range(len(frames)))
+        for time, frame in zip(times, frames, strict=True):
+            picture = av.VideoFrame.from_ndarray(frame, "rgba" if frame.shape[-1] == 4 else "rgb24")
+            picture.pts, picture.time_base = time, Fraction(1, 10)
+            container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
 
 

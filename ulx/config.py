@@ -211,15 +211,15 @@ class Config:
         for name in ("label_dropout", "frames_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        if self.model.given_frames and not self.data.is_video:
+        if self.model.given_frames and not self.data.clips:
             raise ValueError(
                 f"model.given_frames={self.model.given_frames}, but --data.source {self.data.source} has no clips"
             )
-        if self.data.is_video and self.evaluate.inception_weights is not None:
+        if self.data.clips and self.evaluate.inception_weights is not None:
             raise ValueError("evaluate.inception_weights is for images: clips are measured by FVD")
         if self.model.given_frames and self.single_stage:
             raise ValueError("single_stage generates with the stage-1 prior, which is given no frames")
-        if self.data.is_video and not 0 <= self.model.given_frames < self.data.frames:
+        if self.data.clips and not 0 <= self.model.given_frames < self.data.frames:
             raise ValueError(
                 f"model.given_frames={self.model.given_frames} must leave some of a clip's {self.data.frames} frames"
             )

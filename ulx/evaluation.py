@@ -121,7 +121,7 @@ def networks(config: Config) -> tuple[list[FeatureNetwork], lpips.LPIPS | None]:
     Raises FileNotFoundError, ModuleNotFoundError, ValueError for weights that are not there or not the right ones.
     """
     options = config.evaluate
-    found: list[FeatureNetwork] = [i3d.load() if config.data.is_video else efficientnet.load()]
+    found: list[FeatureNetwork] = [i3d.load() if config.data.clips else efficientnet.load()]
     if options.inception_weights is not None:
         found.append(inception.load(options.inception_weights, options.inception_resize))
     return found, lpips.load() if options.lpips else None
@@ -155,7 +155,7 @@ def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Co
                 "reconstruction": (made.reconstructions, made.decoder_nfe),
             },
             held_out,
-            None if config.data.is_video else lambda network: training_moments(dataset, network, config.data.cache_dir),
+            None if config.data.clips else lambda network: training_moments(dataset, network, config.data.cache_dir),
         ),
         "sampler": {
             "latent": sampled.solver,
@@ -199,7 +199,7 @@ def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Co
     }
     if made.given:
         metrics["continuation"] = _continuation(made.base_samples, held_out, made.given)
-    if not config.data.is_video:
+    if not config.data.clips:
         metrics["copies"], nearest = copies_among(
             dataset.train, made.base_samples, held_out, made.train_originals, made.train_reconstructions
         )
@@ -259,7 +259,7 @@ class _Made:
         labels = labels_like(dataset.train.labels, count, root_int(config.seed, "evaluation labels"))
         own_labels = held_out_labels if config.label_dropout == 0 else None
         # Copies are sought among images alone: there is no end of clips.
-        compared = 0 if config.data.is_video else 2 * PICTURES
+        compared = 0 if config.data.clips else 2 * PICTURES
         originals = np.stack([dataset.train[i]["image"] for i in spread_over(len(dataset.train), max(1, compared))])
         flow_of = spread_over(len(held_out), options.flow_images)
         total = 5 * len(held_out) + len(flow_of) + min(PICTURES, len(held_out)) + 2 * count + PICTURES

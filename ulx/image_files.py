@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 
 from ulx.data.cache import UnreadableError
 from ulx.data.extras import optional
-from ulx.data.folder import PREPARATION, SUFFIXES, find_images, image_size, read_image
+from ulx.data.image import PREPARATION, SUFFIXES, find_images, image_size, read_image
 
 __all__ = [
     "SHEETS",
@@ -48,7 +48,7 @@ PLAIN, MARKED = (222, 222, 222), (230, 159, 0)
 """Colours of the frames' borders."""
 RULE = f"""\
 upright, on white, halved by averaging while at least twice too large, then bicubic to the resolution, centre-cropped \
-(ulx.data.folder.read_image, version {PREPARATION}); the network resizes further"""
+(ulx.data.image.read_image, version {PREPARATION}); the network resizes further"""
 GAP, CAPTION = 6, 14  # pixels between the tiles of a sheet, and for a line of text under them
 
 

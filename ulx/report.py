@@ -141,7 +141,7 @@ def _head(run: _Run) -> str:
     variant = "" if config.variant == "unified" else f", variant “{escape(config.variant)}”,"
     target = config.rate.target_bits_per_pixel
     controlled = "" if target is None else f" (adapted for {target:g} bits/pixel)"
-    unit = "clips" if config.data.is_video else "images"
+    unit = "clips" if config.data.clips else "images"
     lines = [
         f"<h1>{escape(run.path.name)}</h1>",
         f'<p class="soft">Unified Latents{variant} on {escape(data["name"])}, '

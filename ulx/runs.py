@@ -232,7 +232,7 @@ class Run:
 
     def refuse_clips(self, what: str) -> None:
         """Raises ValueError for a run on clips, which `what` does not know."""
-        if self.config.data.is_video:
+        if self.config.data.clips:
             raise ValueError(f"{self.path} was trained on clips, and {what} takes images alone")
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from ulx.data.cache import UnreadableError
-from ulx.data.folder import PREPARATION, find_images
+from ulx.data.image import PREPARATION, find_images
 from ulx.data.video import ANIMATIONS, SUFFIXES, Clip, ShortError, decoders, find_videos, read_clip, video_size
 from ulx.image_files import SHEETS, one_size, require_folder, unreadable
 
@@ -16,7 +16,7 @@ __all__ = ["VideoFolder"]
 RULE = f"""\
 frames decoded to RGB, by the matrix and range that a file states (BT.601, limited, where none), rounded exactly \
 (ulx.data.video), upright, on white, halved by averaging while at least twice too large, then bicubic to the \
-resolution, centre-cropped (ulx.data.folder.read_image, version {PREPARATION}); the network resizes further"""
+resolution, centre-cropped (ulx.data.image.read_image, version {PREPARATION}); the network resizes further"""
 CLIP = """\
 from the first frame of a video, every stride-th as stored, whatever their times; all of them count, those that a \
 model was given too"""

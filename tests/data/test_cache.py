@@ -10,7 +10,7 @@ import array_record.python.array_record_module as array_record_module
 import numpy as np
 import pytest
 
-from ulx.data.cache import STALE_SECONDS, Recipe, UnreadableError, cache_root, prepare
+from ulx.data.cache import STALE_SECONDS, Recipe, UnreadableError, cache_root, each, open_in, prepare, prepare_in
 from ulx.data.split import Item
 
 TRAIN = [Item(f"t{i:03d}", i % 3) for i in range(100)]
@@ -44,7 +44,7 @@ def recipe(load, settings=None, **changes):
         "class_names": ("zero", "one", "two"),
         "settings": settings or {},
         "items": lambda: (TRAIN, VALIDATION),
-        "load": load,
+        "make": each(load),
         "example_bytes": 2**24,
     }
     return Recipe(**(fields | changes))
@@ -219,7 +219,7 @@ def test_a_disk_that_is_really_full(tmp_path):
     program = """
         import resource, signal, sys
         import numpy as np
-        from ulx.data.cache import Recipe, prepare
+        from ulx.data.cache import Recipe, each, prepare
         from ulx.data.split import Item
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
@@ -227,7 +227,7 @@ def test_a_disk_that_is_really_full(tmp_path):
         items = [Item(f"t{i}", 0) for i in range(100)]
         load = lambda name: ({"image": noise.integers(0, 256, (64, 64, 3), np.uint8)}, None)
         try:
-            prepare(Recipe("noise", 64, ("all",), {}, lambda: (items, items[:1]), load, 2**20), sys.argv[1])
+            prepare(Recipe("noise", 64, ("all",), {}, lambda: (items, items[:1]), each(load), 2**20), sys.argv[1])
         except OSError as error:
             print(error)
     """
@@ -236,7 +236,7 @@ def test_a_disk_that_is_really_full(tmp_path):
     assert f"cannot write the data cache in {tmp_path}" in message
     assert "File too large" in message
     assert "--data.cache-dir" in message
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["recipe.json"]
 
 
 def test_a_cache_directory_that_cannot_be_one(tmp_path):
@@ -250,13 +250,13 @@ def test_two_processes_at_once(tmp_path):
     program = """
         import sys, time
         import numpy as np
-        from ulx.data.cache import Recipe, prepare
+        from ulx.data.cache import Recipe, each, prepare
         from ulx.data.split import Item
         def load(name):
             time.sleep(0.01)
             return {"image": np.full((8, 8, 3), int(name), np.uint8)}, None
         items = [Item(str(i), 0) for i in range(100)]
-        recipe = Recipe("slow", 8, ("all",), {}, lambda: (items, items[:3]), load, 2**24)
+        recipe = Recipe("slow", 8, ("all",), {}, lambda: (items, items[:3]), each(load), 2**24)
         dataset = prepare(recipe, sys.argv[1]).dataset
         print(dataset.fingerprint, sum(int(example["image"][0, 0, 0]) for example in dataset.train))
     """
@@ -291,3 +291,51 @@ def test_where_the_cache_is(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_root().name == "ulx"
     assert cache_root("~/somewhere") == Path.home() / "somewhere"
+
+
+def test_a_directory_of_ones_own_is_opened_without_its_recipe(tmp_path):
+    made = prepare_in(tmp_path, recipe(Loader(), {"crop": "middle"}))
+    found, settings = open_in(tmp_path)
+    assert settings == {"crop": "middle"}
+    assert found.dataset.fingerprint == made.dataset.fingerprint
+    assert found.dataset.class_names == ("zero", "one", "two")
+    assert found.dataset.train.names == made.dataset.train.names
+    np.testing.assert_array_equal(found.dataset.train[3]["image"], content("t003"))
+
+
+def test_a_directory_that_is_not_prepared_or_not_whole(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no manifest\.json in .*: a preparation .* is not$"):
+        open_in(tmp_path)
+    with pytest.raises(RuntimeError):
+        prepare_in(tmp_path, recipe(Loader(stop_at="t050")))
+    with pytest.raises(FileNotFoundError, match="is not finished: give its command again"):
+        open_in(tmp_path)
+    prepare_in(tmp_path, recipe(Loader()))
+    shard = shards(tmp_path)[2]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=rf"{shard.name} has \d+ bytes, not the \d+ .*: give the command"):
+        open_in(tmp_path)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_directory_holds_one_preparation(tmp_path, finished):
+    if finished:
+        prepare_in(tmp_path, recipe(Loader(), {"crop": "middle"}))
+    else:
+        with pytest.raises(RuntimeError):
+            prepare_in(tmp_path, recipe(Loader(stop_at="t050"), {"crop": "middle"}))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"holds another preparation \(crop 'middle' -> 'left'\)"):
+        prepare_in(tmp_path, recipe(Loader(), {"crop": "left"}))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_what_is_made_ahead_of_the_writing_is_bounded():
+    """Memory: of many examples no more than twice the workers' number are held, and all come in their order."""
+    made = []
+    found = each(lambda name: (made.append(name) or {}, name), workers=2)([str(i) for i in range(100)])
+    for count in range(100):
+        example = next(found)
+        assert not isinstance(example, UnreadableError)
+        assert example[1] == str(count)
+        assert len(made) <= count + 1 + 2 * 2

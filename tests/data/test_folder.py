@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from pictures import BLUE, DAMAGES, GREEN, RED, photo, plain, text
 
-from ulx.data.folder import find_images, open_folder, read_image
+from ulx.data.folder import open_folder
+from ulx.data.image import find_images, read_image
 from ulx.data.split import held_out
 
 

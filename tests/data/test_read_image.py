@@ -4,7 +4,7 @@ from pictures import BLUE, DAMAGES, GREEN, RED, photo, plain
 from PIL import Image
 
 from ulx.data.cache import UnreadableError
-from ulx.data.folder import center_crop, read_image
+from ulx.data.image import center_crop, read_image
 
 
 def pixels(path, resolution=32):

@@ -11,7 +11,7 @@ from video_files import LOSSLESS, noise, write_video
 
 from ulx.data import video
 from ulx.data.cache import UnreadableError
-from ulx.data.folder import read_image
+from ulx.data.image import read_image
 from ulx.data.video import Clip, ShortError, find_videos, frames, read_clip, video_size
 
 

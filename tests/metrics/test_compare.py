@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from stand_ins import Corner
 
-from ulx.data.folder import read_image
+from ulx.data.image import read_image
 from ulx.image_files import ImageFolder, write_png
 from ulx.metrics import __main__ as command
 from ulx.metrics import compare, efficientnet, inception, lpips

@@ -2,12 +2,14 @@
 
     <cache>/openmoji-32px-1f0c…/train-00000-of-00004.arrayrecord     the records
                                 train-00000-of-00004.json            what is in them, and their sha256
+                                recipe.json                          what is being made, written first
                                 manifest.json                        all of it, written last
 
 A shard is written under a temporary name and renamed when whole, so a file that has its final name is finished: an
 interrupted preparation goes on from there, and two processes preparing at once only repeat each other's work. A
-shard whose size or hash is not the recorded one is named, and made anew. The directory's name holds a hash of
-everything that the records depend on, so other settings never meet an old cache; any of it may be deleted.
+shard whose size or hash is not the recorded one is named, and made anew. In the cache the directory's name holds a hash
+of everything that the records depend on, so other settings never meet an old one; any of it may be deleted. A directory
+of the user's choice (`prepare_in`) says in recipe.json what is being made there, and nothing else is put beside it.
 """
 
 import hashlib
@@ -16,8 +18,9 @@ import os
 import secrets
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +34,9 @@ from ulx.data.source import Dataset, Records, Split, check_resolution
 from ulx.data.split import Item
 from ulx.progress import Progress
 
-__all__ = ["Prepared", "Recipe", "UnreadableError", "cache_root", "prepare"]
+__all__ = ["Made", "Prepared", "Recipe", "UnreadableError", "cache_root", "each", "open_in", "prepare", "prepare_in"]
 
+RECIPE = "recipe.json"
 FORMAT = 1  # of the records and the manifest; a change makes every cache anew
 WRITER_OPTIONS = "group_size:1,zstd:3"  # one record a chunk: Grain reads them in random order
 SHARD_BYTES = 64 * 2**20  # of examples, before compression: what an interruption may cost, and what is held in memory
@@ -44,14 +48,18 @@ class UnreadableError(ValueError):
     """This example cannot be made, and why. The others can."""
 
 
+Made = tuple[dict[str, np.ndarray], str | None] | UnreadableError
+"""An example without its label, and a remark for the user or None; or why there is none."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to make a data set.
 
     `settings` must hold (as JSON) everything that the records depend on: it names the cache.
     `items` gives the training and validation examples to make; it is asked only when something must be made.
-    `load` makes one, without its label: the fields, and a remark for the user or None. It runs in threads and
-    raises `UnreadableError` for an example that cannot be made. `example_bytes` is about the size of one.
+    `make` makes those of the given names, in that order; `each` is one from a function that makes a single one.
+    `example_bytes` is about the size of one.
     """
 
     name: str
@@ -59,7 +67,7 @@ class Recipe:
     class_names: tuple[str, ...]
     settings: Mapping[str, Any]
     items: Callable[[], tuple[Sequence[Item], Sequence[Item]]]
-    load: Callable[[str], tuple[dict[str, np.ndarray], str | None]]
+    make: Callable[[Sequence[str]], Iterator[Made]]
     example_bytes: int
     unit: str = "images"
     attribution: str = ""
@@ -71,6 +79,46 @@ class Recipe:
     def key(self) -> str:
         """Hash of all that decides the content."""
         return _digest([FORMAT, self.name, self.resolution, self.class_names, self.settings])
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The same, to be told what differs."""
+        content = {"format": FORMAT, "name": self.name, "resolution": self.resolution}
+        return content | {"class_names": list(self.class_names)} | json.loads(json.dumps(dict(self.settings)))
+
+
+def each(
+    load: Callable[[str], tuple[dict[str, np.ndarray], str | None]], workers: int | None = None
+) -> Callable[[Sequence[str]], Iterator[Made]]:
+    """`Recipe.make` of a function that makes one example, in so many threads (by default as many as there are cores).
+
+    It raises `UnreadableError` for an example that cannot be made.
+    """
+
+    def load_or_say(name: str) -> Made:
+        try:
+            return load(name)
+        except UnreadableError as error:
+            return error
+        except Exception as error:
+            error.add_note(f"while preparing {name}")
+            raise
+
+    def make(names: Sequence[str]) -> Iterator[Made]:
+        count = workers or os.cpu_count() or 1
+        with ThreadPoolExecutor(count, "ulx-prepare") as pool:
+            waiting: deque[Future[Made]] = deque()
+            try:
+                for name in names:
+                    waiting.append(pool.submit(load_or_say, name))
+                    if len(waiting) > 2 * count:  # what is made and not yet written is held in memory
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    return make
 
 
 @dataclass(frozen=True)
@@ -90,18 +138,62 @@ def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
 
 
 def prepare(recipe: Recipe, cache_dir: str | os.PathLike[str] | None = None) -> Prepared:
-    """Open the cache of `recipe`; whatever of it is missing or damaged is made first.
+    """Open the cache of `recipe`; whatever of it is missing or damaged is made first: see `prepare_in`."""
+    return prepare_in(cache_root(cache_dir) / f"{recipe.name}-{recipe.resolution}px-{recipe.key[:16]}", recipe)
 
-    Raises `OSError` (no space, no permission; finished shards stay) and whatever `recipe.items` raises.
+
+def prepare_in(directory: Path, recipe: Recipe) -> Prepared:
+    """What `recipe` makes, in this directory; whatever of it is missing or damaged is made first.
+
+    Raises `ValueError` for a directory in which another recipe is followed, `OSError` (no space, no permission;
+    finished shards stay) and whatever `recipe.items` raises.
     """
-    directory = cache_root(cache_dir) / f"{recipe.name}-{recipe.resolution}px-{recipe.key[:16]}"
     manifest = _read_json(directory / "manifest.json")
     if manifest is None or _any_problem(directory, manifest["shards"]):
         manifest = _build(recipe, directory, manifest)
-    return _open(recipe, directory, manifest)
+    else:
+        _check_recipe(recipe, directory)
+    return _open(directory, manifest)
 
 
-def _open(recipe: Recipe, directory: Path, manifest: dict[str, Any]) -> Prepared:
+def open_in(directory: Path) -> tuple[Prepared, dict[str, Any]]:
+    """What was prepared in a directory, and the settings of its recipe.
+
+    Raises `FileNotFoundError` for a preparation that is not there or not finished, `ValueError` for a damaged shard.
+    """
+    manifest = _read_json(directory / "manifest.json")
+    if manifest is None:
+        begun = "is not finished: give its command again, and it goes on" if (directory / RECIPE).exists() else "is not"
+        raise FileNotFoundError(f"no manifest.json in {directory}: a preparation (python -m ulx.data.prepare) {begun}")
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"{directory} was prepared by another version of ulx: prepare it anew")
+    for shard in manifest["shards"]:
+        problem = _problem(directory, shard, hashed=False)
+        if problem is not None:
+            raise ValueError(f"{directory / shard['file']} {problem}: give the command that prepared it again")
+    return _open(directory, manifest), manifest["settings"]
+
+
+def _check_recipe(recipe: Recipe, directory: Path) -> None:
+    """Raises `ValueError` if something else is being made here, naming what differs."""
+    saved = _read_json(directory / RECIPE)
+    if saved is None:
+        return
+    now = recipe.described
+    other = {name: (saved.get(name), now[name]) for name in now if saved.get(name) != now[name]}
+    if other:
+        changes = ", ".join(f"{name} {_short(was)} -> {_short(wanted)}" for name, (was, wanted) in other.items())
+        raise ValueError(
+            f"{directory} holds another preparation ({changes}): choose another folder, or repeat that one"
+        )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:36]} ..."
+
+
+def _open(directory: Path, manifest: dict[str, Any]) -> Prepared:
     shards = manifest["shards"]
 
     def split(name: str) -> Split:
@@ -114,13 +206,13 @@ def _open(recipe: Recipe, directory: Path, manifest: dict[str, Any]) -> Prepared
 
     return Prepared(
         Dataset(
-            name=recipe.name,
-            resolution=recipe.resolution,
-            class_names=recipe.class_names,
+            name=manifest["name"],
+            resolution=manifest["resolution"],
+            class_names=tuple(manifest["class_names"]),
             train=split("train"),
             validation=split("validation"),
             fingerprint=manifest["fingerprint"],
-            attribution=recipe.attribution,
+            attribution=manifest["attribution"],
         ),
         refused=tuple((name, reason) for shard in shards for name, reason in shard["refused"]),
         remarks=tuple((name, remark) for shard in shards for name, remark in shard["remarks"]),
@@ -132,6 +224,9 @@ def _build(recipe: Recipe, directory: Path, manifest: dict[str, Any] | None) -> 
     with _writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         _remove_stale(directory)
+        _check_recipe(recipe, directory)
+        if not (directory / RECIPE).exists():
+            _write_json(directory / RECIPE, recipe.described)
     known = {shard["file"]: shard for shard in manifest["shards"]} if manifest else {}
     plan = _plan(recipe)
     finished: dict[str, dict[str, Any]] = {}
@@ -148,13 +243,10 @@ def _build(recipe: Recipe, directory: Path, manifest: dict[str, Any] | None) -> 
     total = sum(len(items) for _, items in plan.values())
     start = sum(len(plan[file][1]) for file in finished)
     description = f"prepare {recipe.name} {recipe.resolution}px"
-    with (
-        Progress(description, total, unit=recipe.unit, start=start) as progress,
-        ThreadPoolExecutor(os.cpu_count(), "ulx-prepare") as pool,
-    ):
+    with Progress(description, total, unit=recipe.unit, start=start) as progress:
         for file, (split, items) in plan.items():
             if file not in finished:
-                finished[file] = _write_shard(recipe, directory / file, split, items, pool, progress)
+                finished[file] = _write_shard(recipe, directory / file, split, items, progress)
 
     shards = [finished[file] for file in plan]
     manifest = {
@@ -193,20 +285,10 @@ def _write_shard(
     path: Path,
     split: str,
     items: Sequence[Item],
-    pool: ThreadPoolExecutor,
     progress: Progress,
 ) -> dict[str, Any]:
     """Make one shard; returns what is known of it. Leaves nothing behind when it fails."""
     from array_record.python.array_record_module import ArrayRecordWriter
-
-    def load(item: Item) -> tuple[dict[str, np.ndarray], str | None] | UnreadableError:
-        try:
-            return recipe.load(item.name)
-        except UnreadableError as error:
-            return error
-        except Exception as error:
-            error.add_note(f"while preparing {item.name}")
-            raise
 
     shard: dict[str, Any] = {"file": path.name, "split": split, "names": [], "labels": []}
     shard |= {"refused": [], "remarks": []}
@@ -216,7 +298,7 @@ def _write_shard(
         with _writing(path.parent):
             writer = ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
         try:
-            for item, outcome in zip(items, pool.map(load, items), strict=True):
+            for item, outcome in zip(items, recipe.make([item.name for item in items]), strict=True):
                 if isinstance(outcome, UnreadableError):
                     shard["refused"].append([item.name, str(outcome)])
                 else:
@@ -269,7 +351,8 @@ def _writing(directory: Path) -> Iterator[None]:
     except (OSError, RuntimeError) as error:
         raise OSError(
             f"cannot write the data cache in {directory}: {error}. Make room or allow writing there, or choose "
-            "another place with --data.cache-dir (or ULX_CACHE_DIR). Finished shards are kept and used next time."
+            "another place (--out of a preparation, else --data.cache-dir or ULX_CACHE_DIR). Finished shards are kept "
+            "and used next time."
         ) from error
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from ulx.data.cache import Recipe, prepare
+from ulx.data.cache import Recipe, each, prepare
 from ulx.data.extras import optional
 from ulx.data.source import Dataset
 from ulx.data.split import HELD_OUT, Item, held_out, subset
@@ -216,7 +216,7 @@ def _open(
             "limit": limit,
         },
         items=lambda: _items(limit),
-        load=load,
+        make=each(load),
         example_bytes=channels * resolution**2,
         attribution=ATTRIBUTION,
     )

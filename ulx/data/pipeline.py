@@ -3,7 +3,8 @@
 Training draws one endless stream: every epoch is all the examples in an order of its own, and the next epoch follows
 where the last one ends, inside a batch if need be. Batch `k` is a fixed piece of that stream, whatever the number of
 workers or processes: process `i` of `n` gets the `i`-th of `n` equal pieces of it. So the state of the iterator is the
-number of batches it has given, and a run resumes on another machine with the very batches it would have seen.
+number of batches it has given, and a run resumes on another machine with the very batches it would have seen. What is
+drawn of an example (a piece of a video, its mirror image) belongs to its place in that stream too.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from ulx.data.source import Dataset, Example, Source, Split
+from ulx.data.source import Dataset, Drawn, Example, Source, Split, drawn
 
 __all__ = ["OrderedBatches", "TrainBatches", "ordered_batches", "train_batches", "validation_batches"]
 
@@ -76,10 +77,12 @@ class TrainBatches(grain.DatasetIterator):
         self.iterator: grain.DatasetIterator | None = None
         self.settings, self.workers = settings, workers
         # Grain shuffles epoch e by seed + e: spread the seeds, or seed 0's second epoch would be seed 1's first.
-        shuffle_seed, flip_seed = np.random.SeedSequence(settings["seed"]).generate_state(2)
-        stream = grain.MapDataset.source(source).shuffle(int(shuffle_seed)).repeat()
-        if settings["flip"]:
-            stream = stream.random_map(mirror_half, seed=int(flip_seed))
+        shuffle_seed, draw_seed = np.random.SeedSequence(settings["seed"]).generate_state(2)
+        stream = grain.MapDataset.range(len(source)).shuffle(int(shuffle_seed)).repeat()
+        if settings["flip"] or isinstance(source, Drawn):
+            stream = stream.random_map(_Draw(source, settings["flip"]), seed=int(draw_seed))
+        else:
+            stream = stream.map(source.__getitem__)
         # Without a remainder to count, since the stream's length is Python's largest integer.
         self.batches = stream.batch(shard.size, drop_remainder=True)[shard.index :: shard.count]
         self.given = 0
@@ -129,11 +132,17 @@ class TrainBatches(grain.DatasetIterator):
             self.iterator = None
 
 
-def mirror_half(example: Example, rng: np.random.Generator) -> Example:
-    """Mirror the image left to right, or not. At module level: loader workers import it by name."""
-    if rng.random() < 0.5:
-        return example
-    return example | {"image": example["image"][..., ::-1, :]}
+class _Draw(NamedTuple):
+    """An example as it is in this epoch. At module level: loader workers import it by name."""
+
+    source: Source
+    flip: bool
+
+    def __call__(self, index: int, rng: np.random.Generator) -> Example:
+        example = drawn(self.source, index, rng)
+        if not self.flip or rng.random() < 0.5:
+            return example
+        return example | {"image": example["image"][..., ::-1, :]}
 
 
 def validation_batches(

@@ -4,8 +4,9 @@ An example is a dict of arrays: `image`, uint8 `h w 3`, or `t h w 3` of a clip, 
 an example with other fields, and nothing here or in the pipeline needs to know.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -13,7 +14,20 @@ from jaxtyping import Int32
 
 from ulx.data import record
 
-__all__ = ["Dataset", "InMemory", "Records", "Source", "Split", "check_resolution"]
+__all__ = [
+    "Chosen",
+    "Dataset",
+    "Drawn",
+    "Example",
+    "InMemory",
+    "OneClass",
+    "Records",
+    "Source",
+    "Split",
+    "check_resolution",
+    "drawn",
+    "one_class",
+]
 
 RESOLUTIONS = range(8, 1025)
 
@@ -35,6 +49,60 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
+
+
+@runtime_checkable
+class Drawn(Source, Protocol):
+    """One whose examples are drawn when training: pieces of longer videos, say, of which `source[index]` is one."""
+
+    def draw(self, index: int, rng: np.random.Generator, /) -> Example: ...
+
+
+class Chosen:
+    """Some of a source's examples: those of the given numbers."""
+
+    def __init__(self, source: Source, indices: Sequence[int]):
+        self.source, self.indices = source, tuple(indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.source[self.indices[index]]
+
+    def draw(self, index: int, rng: np.random.Generator) -> Example:
+        return drawn(self.source, self.indices[index], rng)
+
+
+class OneClass:
+    """A source without its labels: all are 0."""
+
+    def __init__(self, source: Source):
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.source[index] | {"label": np.zeros((), np.int32)}
+
+    def draw(self, index: int, rng: np.random.Generator) -> Example:
+        return drawn(self.source, index, rng) | {"label": np.zeros((), np.int32)}
+
+
+def one_class(dataset: "Dataset") -> "Dataset":
+    """Without its classes: there is one, "all"."""
+
+    def without(split: "Split") -> "Split":
+        return Split(OneClass(split.source), split.names, np.zeros_like(split.labels))
+
+    fingerprint = hashlib.sha256(f"one class of {dataset.fingerprint}".encode()).hexdigest()
+    parts = {"train": without(dataset.train), "validation": without(dataset.validation)}
+    return replace(dataset, class_names=("all",), fingerprint=fingerprint, **parts)
+
+
+def drawn(source: Source, index: int, rng: np.random.Generator) -> Example:
+    return source.draw(index, rng) if isinstance(source, Drawn) else source[index]
 
 
 class InMemory:
@@ -119,6 +187,11 @@ class Dataset:
     validation: Split
     fingerprint: str
     attribution: str = ""
+
+    def mapped(self, change: Callable[[Source], Source]) -> "Dataset":
+        """With both sources changed: to decode what they hold, say."""
+        train, validation = (replace(split, source=change(split.source)) for split in (self.train, self.validation))
+        return replace(self, train=train, validation=validation)
 
     def class_counts(self) -> dict[str, tuple[int, int]]:
         """Examples of each class in (train, validation)."""

@@ -4,10 +4,11 @@ A name's fate does not depend on the other names, so adding files never moves an
 """
 
 import hashlib
-from collections.abc import Sequence
-from typing import NamedTuple
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
-__all__ = ["HELD_OUT", "Item", "check_limit", "held_out", "subset", "unit_hash"]
+__all__ = ["HELD_OUT", "Item", "check_limit", "digest_of", "held_out", "subset", "unit_hash"]
 
 HELD_OUT = 0.1  # share of the names that goes to validation
 
@@ -22,6 +23,14 @@ class Item(NamedTuple):
 def unit_hash(text: str) -> float:
     """`text` as a uniform number in [0, 1), by sha256 (Python's own `hash` changes with every process)."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def digest_of(rows: Iterable[Any]) -> str:
+    """Hash of rows of names and numbers."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row).encode())
+    return digest.hexdigest()
 
 
 def held_out(name: str) -> bool:

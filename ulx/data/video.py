@@ -26,9 +26,20 @@ from jaxtyping import UInt8
 
 from ulx.data.cache import UnreadableError
 from ulx.data.extras import optional
-from ulx.data.folder import center_crop, find_files, image_size, reason_of, upright_rgb
+from ulx.data.image import center_crop, find_files, image_size, reason_of, upright_rgb
 
-__all__ = ["SUFFIXES", "Clip", "ShortError", "decoders", "find_videos", "frames", "read_clip", "video_size"]
+__all__ = [
+    "SUFFIXES",
+    "Clip",
+    "ShortError",
+    "decoders",
+    "exact_rgb",
+    "find_videos",
+    "frames",
+    "frames_of_size",
+    "read_clip",
+    "video_size",
+]
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg")
 ANIMATIONS = (".gif", ".webp")
@@ -77,8 +88,23 @@ def frames(path: Path) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
             yield np.asarray(picture())
 
 
+def frames_of_size(path: Path, resolution: int, enlarged: list[bool]) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+    """Yields all frames prepared as images are (`ulx.data.image.read_image`): on white, centre-cropped to
+    `resolution`. Adds to `enlarged`, before the first, whether they had to be. Raises `UnreadableError` with the
+    reason."""
+    pictures = _pictures(path)
+    with _with_reason(path):
+        for picture in pictures:
+            image = picture()
+            if not enlarged:
+                enlarged.append(min(image.size) < resolution)
+            yield center_crop(image, resolution)
+        if not enlarged:
+            raise UnreadableError("holds no frame")
+
+
 def read_clip(path: Path, clip: Clip, resolution: int) -> tuple[UInt8[np.ndarray, "t h w 3"], bool]:
-    """The clip's frames, prepared as images are (`ulx.data.folder.read_image`): on white, centre-cropped to
+    """The clip's frames, prepared as images are (`ulx.data.image.read_image`): on white, centre-cropped to
     `resolution`; and whether they had to be enlarged for that.
 
     Nothing is decoded after the last of them. Raises `ShortError`, and `UnreadableError` with the reason for files that
@@ -175,14 +201,18 @@ def _stream(container: Any) -> Any:
 
 
 def _picture(frame: Any, av: Any) -> Any:
-    flags = av.video.reformatter.Interpolation
-    exact = flags.BILINEAR | flags.ACCURATE_RND | flags.BITEXACT | flags.FULL_CHR_H_INT
     has_alpha = any(component.is_alpha for component in frame.format.components)
-    pixels = frame.to_ndarray(format="rgba" if has_alpha else "rgb24", interpolation=exact)
+    pixels = frame.to_ndarray(format="rgba" if has_alpha else "rgb24", interpolation=exact_rgb(av))
     matrix = frame.side_data.get(av.sidedata.sidedata.Type.DISPLAYMATRIX)
     if matrix is not None:
         pixels = np.ascontiguousarray(_turned(pixels, np.frombuffer(bytes(matrix), np.int32)))
     return upright_rgb(optional("PIL.Image").fromarray(pixels))
+
+
+def exact_rgb(av: Any) -> Any:
+    """libswscale's flags for conversions between YUV and RGB that round exactly."""
+    flags = av.video.reformatter.Interpolation
+    return flags.BILINEAR | flags.ACCURATE_RND | flags.BITEXACT | flags.FULL_CHR_H_INT
 
 
 def _turned(pixels: UInt8[np.ndarray, "h w c"], matrix: np.ndarray) -> UInt8[np.ndarray, "_h _w c"]:

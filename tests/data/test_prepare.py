@@ -1,0 +1,354 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from trees import CLASSES, LABELS, imagenet_files, package_videos, write_folders, write_kinetics, write_tar_files
+
+from ulx.data import DataConfig, cache, open_dataset
+from ulx.data.image import center_crop, read_image
+from ulx.data.pipeline import train_batches
+from ulx.data.prepare import ImageNet, Kinetics, main, prepare
+from ulx.data.prepared import open_prepared
+from ulx.data.video import Clip, frames
+
+SMALL_SHARDS = 2**16  # bytes: as many shards of these small examples as a real preparation has of large ones
+
+
+@pytest.fixture(autouse=True)
+def _several_shards(monkeypatch):
+    monkeypatch.setattr(cache, "SHARD_BYTES", SMALL_SHARDS)
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory):
+    """220 images in folders and in tar files, and the damaged ones."""
+    root = tmp_path_factory.mktemp("imagenet")
+    files, broken = imagenet_files(220)
+    write_folders(root / "folders", files)
+    write_tar_files(root / "tar", files)
+    return root, files, broken
+
+
+@pytest.fixture(scope="module")
+def kinetics(tmp_path_factory):
+    root = tmp_path_factory.mktemp("kinetics")
+    annotations, broken = write_kinetics(root, 220)
+    return Kinetics(str(root / "videos"), (str(annotations),), out="", resolution=32), broken
+
+
+@pytest.fixture(scope="module")
+def prepared_imagenet(imagenet, tmp_path_factory):
+    root, _, _ = imagenet
+    options = ImageNet(str(root / "folders"), str(tmp_path_factory.mktemp("out")), resolution=64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "SHARD_BYTES", SMALL_SHARDS)
+        return options, prepare(options)
+
+
+@pytest.fixture(scope="module")
+def prepared_kinetics(kinetics, tmp_path_factory):
+    options = replace(kinetics[0], out=str(tmp_path_factory.mktemp("out")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "SHARD_BYTES", SMALL_SHARDS)
+        return options, prepare(options)
+
+
+def contents(folder):
+    """The shards; the manifest and the notes beside them hold the sizes and hashes of these."""
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.suffix == ".arrayrecord"}
+
+
+def test_every_image_is_there_by_its_name_or_named_with_the_reason(imagenet, prepared_imagenet):
+    root, files, broken = imagenet
+    options, prepared = prepared_imagenet
+    assert len(files) >= 200
+    assert len(broken) >= 0.05 * len(files)
+    refused = dict(prepared.refused)
+    assert refused.keys() == broken.keys()
+    assert all(reason in refused[name] for name, reason in broken.items())
+    dataset = open_prepared(options.out, 64)
+    assert dataset.class_names == CLASSES
+    assert {*dataset.train.names, *dataset.validation.names} == files.keys() - broken.keys()
+    for split, start in [(dataset.train, "train/"), (dataset.validation, "val/")]:
+        for name, example in zip(split.names, split, strict=True):
+            assert name.startswith(start)
+            assert CLASSES[example["label"]] == name.split("/")[1]
+            np.testing.assert_array_equal(example["image"], read_image(root / "folders" / name, 64)[0])
+
+
+def test_odd_images_are_upright_and_of_the_right_colour(imagenet, prepared_imagenet):
+    """By Pillow's own reading of the same bytes: CMYK, 16 bits, EXIF."""
+    _, files, _ = imagenet
+    dataset = open_prepared(prepared_imagenet[0].out, 64)
+    example = {name.split("_")[-1]: (name, i) for i, name in enumerate(dataset.train.names)}
+    for index in ("11.JPEG", "12.JPEG", "13.JPEG"):
+        name, place = example[index]
+        image = Image.open(BytesIO(files[name]))
+        if index == "13.JPEG":
+            image = image.transpose(Image.Transpose.ROTATE_270)  # EXIF 6: turn by 90° clockwise
+        elif index == "12.JPEG":
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        np.testing.assert_array_equal(dataset.train[place]["image"], center_crop(image.convert("RGB"), 64))
+
+
+def test_tar_files_and_folders_are_the_same_shards(imagenet, prepared_imagenet, tmp_path):
+    root, _, _ = imagenet
+    prepare(ImageNet(str(root / "tar"), str(tmp_path), resolution=64, workers=1))
+    assert contents(tmp_path) == contents(prepared_imagenet[0].out)
+
+
+def test_a_killed_preparation_goes_on_to_the_same_shards(
+    imagenet, kinetics, prepared_imagenet, prepared_kinetics, tmp_path
+):
+    for name, (options, _) in {"imagenet": prepared_imagenet, "kinetics600": prepared_kinetics}.items():
+        whole, out = contents(options.out), tmp_path / name
+        arguments = [name, "--root", options.root, "--out", str(out), "--resolution", str(options.resolution)]
+        if name == "kinetics600":
+            arguments += ["--annotations", *options.annotations]
+        # Slowed down, to be killed half-way for certain.
+        program = f"""
+import time
+from ulx.data import cache
+from ulx.data.prepare import main
+cache.SHARD_BYTES = {SMALL_SHARDS}
+write = cache._write_shard
+def slow(*args):
+    time.sleep(0.3)
+    return write(*args)
+cache._write_shard = slow
+main({[*arguments, "--workers", "1"]!r})
+"""
+        process = subprocess.Popen(
+            [sys.executable, "-c", program], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        while len(list(out.glob("*.json"))) < 1 + len(whole) // 2:
+            assert process.poll() is None, "ended before it was killed"
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert 0 < len(contents(out)) < len(whole)
+        with pytest.raises(FileNotFoundError, match="is not finished"):
+            open_prepared(out, options.resolution)
+        finished = contents(out)
+        times = {file: (out / file).stat().st_mtime_ns for file in finished}
+        main([*arguments, "--workers", "2"])
+        assert contents(out) == whole
+        assert {file: (out / file).stat().st_mtime_ns for file in finished} == times  # none was made twice
+
+
+def test_every_clip_is_there_or_named_with_the_reason(kinetics, prepared_kinetics):
+    options, broken = kinetics
+    _, prepared = prepared_kinetics
+    assert len(list(Path(options.root).rglob("*_*.*"))) >= 200
+    assert len(broken) >= 0.05 * 200
+    refused = dict(prepared.refused)
+    assert refused.keys() == broken.keys()
+    assert all(reason in refused[name] for name, reason in broken.items())
+    assert {reason.split()[0] for reason in broken.values()} == {"is", "has", "Invalid"}
+    dataset = prepared.dataset
+    assert dataset.class_names == LABELS
+    rows = [row.split(",") for row in Path(options.annotations[0]).read_text().splitlines()[1:]]
+    expected = {"train": {}, "validate": {}, "test": {}}
+    for label, youtube_id, start, end, split in rows:
+        name = f"{youtube_id}_{int(start):06d}_{int(end):06d}"
+        if name not in broken:
+            expected[split][name] = LABELS.index(label)
+    assert len(expected["test"]) >= 3  # and not used
+    for split, found in [("train", dataset.train), ("validate", dataset.validation)]:
+        assert dict(zip(found.names, found.labels.tolist(), strict=True)) == expected[split]
+
+
+def test_a_clip_holds_its_frames_and_any_of_them_are_drawn(prepared_kinetics):
+    """The package's own files, portrait, odd and of a variable frame rate, against the frames that PyAV gives."""
+    options, _ = prepared_kinetics
+    clip = Clip(16)
+    dataset = open_prepared(options.out, 32, clip=clip)
+    files = {path.stem.split("_abcDE")[0]: path for path in Path(options.root).rglob("*.*")}
+    for index in (3, 4, 5, 8, 10, 11, 14, 16):
+        key = f"-{index:04d}"
+        place = next(i for i, name in enumerate(dataset.train.names) if name.startswith(key))
+        original = [center_crop(Image.fromarray(frame), 32).astype(float) for frame in frames(files[key])]
+        assert len(original) >= 20
+        first, last = dataset.train[place]["image"], _last(dataset.train.source, place, len(original))
+        for found, wanted in [(first, original[:16]), (last, original[-16:])]:
+            error = np.mean((found - np.stack(wanted)) ** 2)
+            assert 10 * np.log10(255**2 / error) > 34  # 34 to 45 dB: pixels this small are all detail
+
+
+def _last(source, place, count):
+    """The clip that begins as late as it can."""
+
+    class Rng(np.random.Generator):
+        def integers(self, places):
+            assert places == count - 15
+            return places - 1
+
+    return source.draw(place, Rng(np.random.PCG64()))["image"]
+
+
+def test_what_is_said_of_it(prepared_kinetics, kinetics, capsys):
+    options, prepared = prepared_kinetics
+    prepare(options)
+    said = capsys.readouterr().out
+    count = len(prepared.dataset.train)
+    assert f"{count} training and {len(prepared.dataset.validation)} held-out clips of 3 classes at 32 pixels" in said
+    assert f"{len(kinetics[1])} left out" in said
+    assert "is not there" in said
+    manifest = json.loads((Path(options.out) / "manifest.json").read_text())
+    assert manifest["counts"]["train"] == count
+    reasons = Counter(name for shard in manifest["shards"] for name, _ in shard["refused"])
+    assert set(reasons) == kinetics[1].keys()
+    assert set(reasons.values()) == {1}
+
+
+def test_training_reads_it_and_resumes_in_the_middle_of_an_epoch(prepared_kinetics):
+    options, _ = prepared_kinetics
+    config = DataConfig("prepared", options.out, resolution=32, clips=True, frames=8, stride=2)
+    dataset = open_dataset(config)
+    settings = {"batch_size": 8, "seed": 3, "flip": True}
+    there = train_batches(dataset, **settings)
+    seen = [next(there) for _ in range(2 * len(dataset.train) // 8)]
+    assert seen[0]["image"].shape == (8, 8, 32, 32, 3)
+    again = train_batches(dataset, **settings)
+    again.set_state({**there.get_state(), "batches": 5})
+    for batch in seen[5:9]:
+        np.testing.assert_array_equal(next(again)["image"], batch["image"])
+    # Twice the same video, in two epochs, is two clips: 20 frames leave 6 places, and there are two ways round.
+    first = next(iter(train_batches(dataset, batch_size=len(dataset.train), seed=3)))
+    second_epoch = train_batches(dataset, batch_size=len(dataset.train), seed=3)
+    next(second_epoch)
+    second = next(second_epoch)
+    prints = [Counter(clip.tobytes() for clip in batch["image"]) for batch in (first, second)]
+    assert sum((prints[0] & prints[1]).values()) < 0.4 * len(dataset.train)
+
+
+def test_pieces_of_batches_belong_to_their_process_and_workers_change_nothing(prepared_kinetics):
+    options, _ = prepared_kinetics
+    dataset = open_dataset(DataConfig("prepared", options.out, resolution=32, clips=True))
+    whole = next(train_batches(dataset, batch_size=8, seed=0))
+    parts = [next(train_batches(dataset, batch_size=8, seed=0, shard_index=i, shard_count=2)) for i in (0, 1)]
+    np.testing.assert_array_equal(np.concatenate([part["image"] for part in parts]), whole["image"])
+    worked = train_batches(dataset, batch_size=8, seed=0, workers=1)
+    np.testing.assert_array_equal(next(worked)["image"], whole["image"])
+    worked.close()
+
+
+def test_some_of_it_and_without_labels(prepared_imagenet):
+    options, _ = prepared_imagenet
+    config = DataConfig("prepared", options.out, resolution=64)
+    whole = open_dataset(config)
+    some = open_dataset(replace(config, limit=20, labels=False))
+    assert len(some.train) + len(some.validation) == 20
+    assert set(some.train.names) < set(whole.train.names)
+    assert some.class_names == ("all",)
+    assert some.fingerprint != whole.fingerprint
+    place = whole.train.names.index(some.train.names[3])
+    np.testing.assert_array_equal(some.train[3]["image"], whole.train[place]["image"])
+    assert some.train[3]["label"] == 0
+    assert not some.train.labels.any()
+
+
+def test_what_does_not_fit_is_said(prepared_imagenet, prepared_kinetics, tmp_path):
+    images, clips = prepared_imagenet[0].out, prepared_kinetics[0].out
+    with pytest.raises(ValueError, match=r"was prepared at 64 pixels, and --data\.resolution is 32"):
+        open_prepared(images, 32)
+    with pytest.raises(ValueError, match="holds images, and clips are wanted"):
+        open_prepared(images, 64, clip=Clip())
+    with pytest.raises(ValueError, match="holds clips, and images are wanted"):
+        open_prepared(clips, 32)
+    with pytest.raises(
+        ValueError, match=r"have at least 16 frames, and 16 with a stride of 2 need 31: .*--at-least 31"
+    ):
+        open_prepared(clips, 32, clip=Clip(16, 2))
+    with pytest.raises(FileNotFoundError, match=r"no manifest\.json"):
+        open_prepared(tmp_path, 32)
+
+
+def test_other_options_into_the_same_folder_are_refused(prepared_imagenet):
+    options, _ = prepared_imagenet
+    with pytest.raises(ValueError, match=r"holds another preparation \(codec 'webp' -> 'jpeg'\)"):
+        prepare(replace(options, codec="jpeg"))
+
+
+def test_a_changed_file_is_another_preparation(kinetics, prepared_kinetics):
+    options, _ = prepared_kinetics
+    with pytest.raises(ValueError, match="holds another preparation"):
+        prepare(replace(options, at_least=10))
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["label,youtube_id,time_start,split"], "has no column time_end"),
+        (["label,youtube_id,time_start,time_end,split", "a,b,1,x,train"], r"line 2 is no row of annotations .*x"),
+        (["label,youtube_id,time_start,time_end,split", ",b,1,2,train"], "line 2 has no label"),
+        (["label,youtube_id,time_start,time_end,split", "a,b,1,2,holdout"], r"line 2 has the split 'holdout'"),
+        (["label,youtube_id,time_start,time_end,split", "a,b,1,2"], "line 2 is no row of annotations"),
+        (["label,youtube_id,time_start,time_end,split", "a,b,1,2,val"], "have no train clips"),
+        (
+            ["label,youtube_id,time_start,time_end,split", "a,b,1,2,train", "a,c,1,2,val"],
+            "not one of the 1 train clips",
+        ),
+    ],
+)
+def test_annotations_that_are_none(tmp_path, lines, message):
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=message):
+        prepare(Kinetics(str(tmp_path), (str(tmp_path / "a.csv"),), str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_held_out_rows_videos_are_held_out_and_clips_of_one_stay_together(tmp_path):
+    video = package_videos()["carphone_pristine"].read_bytes()
+    lines = ["label,youtube_id,time_start,time_end,split"]
+    for index in range(40):
+        for start in (0, 20):
+            (tmp_path / f"id{index}_{start:06d}_{start + 10:06d}.mp4").write_bytes(video if index < 20 else b"")
+            lines.append(f"a,id{index},{start},{start + 10},train")
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    options = Kinetics(str(tmp_path), (str(tmp_path / "a.csv"),), str(tmp_path / "out"), resolution=16)
+    dataset = prepare(options).dataset
+    ids = [{name.split("_")[0] for name in split.names} for split in (dataset.train, dataset.validation)]
+    assert not ids[0] & ids[1]
+    assert len(ids[1]) >= 1
+    assert len(dataset.train) + len(dataset.validation) == 40
+
+
+def test_a_folder_that_is_no_imagenet(tmp_path, imagenet):
+    with pytest.raises(FileNotFoundError, match="no folder of images"):
+        prepare(ImageNet(str(tmp_path / "nowhere"), str(tmp_path / "out")))
+    (tmp_path / "cats").mkdir()
+    for name in ("cats/a.png", "cats/b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    with pytest.raises(ValueError, match=r"is no ImageNet: it has neither train/ and val/"):
+        prepare(ImageNet(str(tmp_path), str(tmp_path / "out")))
+    root, _, _ = imagenet
+    train = (root / "tar" / "ILSVRC2012_img_train.tar").read_bytes()
+    (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(train)
+    with pytest.raises(FileNotFoundError, match=r"no ILSVRC2012_img_val\.tar"):
+        prepare(ImageNet(str(tmp_path), str(tmp_path / "out")))
+    for name in ("ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"):
+        (tmp_path / name).write_bytes((root / "tar" / name).read_bytes())
+    (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(train[: len(train) // 2])
+    with pytest.raises(ValueError, match=r"ILSVRC2012_img_train.tar.* damaged"):
+        prepare(ImageNet(str(tmp_path), str(tmp_path / "out")))
+    (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(train)
+    (tmp_path / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(b"no kit")
+    with pytest.raises(ValueError, match="cannot be read as ImageNet's development kit"):
+        prepare(ImageNet(str(tmp_path), str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_workers_must_be_some(imagenet, tmp_path):
+    with pytest.raises(ValueError, match="workers must be at least 1"):
+        prepare(ImageNet(str(imagenet[0] / "folders"), str(tmp_path), workers=0))
