@@ -42,8 +42,10 @@ def test_convolution(rank):
     x = jnp.ones((3, *(size,) * rank, 6))
     counted = forward_flops(lambda x: conv(x), x)
     assert counted == 3 * size**rank * 2 * 3**rank * 6 * 10
-    # Of 3n taps along an axis, 2 fall on the padding; and XLA counts the bias.
-    on_the_grid, bias = counted * (3 * size - 2) ** rank // (3 * size) ** rank, 3 * size**rank * 10
+    # Of 3n taps along an axis, 2 fall on XLA's padding (on a CPU the frames are padded by ourselves); and XLA counts
+    # the bias.
+    axes = min(rank, 2)
+    on_the_grid, bias = counted * (3 * size - 2) ** axes // (3 * size) ** axes, 3 * size**rank * 10
     assert xla_flops(lambda conv, x: conv(x), conv, x) == on_the_grid + bias
 
 

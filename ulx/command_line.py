@@ -52,19 +52,51 @@ def parse(
         )
 
 
-def experiment(presets: Mapping[str, "Config"], description: str) -> None:
+def experiment(
+    presets: Mapping[str, "Config"], description: str, *, of: str | None = None, on_files: str | None = None
+) -> None:
     """The main of an experiment: the job by a configuration from the command line, of the first preset by default.
 
-    The job is imported after the command line is read, so that --help is quick.
+    With --data.path the default is the preset `on_files`, and the source what was prepared there; without, one of a
+    data set `of` files says that it has them not. With --dry-run nothing is trained. The job is imported after the
+    command line is read, so that --help is quick.
     """
     from ulx.config import Config
     from ulx.variants import VARIANTS
 
+    args = sys.argv[1:]
+    dry = "--dry-run" in args
+    args = [arg for arg in args if arg != "--dry-run"]
+    default = next(iter(presets))
+    if on_files is not None and _option(args, "--data.path") is not None:
+        default = on_files
+        if _option(args, "--data.source") is None:
+            args += ["--data.source", "prepared"]
     changes = {name: variant.change for name, variant in VARIANTS.items()}
-    config = parse(Config, presets, default=next(iter(presets)), variants=changes, description=description)
-    from ulx import job
+    config = parse(Config, presets, default=default, variants=changes, description=description, args=args)
+    if of is not None and config.data.path is None:
+        print(
+            f"No --data.path: this is not {of} but the embedded {config.data.source}, {config.data.resolution} pixels."
+        )
 
-    run_command(lambda: job.run(config))
+    def work() -> None:
+        if dry:
+            from ulx.dry_run import describe
+
+            print(describe(config))
+        else:
+            from ulx import job
+
+            job.run(config)
+
+    run_command(work)
+
+
+def _option(args: Sequence[str], name: str) -> str | None:
+    """What a command line gives to an option, if it has it."""
+    found = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    found.add_argument(name, dest="value")
+    return found.parse_known_args(list(args))[0].value
 
 
 def parse_arguments(kind: type[Settings], description: str, args: Sequence[str] | None = None) -> Settings:

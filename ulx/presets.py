@@ -12,15 +12,21 @@ import dataclasses
 
 from ulx.models import ModelConfig
 from ulx.nn.encoder import EncoderConfig
-from ulx.nn.grid import PerStep
+from ulx.nn.grid import PerAxis, PerStep
 from ulx.nn.transformer import BlockConfig
 from ulx.nn.uvit import UViTConfig
 
 __all__ = ["MODELS", "PAPER", "PaperPreset"]
 
 
-def _plain(width: int, blocks: int, patch: int = 1, **block) -> UViTConfig:
+def _plain(width: int, blocks: int, patch: PerAxis = 1, **block) -> UViTConfig:
     return UViTConfig(patch=patch, channels=(width,), blocks=(blocks,), block=BlockConfig(**block))
+
+
+def _base(width: int, blocks: tuple[int, int] = (6, 16), down: PerStep = 2, dropout: float = 0.1) -> UViTConfig:
+    """The paper's two-level ViT: the inner level is twice as wide on a coarser grid."""
+    block = BlockConfig(dropout=dropout)
+    return UViTConfig(patch=1, channels=(width, 2 * width), blocks=blocks, down=down, block=block)
 
 
 MODELS: dict[str, ModelConfig] = {
@@ -39,25 +45,21 @@ MODELS: dict[str, ModelConfig] = {
         base=_plain(192, 4),
         logsnr_1=-7.0,
     ),
-    # Clips of 16 frames of 32×32: 4×4×4×32 latents, 64 tokens; the decoder has 4×8×8. Convolutions over three axes are
-    # slow on a CPU, so there are few.
+    # Clips of 16 frames of 32×32: 8×8×8×8 latents, as many tokens in the decoder. The paper's 4×8×8 would leave 4×4
+    # positions under sprites of 14 pixels: reconstructions of 18.4 dB after 1000 steps, against 21.6 after 250.
     "video-smoke": ModelConfig(
-        encoder=EncoderConfig(
-            patch=(2, 4, 4), channels=(32, 64), blocks=1, last_blocks=1, latent_channels=32, chroma_gain=4.0
-        ),
-        prior=_plain(64, 2),
-        decoder=_plain(128, 2, patch=4),
-        base=_plain(64, 2),
+        encoder=EncoderConfig(patch=(2, 4, 4), channels=(32,), last_blocks=1, chroma_gain=4.0),
+        prior=_plain(64, 1),
+        decoder=_plain(64, 2, patch=(2, 4, 4)),
+        base=_base(64, (2, 1), dropout=0.0),
         logsnr_1=-7.0,
         given_frames=5,
     ),
     "video-tiny": ModelConfig(
-        encoder=EncoderConfig(
-            patch=(2, 4, 4), channels=(64, 128), blocks=1, last_blocks=1, latent_channels=32, chroma_gain=4.0
-        ),
-        prior=_plain(192, 2),
-        decoder=_plain(192, 6, patch=4),
-        base=_plain(192, 4),
+        encoder=EncoderConfig(patch=(2, 4, 4), channels=(96,), last_blocks=1, chroma_gain=4.0),
+        prior=_plain(128, 2),
+        decoder=_plain(192, 5, patch=(2, 4, 4)),
+        base=_base(128, (2, 4), dropout=0.0),
         logsnr_1=-7.0,
         given_frames=5,
     ),
@@ -86,12 +88,6 @@ class PaperPreset:
 
 
 _DROPOUT = BlockConfig(dropout=0.1)
-
-
-def _base(width: int, blocks: tuple[int, int] = (6, 16), down: PerStep = 2) -> UViTConfig:
-    """The paper's two-level ViT: the inner level is twice as wide on a coarser grid."""
-    return UViTConfig(patch=1, channels=(width, 2 * width), blocks=blocks, down=down, block=_DROPOUT)
-
 
 # 512×512 pixels, 32×32×32 latents; the base sees 32×32 and 16×16 tokens.
 _IMAGES = ModelConfig(

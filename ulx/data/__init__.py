@@ -10,7 +10,7 @@ from ulx.data.split import check_limit
 if TYPE_CHECKING:
     from ulx.data.video import Clip
 
-__all__ = ["DataConfig", "open_dataset"]
+__all__ = ["DataConfig", "num_classes", "open_dataset"]
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,17 @@ def open_dataset(config: DataConfig) -> Dataset:
     from ulx.data.source import one_class
 
     return one_class(dataset)
+
+
+def num_classes(config: DataConfig) -> int:
+    """Of the data set, which is opened only if it lies in files."""
+    if not config.labels or config.source.startswith("moving"):
+        return 1
+    if config.source == "openmoji":
+        from ulx.data.openmoji import CLASS_NAMES
+
+        return len(CLASS_NAMES)
+    return len(open_dataset(config).class_names)
 
 
 def _open(config: DataConfig) -> Dataset:

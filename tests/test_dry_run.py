@@ -1,0 +1,122 @@
+"""The costs that are printed are those of the run that would follow."""
+
+import dataclasses
+import re
+import sys
+
+import equinox as eqx
+import imagenet512
+import kinetics600
+import openmoji
+import pytest
+
+from ulx import dry_run, job, runs
+from ulx.command_line import experiment
+from ulx.cost import num_parameters
+
+
+def stage(text, name):
+    """A line of the second table."""
+    (line,) = (line for line in text.splitlines() if line.startswith(f"{name} ") and "GiB" in line)
+    return line.split()
+
+
+@pytest.fixture(scope="module")
+def smoke():
+    return dry_run.describe(openmoji.PRESETS["smoke"])
+
+
+def test_sizes_are_those_of_the_networks_that_are_trained(smoke):
+    config = openmoji.PRESETS["smoke"]
+    state = runs.stage1_state(config, 10)
+    base = runs.stage2_state(config, state.model, 10)
+    for name, network in {"encoder": state.model.encoder, "decoder": state.model.decoder, "base": base.model}.items():
+        assert re.search(rf"^{name} +{num_parameters(network) / 1e6:.1f} M ", smoke, re.M)
+    flops = job.cost(state.model, base.model, config)
+    for name in ("stage1", "stage2"):
+        steps, batch, count, *_ = stage(smoke, name)[1:]
+        assert (int(steps), int(batch)) == (100, 16)
+        assert float(count) == pytest.approx(flops[f"training_flops_{name}"], rel=0.05)
+    assert "32×32×3 images from openmoji, 10 classes, latents 8×8×8" in smoke
+
+
+def test_weights_are_counted_in_bytes(small_config):
+    """Parameters, two moments and the average in float32, the frozen autoencoder of stage 2, and counters."""
+    state = eqx.filter_eval_shape(lambda: runs.stage1_state(small_config, 3))
+    parameters = num_parameters(eqx.filter(runs.stage1_state(small_config, 3).model, eqx.is_inexact_array))
+    assert 4 * 4 * parameters <= dry_run.num_bytes(state) < 4 * 4 * parameters + 100
+
+
+def test_memory_of_a_step_grows_with_the_batch(small_config):
+    from ulx.stages import autoencoder_loss
+
+    state = eqx.filter_eval_shape(lambda: runs.stage1_state(small_config, 3))
+
+    def memory(size):
+        train = dataclasses.replace(small_config.train, batch_size=size)
+        batch = dry_run.batch_shapes(small_config, state.model, "stage1", train)
+        return dry_run.step_memory(autoencoder_loss(small_config), state, None, batch, train)
+
+    one, two, four = memory(8), memory(16), memory(32)
+    # Affine in the batch: activations grow with it, gradients do not. A fifth for what the compiler packs otherwise.
+    assert four - two == pytest.approx(2 * (two - one), rel=0.2)
+    assert two > one > 4 * num_parameters(runs.stage1_state(small_config, 3).model)
+
+
+def test_speed_is_one_that_a_machine_can_have():
+    assert 1e8 < dry_run.matmul_speed("float32", size=256) < 1e16
+
+
+@pytest.mark.parametrize(("module", "size"), [(imagenet512, 512), (kinetics600, 128)])
+def test_paper_presets_are_described_without_training(module, size):
+    for name in ("small", "medium"):
+        text = dry_run.describe(module.PRESETS[name], compiled=False)
+        assert f"{size}×{size}×3" in text
+        assert "not asked" in text
+        assert stage(text, "stage1")[1] == "400,000"
+    assert module.PRESETS["small"].data.shape[-3:] == (size, size, 3)
+
+
+def run(monkeypatch, *args, **how):
+    """What an experiment makes of a command line; nothing is trained."""
+    found = []
+    monkeypatch.setattr(job, "run", found.append)
+    monkeypatch.setattr(dry_run, "describe", lambda config: found.append(config) or "a table")
+    monkeypatch.setattr(sys, "argv", ["experiment.py", *args])
+    experiment(imagenet512.PRESETS, "", **how)
+    return found[0]
+
+
+def test_without_a_path_it_is_the_embedded_data_and_says_so_first(monkeypatch, capsys):
+    config = run(monkeypatch, of="ImageNet", on_files="small")
+    assert config == imagenet512.PRESETS["tiny"]
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "No --data.path: this is not ImageNet but the embedded openmoji, 32 pixels."
+
+
+def test_with_a_path_it_is_the_papers_preset_on_what_was_prepared(monkeypatch, capsys):
+    config = run(monkeypatch, "--data.path", "shards", of="ImageNet", on_files="small")
+    assert config.preset == "small"
+    assert (config.data.source, config.data.path, config.data.resolution) == ("prepared", "shards", 512)
+    assert config.model == imagenet512.PRESETS["small"].model
+    config = run(monkeypatch, "--data.path=shards", "--preset", "medium", of="ImageNet", on_files="small")
+    assert (config.preset, config.data.source) == ("medium", "prepared")
+    folder = ("--data.path", "photos", "--data.source", "folder", "--preset", "tiny")
+    config = run(monkeypatch, *folder, of="ImageNet", on_files="small")
+    assert (config.preset, config.data.source) == ("tiny", "folder")
+    assert not capsys.readouterr().out
+
+
+def test_a_dry_run_trains_nothing(monkeypatch, capsys):
+    config = run(monkeypatch, "--dry-run", "--preset", "small", of="ImageNet", on_files="small")
+    assert config == imagenet512.PRESETS["small"]
+    assert "a table" in capsys.readouterr().out
+
+
+def test_every_preset_is_one_of_its_name_and_goes_through_json():
+    from ulx.config import from_json, to_json
+
+    for module in (imagenet512, kinetics600):
+        for name, preset in module.PRESETS.items():
+            assert preset.preset == name
+            assert from_json(to_json(preset)) == preset

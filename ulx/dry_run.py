@@ -1,0 +1,134 @@
+"""What a run would cost, without running it: parameters, FLOPs, memory, time.
+
+Weights are shapes alone. The training steps are compiled, for the memory that they would take beside the weights; that
+is the compiler's own account for the device at hand, of one device that holds the whole batch. The time is the FLOPs
+(`ulx.flops`, the paper's convention) over this device's matrix-multiply speed, measured now, at an assumed share of it.
+"""
+
+import math
+import statistics
+import time
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from ulx import job, runs
+from ulx.config import Config, TrainConfig
+from ulx.data import num_classes
+from ulx.progress import duration
+from ulx.stages import autoencoder_loss, base_loss, decoder_loss
+from ulx.training import Loss, make_optimizer, make_step
+
+__all__ = ["SHARE", "batch_shapes", "describe", "matmul_speed", "num_bytes", "step_memory"]
+
+SHARE = 0.4
+"""Of the matrix-multiply speed that training is assumed to reach: assumed, not measured."""
+
+
+def describe(config: Config, *, compiled: bool = True) -> str:
+    """The networks and the stages of a run, as two tables. Compiling takes from seconds to minutes."""
+    classes = num_classes(config.data)
+    state = eqx.filter_eval_shape(lambda: runs.stage1_state(config, classes))
+    model = state.model
+    states, frozen, losses = {"stage1": state}, {"stage1": None}, {"stage1": autoencoder_loss(config)}
+    if "decoder" in config.stages:
+        states["decoder"] = eqx.filter_eval_shape(lambda: runs.decoder_state(config, model))
+        frozen["decoder"], losses["decoder"] = model, decoder_loss(config)
+    base = model.prior
+    if not config.single_stage:
+        states["stage2"] = eqx.filter_eval_shape(lambda: runs.stage2_state(config, model, classes))
+        frozen["stage2"], losses["stage2"] = model, base_loss(config, math.prod(config.data.shape[:-1]))
+        base = states["stage2"].model
+    cost = job.cost(model, base, config)
+    kind = "clips" if config.data.clips else "images"
+    lines = [
+        f"{config.name} ({config.preset}, {config.variant}): {_shape(config.data.shape)} {kind} from "
+        f"{config.data.source}, {classes} class{'es' * (classes != 1)}, latents {_shape(model.latent_shape)}",
+        "",
+        f"{'network':<10}{'parameters':>12}{'forward GFLOPs':>16}",
+    ]
+    for name, parameters in cost["parameters"].items():
+        lines.append(f"{name:<10}{parameters / 1e6:>10.1f} M{cost['forward_flops_per_image'][name] / 1e9:>16,.1f}")
+    speeds = {dtype: matmul_speed(dtype) for dtype in {train.dtype for train in config.train_configs.values()}}
+    lines += ["", f"{'stage':<10}{'steps':>10}{'batch':>7}{'FLOPs':>10}{'weights':>11}{'the step':>11}{'time':>12}"]
+    for stage, train in config.train_configs.items():
+        flops = cost[f"training_flops_{stage}"]
+        held = num_bytes((states[stage], frozen[stage]))
+        batch = batch_shapes(config, model, stage, train)
+        taken = step_memory(losses[stage], states[stage], frozen[stage], batch, train) if compiled else None
+        lines.append(
+            f"{stage:<10}{train.steps:>10,}{train.batch_size:>7}{flops:>10.2g}{_gib(held):>11}"
+            f"{_gib(taken) if taken else 'not asked':>11}{duration(flops / (SHARE * speeds[train.dtype])):>12}"
+        )
+    device = jax.devices()[0].device_kind
+    rates = ", ".join(f"{speed / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, speed in speeds.items())
+    lines += [
+        "",
+        "weights: with Adam's moments, the average and frozen networks. the step: gradients and activations of one",
+        f"device that holds the whole batch, as compiled for {device}. time: at {SHARE:.0%} (assumed) of {rates},",
+        "measured now.",
+    ]
+    return "\n".join(lines)
+
+
+def step_memory(loss: Loss, state: PyTree, frozen: PyTree, batch: PyTree, train: TrainConfig) -> int:
+    """Bytes that a training step takes beside its arguments, by the compiler; all of them may be shapes alone."""
+    step = make_step(loss, make_optimizer(train), train, key=jax.random.key(0)).__wrapped__
+    is_shape = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct) or eqx.is_array(leaf)  # noqa: E731
+    arrays, static = eqx.partition((state, frozen, batch), is_shape)
+
+    def on_arrays(state: PyTree, rest: PyTree):
+        state, frozen, batch = eqx.combine((state, *rest), static)
+        return eqx.filter(step((frozen, batch), state), eqx.is_array)
+
+    lowered = jax.jit(on_arrays, donate_argnums=0).lower(arrays[0], arrays[1:])
+    analysis: Any = lowered.compile().memory_analysis()
+    return analysis.temp_size_in_bytes
+
+
+def matmul_speed(dtype: str, size: int = 2048, rounds: int = 5) -> float:
+    """FLOP/s of size³ matrix products on the default device, the median of some."""
+    a = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.matmul).lower(a, a).compile()
+    jax.block_until_ready(product(a, a))
+
+    def once() -> float:
+        began = time.perf_counter()
+        jax.block_until_ready(product(a, a))
+        return 2 * size**3 / (time.perf_counter() - began)
+
+    return statistics.median(once() for _ in range(rounds))
+
+
+def batch_shapes(config: Config, model: Any, stage: str, train: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    size, shape = train.batch_size, config.data.shape
+    fields = {"label": ((size,), jnp.int32), "image": ((size, *shape), jnp.uint8)}
+    if stage == "stage2" and config.cache_latents:
+        del fields["image"]
+        fields["mean"] = ((size, *model.latent_shape), jnp.float32)
+        if config.model.encoder.variance == "learned":
+            fields["std"] = fields["mean"]
+        if config.model.given_frames:
+            fields["first"] = ((size, config.model.given_frames, *shape[1:]), jnp.uint8)
+    return {name: jax.ShapeDtypeStruct(*field) for name, field in fields.items()}
+
+
+def num_bytes(tree: PyTree) -> int:
+    """Of arrays and of shapes; the leaves that are neither (Python's numbers) take nothing."""
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
+    return sum(
+        leaf.size * jnp.dtype(leaf.dtype).itemsize
+        for leaf in arrays
+        if not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+    )
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.1f} GiB"
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))
