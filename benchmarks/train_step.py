@@ -13,6 +13,7 @@ import json
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def measure(settings: Settings) -> dict:
     from ulx import job, runs, stages
     from ulx.data import open_dataset
     from ulx.data.pipeline import train_batches
+    from ulx.dry_run import matmul_speed
     from ulx.flops import TRAINING
     from ulx.latents import encoded
     from ulx.training import make_optimizer, make_step
@@ -55,7 +57,8 @@ def measure(settings: Settings) -> dict:
         "stage1": TRAINING * (cost["encoder"] + cost["prior"] + cost["decoder"]),
         "stage2": TRAINING * cost["base"],
     }
-    cached = encoded(dataset, model, batch_size=config.evaluate.batch_size, flip=False)
+    folder = tempfile.TemporaryDirectory()
+    cached = encoded(dataset, model, Path(folder.name), batch_size=config.evaluate.batch_size, flip=False)
     results: dict = {"preset": settings.preset, "device": jax.devices()[0].device_kind, "machine": platform.machine()}
     jobs = (
         ("stage1", state, None, stages.autoencoder_loss(config), config.train, dataset),
@@ -70,12 +73,11 @@ def measure(settings: Settings) -> dict:
             make_step(loss, make_optimizer(train), train, key=jax.random.key(0)).lower((frozen, batch), state).compile()
         )
         compiled = time.perf_counter() - began
-        product = _matmul(train.dtype)
         for _ in range(2):
             state, _ = jax.block_until_ready(step((frozen, batch), state))
         seconds, peaks, waits = [], [], []
         for _ in range(settings.repeats):
-            peaks.append(product())
+            peaks.append(matmul_speed(train.dtype, rounds=1))
             began = time.perf_counter()
             batch = next(batches)
             waits.append(time.perf_counter() - began)
@@ -97,23 +99,6 @@ def measure(settings: Settings) -> dict:
             "share_of_matmul": flops[name] * batch_size / median / peak,
         }
     return results
-
-
-def _matmul(dtype: str, size: int = 2048):
-    """Times one size³ matrix product; returns its FLOP/s."""
-    import jax
-    import jax.numpy as jnp
-
-    a = jnp.ones((size, size), dtype)
-    product = jax.jit(jnp.matmul).lower(a, a).compile()
-    jax.block_until_ready(product(a, a))
-
-    def speed() -> float:
-        began = time.perf_counter()
-        jax.block_until_ready(product(a, a))
-        return 2 * size**3 / (time.perf_counter() - began)
-
-    return speed
 
 
 def main() -> None:

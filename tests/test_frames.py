@@ -133,11 +133,13 @@ def test_stage_1_s_decoder_sees_the_given_frames_and_the_rate_does_not(config, m
     assert (abs(float(changed["decoder"]) - float(none["decoder"])) > 1e-4) == (rate == 0)
 
 
-def test_stage_2_on_cached_latents_is_stage_2_on_clips(config, model, base, clips):
+def test_stage_2_on_cached_latents_is_stage_2_on_clips(config, model, base, clips, tmp_path):
     labels = np.zeros(6, np.int32)
     names = tuple("abcdef")
     split = Split(InMemory({"image": clips, "label": labels}), names, labels)
-    cached = encoded(Dataset("clips", 16, ("clips",), split, split, "f"), model, batch_size=4, flip=False, first=2)
+    cached = encoded(
+        Dataset("clips", 16, ("clips",), split, split, "f"), model, tmp_path, batch_size=4, flip=False, first=2
+    )
     kept = [cached.train[i] for i in range(6)]
     assert kept[0]["first"].shape == (2, 16, 16, 3)
     latents = {name: jnp.stack([example[name] for example in kept]) for name in kept[0]}
@@ -277,7 +279,7 @@ def test_commands_on_a_run_of_clips(finished, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": {"source": "openmoji"}}, "model.given_frames=2, but --data.source openmoji has no clips"),
+        ({"data": {"source": "openmoji", "clips": False}}, "model.given_frames=2, but --data.source openmoji has no clips"),
         ({"single_stage": True}, "single_stage generates with the stage-1 prior, which is given no frames"),
         ({"data": {"frames": 2}}, "must leave some of a clip's 2 frames"),
         ({"frames_dropout": 1.5}, "frames_dropout must be in"),

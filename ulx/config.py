@@ -184,7 +184,7 @@ class Config:
     base_bias: float = 0.0
     """b of the base model's sigmoid weighting on latents."""
     cache_latents: bool = True
-    """Encode the training images once before stage 2 and keep their latents in memory; off: encode every batch."""
+    """Encode the training images once before stage 2, into the run's folder; off: encode every batch."""
     frames_dropout: float = 0.5
     """How often decoder and base model are not given the first frames of a clip while training, so that they can do
     without. The latent then holds these frames too, for the encoder does not know."""

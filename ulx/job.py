@@ -93,6 +93,7 @@ def train_base(model: UnifiedLatents, dataset: Dataset, config: Config) -> Denoi
         examples = encoded(
             dataset,
             model,
+            config.path / "latents",
             batch_size=config.evaluate.batch_size,
             flip=config.data.flip,
             first=config.model.given_frames,

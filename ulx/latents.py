@@ -1,11 +1,16 @@
 """The training set as latents: what stage 2 reads, so that no image is encoded twice.
 
 The encoder is frozen and draws nothing, so its posterior is encoded once and all noise is drawn while training; the
-loss is that of encoding each batch anew. The latents are held in memory (float32: `n · h · w · k · 4` bytes).
+loss is that of encoding each batch anew. The latents are kept in shards, as prepared images are (`ulx.data.cache`):
+float32, `n · h · w · k · 4` bytes, and twice as many with mirror images.
 """
 
 import dataclasses
 import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -13,13 +18,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from ulx.data.cache import Made, Recipe, prepare_in
 from ulx.data.pixels import to_float
-from ulx.data.source import Dataset, InMemory, Split
+from ulx.data.source import Dataset
+from ulx.data.split import Item
 from ulx.models import UnifiedLatents
 from ulx.posterior import Posterior
-from ulx.progress import Progress
 
 __all__ = ["encoded", "posterior", "weights_hash"]
+
+MIRRORED = " mirrored"
+"""After an image's name, the name of its mirror image."""
+READERS = 4
+"""Threads that read the images of a batch."""
 
 
 @eqx.filter_jit
@@ -28,35 +39,57 @@ def posterior(model: UnifiedLatents, x: Float[Array, "b *space c"]) -> Posterior
     return model.posterior(x)
 
 
-def encoded(dataset: Dataset, model: UnifiedLatents, *, batch_size: int, flip: bool, first: int = 0) -> Dataset:
+def encoded(
+    dataset: Dataset, model: UnifiedLatents, directory: Path, *, batch_size: int, flip: bool, first: int = 0
+) -> Dataset:
     """`dataset` with the fields `mean`, for an encoder of variance `std`, and `label` in its training examples.
 
     They are the posterior's (float32 `*latent k`). With `flip` every image is there twice, as it is and mirrored: the
-    mirror image of a latent is none. The fingerprint is that of the data and the encoder, so a run is not continued on
-    another encoder's latents. The held-out split stays one of images. The `first` frames of a clip are kept too, in the
-    field `first` (uint8 `f h w c`): what a base model is given.
+    mirror image of a latent is none. The `first` frames of a clip are kept too, in the field `first` (uint8
+    `f h w c`): what a base model is given. The held-out split stays one of images.
+
+    What is in the directory already is not encoded again, and an interrupted encoding goes on from its last shard. The
+    fingerprint is that of the data and the encoder, so a run is not continued on another encoder's latents.
+    Raises `ValueError` for a directory with the latents of another encoder or of other data, `OSError` if it cannot be
+    written.
     """
-    images = dataset.train
-    copies = 2 if flip else 1
-    fields: dict[str, np.ndarray] = {}
-    with Progress("encode", total=copies * len(images), unit="images") as progress:
-        for begin in range(0, len(images), batch_size):
-            # The last batch is filled up by its last image, so that one shape is compiled.
-            rows = np.minimum(np.arange(begin, begin + batch_size), len(images) - 1)
-            batch = np.stack([images[i]["image"] for i in rows.tolist()])
-            end = min(begin + batch_size, len(images))
-            for copy in range(copies):
-                x = batch if copy == 0 else batch[..., ::-1, :]
-                found = vars(posterior(model, jnp.asarray(to_float(x)))) | {"first": x[:, :first] if first else None}
-                for name, value in found.items():
-                    if value is None:
-                        continue
-                    kept = fields.setdefault(name, np.zeros((copies * len(images), *value.shape[1:]), value.dtype))
-                    kept[copy * len(images) + begin : copy * len(images) + end] = np.asarray(value)[: end - begin]
-                progress.advance(end - begin)
-    labels = np.tile(images.labels, copies)
-    train = Split(InMemory(fields | {"label": labels}), images.names * copies, labels)
-    both = f"{dataset.fingerprint} {weights_hash(model.encoder)} {copies}"
+    images, encoder = dataset.train, weights_hash(model.encoder)
+    items = [Item(name, label) for name, label in zip(images.names, images.labels.tolist(), strict=True)]
+    index = {name: i for i, name in enumerate(images.names)}
+    if flip:
+        items += [Item(item.name + MIRRORED, item.label) for item in items]
+        index |= {name + MIRRORED: i for name, i in index.items()}
+
+    def read(name: str) -> np.ndarray:
+        image = images[index[name]]["image"]
+        return image[..., ::-1, :] if flip and name.endswith(MIRRORED) else image
+
+    def make(names: Sequence[str]) -> Iterator[Made]:
+        with ThreadPoolExecutor(READERS) as pool:
+            for begin in range(0, len(names), batch_size):
+                some = names[begin : begin + batch_size]
+                x = np.stack(list(pool.map(read, some)))
+                # The last batch is filled up by its last image, so that one shape is compiled.
+                rows = np.minimum(np.arange(batch_size), len(some) - 1)
+                found = vars(posterior(model, jnp.asarray(to_float(x[rows]))))
+                fields = {name: np.asarray(value) for name, value in found.items() if value is not None}
+                if first:
+                    fields["first"] = x[:, :first]
+                for row in range(len(some)):
+                    yield {name: value[row] for name, value in fields.items()}, None
+
+    recipe = Recipe(
+        name="latents",
+        resolution=dataset.resolution,
+        class_names=dataset.class_names,
+        settings={"data": dataset.fingerprint, "encoder": encoder, "mirrored": flip, "first": first},
+        items=lambda: (items, []),
+        make=make,
+        example_bytes=4 * math.prod(model.latent_shape) + first * math.prod(model.shape[1:]),
+        attribution=dataset.attribution,
+    )
+    train = prepare_in(directory, recipe).dataset.train
+    both = f"{dataset.fingerprint} {encoder} {1 + flip}"
     return dataclasses.replace(dataset, train=train, fingerprint=hashlib.sha256(both.encode()).hexdigest())
 
 

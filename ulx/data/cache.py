@@ -40,6 +40,7 @@ RECIPE = "recipe.json"
 FORMAT = 1  # of the records and the manifest; a change makes every cache anew
 WRITER_OPTIONS = "group_size:1,zstd:3"  # one record a chunk: Grain reads them in random order
 SHARD_BYTES = 64 * 2**20  # of examples, before compression: what an interruption may cost, and what is held in memory
+SHARD_EXAMPLES = range(16, 1025)
 HASHED_BYTES = 2 * 2**30  # caches up to this size are hashed when opened (seconds); larger ones by size alone
 STALE_SECONDS = 3600.0  # a temporary file untouched for so long was left by a process that was killed
 
@@ -271,7 +272,8 @@ def _build(recipe: Recipe, directory: Path, manifest: dict[str, Any] | None) -> 
 
 def _plan(recipe: Recipe) -> dict[str, tuple[str, Sequence[Item]]]:
     """Shard file -> its split and the examples that belong in it."""
-    per_shard = max(16, min(1024, SHARD_BYTES // recipe.example_bytes))
+    fewest, most = SHARD_EXAMPLES.start, SHARD_EXAMPLES.stop - 1
+    per_shard = max(fewest, min(most, SHARD_BYTES // recipe.example_bytes))
     plan = {}
     for split, items in zip(("train", "validation"), recipe.items(), strict=True):
         chunks = [items[i : i + per_shard] for i in range(0, len(items), per_shard)]

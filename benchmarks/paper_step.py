@@ -1,0 +1,102 @@
+"""One real training step of each stage of the paper's presets, at batch 1: finite losses, and the memory it takes.
+
+    python benchmarks/paper_step.py
+    python benchmarks/paper_step.py --experiments imagenet512 --preset medium
+
+On the embedded data at the preset's own size, in the preset's own precision. Each stage is a process of its own, since
+the peak of a process's memory cannot be reset. Leaves benchmarks/results/paper_step.jsonl, a line for each stage.
+"""
+
+import dataclasses
+import datetime
+import importlib
+import json
+import math
+import multiprocessing
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import points
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """One real step of the paper's presets."""
+
+    experiments: tuple[Literal["imagenet512", "kinetics600"], ...] = ("imagenet512", "kinetics600")
+    """Whose presets."""
+    preset: str = "small"
+    stages: tuple[Literal["stage1", "stage2"], ...] = ("stage1", "stage2")
+    results: str = str(points.RESULTS)
+    """Folder of the results."""
+
+
+def step(experiment: str, preset: str, stage: str) -> dict[str, Any]:
+    """Run in a fresh process."""
+    import jax
+    import jax.numpy as jnp
+
+    from ulx import runs, stages
+    from ulx.command_line import use_compilation_cache
+    from ulx.data import open_dataset
+    from ulx.dry_run import num_bytes
+    from ulx.training import make_optimizer, make_step
+
+    use_compilation_cache()
+    config = importlib.import_module(experiment).PRESETS[preset]
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, limit=4))
+    dataset = open_dataset(config.data)
+    state = runs.stage1_state(config)
+    frozen, train, loss = None, config.train, stages.autoencoder_loss(config)
+    if stage == "stage2":
+        frozen = state.model
+        state = runs.stage2_state(config, frozen, len(dataset.class_names))
+        train, loss = config.train_base, stages.base_loss(config, math.prod(config.data.shape[:-1]))
+    batch = {name: value[None] for name, value in dataset.train[0].items()}
+    began = time.perf_counter()
+    compiled = (
+        make_step(loss, make_optimizer(train), train, key=jax.random.key(0)).lower((frozen, batch), state).compile()
+    )
+    seconds = time.perf_counter() - began
+    state, metrics = jax.block_until_ready(compiled((frozen, batch), state))
+    found = {name: float(value) for name, value in metrics.items()}
+    weights = jax.tree.leaves((state.model, state.ema))
+    finite = all(math.isfinite(value) for value in found.values())
+    return {
+        "experiment": experiment,
+        "preset": preset,
+        "stage": stage,
+        "dtype": train.dtype,
+        "metrics": found,
+        "all_finite": finite and all(bool(jnp.isfinite(w).all()) for w in weights if hasattr(w, "dtype")),
+        "weights_gib": num_bytes((state, frozen)) / 2**30,
+        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "compile_seconds": seconds,
+    }
+
+
+def main() -> None:
+    import tyro
+
+    settings = tyro.cli(Settings, description=__doc__)
+    file = Path(settings.results) / "paper_step.jsonl"
+    known = points.read(file)
+    for experiment in settings.experiments:
+        for stage in settings.stages:
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                found = pool.apply(step, (experiment, settings.preset, stage))
+            found |= {"machine": f"{platform.machine()}, CPU", "date": datetime.date.today().isoformat()}
+            same = lambda one, found=found: all(one[k] == found[k] for k in ("experiment", "preset", "stage"))  # noqa: E731
+            known = [*(one for one in known if not same(one)), found]
+            file.write_text("".join(json.dumps(one) + "\n" for one in known))
+            print(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()
