@@ -279,7 +279,10 @@ def test_commands_on_a_run_of_clips(finished, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": {"source": "openmoji", "clips": False}}, "model.given_frames=2, but --data.source openmoji has no clips"),
+        (
+            {"data": {"source": "openmoji", "clips": False}},
+            "model.given_frames=2, but --data.source openmoji has no clips",
+        ),
         ({"single_stage": True}, "single_stage generates with the stage-1 prior, which is given no frames"),
         ({"data": {"frames": 2}}, "must leave some of a clip's 2 frames"),
         ({"frames_dropout": 1.5}, "frames_dropout must be in"),

@@ -3,7 +3,7 @@
 An image is kept as lossless WebP or as JPEG of quality 95 without chroma subsampling; a clip as H.264, also without
 chroma subsampling, all of its frames, so that a training example is cut out of it anew each time. Every twelfth frame
 is coded by itself: to reach any frame, eleven others are decoded at most. What this costs in bytes and in fidelity was
-measured (benchmarks/data_throughput.py): at equal PSNR H.264 takes a fifth of JPEG's bytes.
+measured (benchmarks/data_throughput.py): at equal PSNR H.264 takes less than a quarter of JPEG's bytes.
 
 An encoder's output is the same for the same version of its library, whatever the number of threads around it.
 """

@@ -37,6 +37,7 @@ __all__ = [
     "find_videos",
     "frames",
     "frames_of_size",
+    "pictures",
     "read_clip",
     "video_size",
 ]
@@ -82,9 +83,9 @@ def find_videos(folder: Path) -> list[str]:
 
 def frames(path: Path) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
     """Yields all frames of a video, at its own size. Raises `UnreadableError` with the reason."""
-    pictures = _pictures(path)
+    decoding = pictures(path)  # which may lack its package: no fault of the file
     with _with_reason(path):
-        for picture in pictures:
+        for picture in decoding:
             yield np.asarray(picture())
 
 
@@ -92,9 +93,9 @@ def frames_of_size(path: Path, resolution: int, enlarged: list[bool]) -> Iterato
     """Yields all frames prepared as images are (`ulx.data.image.read_image`): on white, centre-cropped to
     `resolution`. Adds to `enlarged`, before the first, whether they had to be. Raises `UnreadableError` with the
     reason."""
-    pictures = _pictures(path)
+    decoding = pictures(path)  # which may lack its package: no fault of the file
     with _with_reason(path):
-        for picture in pictures:
+        for picture in decoding:
             image = picture()
             if not enlarged:
                 enlarged.append(min(image.size) < resolution)
@@ -111,9 +112,9 @@ def read_clip(path: Path, clip: Clip, resolution: int) -> tuple[UInt8[np.ndarray
     are damaged up to there, hold no video, or whose frames change their size.
     """
     found, smaller, count = [], False, 0
-    decoding = _pictures(path)  # which may lack its package: no fault of the file
-    with _with_reason(path), contextlib.closing(decoding) as pictures:
-        for count, picture in enumerate(pictures, start=1):
+    decoding = pictures(path)  # which may lack its package: no fault of the file
+    with _with_reason(path), contextlib.closing(decoding) as opened:
+        for count, picture in enumerate(opened, start=1):
             if (count - 1) % clip.stride == 0:
                 image = picture()
                 smaller = min(image.size) < resolution
@@ -160,7 +161,7 @@ def _moves(path: Path) -> bool:
         raise ValueError(f"{path} cannot be read ({reason_of(path, error)}): repair or remove it") from error
 
 
-def _pictures(path: Path) -> Generator[Picture, None, None]:
+def pictures(path: Path) -> Generator[Picture, None, None]:
     """One for each frame, in the order of showing; only what is called is converted."""
     if _is_animation(path.name):
         return _of_animation(path, optional("PIL.Image"), optional("PIL.ImageSequence"))
