@@ -17,6 +17,7 @@ import platform
 import resource
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,6 +57,7 @@ def step(experiment: str, preset: str, stage: str) -> dict[str, Any]:
     frozen, train, loss = None, config.train, stages.autoencoder_loss(config)
     if stage == "stage2":
         frozen = state.model
+        del state  # the moments and the average
         state = runs.stage2_state(config, frozen, len(dataset.class_names))
         train, loss = config.train_base, stages.base_loss(config, math.prod(config.data.shape[:-1]))
     batch = {name: value[None] for name, value in dataset.train[0].items()}
@@ -89,8 +91,8 @@ def main() -> None:
     known = points.read(file)
     for experiment in settings.experiments:
         for stage in settings.stages:
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                found = pool.apply(step, (experiment, settings.preset, stage))
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                found = pool.submit(step, experiment, settings.preset, stage).result()
             found |= {"machine": f"{platform.machine()}, CPU", "date": datetime.date.today().isoformat()}
             same = lambda one, found=found: all(one[k] == found[k] for k in ("experiment", "preset", "stage"))  # noqa: E731
             known = [*(one for one in known if not same(one)), found]
