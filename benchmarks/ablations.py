@@ -71,10 +71,10 @@ class Settings(points.Settings):
 def config_of(row: str, seed: int, settings: Settings) -> "Config":
     from ulx.variants import VARIANTS
 
-    preset = points.preset(settings.preset)
+    preset = settings.config()
     config = dataclasses.replace(
         preset,
-        name=f"ablations_{settings.preset}_{row}_s{seed}",
+        name=f"ablations_{settings.label}_{row}_s{seed}",
         # Of a row C it is not the settings that differ, but where its autoencoder comes from.
         variant=f"autoencoder of {settings.other_data}" if row == OTHER_DATA else row,
         runs=settings.runs,
@@ -184,8 +184,9 @@ def measured(settings: Settings, file: Path) -> Iterator[list[Point]]:
 def write(shown: list[Point], settings: Settings, file: Path) -> None:
     first = shown[0].found
     file.with_suffix(".md").write_text(
-        f"Measured by `python benchmarks/ablations.py --preset {settings.preset}`: the `{settings.preset}` preset on "
-        "OpenMoji, EMA weights. Bits are held-out, of the latent under the stage-1 prior and under the base model; "
+        f"Measured by `python benchmarks/ablations.py {settings.options}`: the `{settings.label}` preset on "
+        f"{settings.data}, EMA weights. Bits are held-out, of the latent under the stage-1 prior and under the base "
+        "model; "
         f"{points.distances(first)}. ± is one standard error over images. Machine: {first['machine']}, 2 cores.\n\n"
         f"{tables(shown)}\n"
     )

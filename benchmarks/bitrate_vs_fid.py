@@ -41,13 +41,13 @@ class Settings(points.Settings):
 
 def configs_of(pair: tuple[float, float], seed: int, settings: Settings) -> dict[str, "Config"]:
     """The runs of one autoencoder, by the size of the base model; those after the first copy its stage 1."""
-    preset, (bias, factor) = points.preset(settings.preset), pair
+    preset, (bias, factor) = settings.config(), pair
     base = preset.model.base
     # An eighth of the FLOPs in its products: half of the width, in heads of half the size, and half of the blocks.
     block = dataclasses.replace(base.block, head_size=base.block.head_size // 2)
     halves = [tuple(max(1, number // 2) for number in numbers) for numbers in (base.channels, base.blocks)]
     small = dataclasses.replace(base, channels=halves[0], blocks=halves[1], block=block)
-    name = f"sweep_{settings.preset}_b{bias:g}_c{factor:g}_s{seed}"
+    name = f"sweep_{settings.label}_b{bias:g}_c{factor:g}_s{seed}"
     train_base = points.of_length(preset.train_base, settings.base_steps or preset.train_base.steps // 2)
     large = dataclasses.replace(
         preset,
@@ -207,9 +207,9 @@ def write(shown: list[Point], settings: Settings, file: Path) -> None:
     first = shown[0].autoencoder
     samples = first["fd_efflite0"]["base"]
     file.with_suffix(".md").write_text(
-        f"Measured by `python benchmarks/bitrate_vs_fid.py --preset {settings.preset}`: the "
-        f"`{settings.preset}` preset with {first['base_steps']} steps of the base models, EMA weights, held-out "
-        f"OpenMoji by family; fd is fd_efflite0 of {samples['n']} samples to the {samples['n_reference']} training "
+        f"Measured by `python benchmarks/bitrate_vs_fid.py {settings.options}`: the "
+        f"`{settings.label}` preset with {first['base_steps']} steps of the base models, EMA weights, held-out "
+        f"{settings.data}; fd is fd_efflite0 of {samples['n']} samples to the {samples['n_reference']} training "
         f"images, or of {first['held_out']['n']} reconstructions to their originals (fewer than features: compare "
         "within the table alone), kd the kernel distance to the held-out images. λ* = b + ln(c_lf − 1). ± is one "
         f"standard error over images. Machine: {first['machine']}, 2 cores.\n\n{table(shown)}\n"

@@ -4,11 +4,11 @@
     python benchmarks/compute_vs_fid.py --methods unified pixels --base-steps 2000
     python benchmarks/compute_vs_fid.py --preset smoke           does it work?
 
-The base model is one architecture throughout, on as many tokens: latents of a quarter of the images' side, or patches
-of 4×4 pixels. Each length is a training of its own, warm-up, decay and average cut to it. Compute is counted by the
-paper's convention (`ulx.flops`): of the base model alone, as in Fig. 4, and with the autoencoder's. Every run is one of
-the main job, resumed if interrupted, and not run again once it is in the results file. The distance is `fd_efflite0`,
-not FID. Leaves benchmarks/results/compute_vs_fid.jsonl, a table and a plot.
+The base model is one architecture throughout, on as many tokens: latents, or patches of as many pixels as lie under
+one. Each length is a training of its own, warm-up, decay and average cut to it. Compute is counted by the paper's
+convention (`ulx.flops`): of the base model alone, as in Fig. 4, and with the autoencoder's. Every run is one of the
+main job, resumed if interrupted, and not run again once it is in the results file. The distance is `fd_efflite0`, not
+FID. Leaves benchmarks/results/compute_vs_fid.jsonl, a table and a plot.
 """
 
 import dataclasses
@@ -42,11 +42,13 @@ def configs_of(method: Method, settings: Settings) -> list["Config"]:
     """The runs of one method by length; those after the first copy its stage 1."""
     from ulx.variants import VARIANTS
 
-    preset = points.preset(settings.preset)
+    preset = settings.config()
     config = VARIANTS[method].change(preset)
     base, pixels = preset.model.base, config.model.latent == "pixels"
     if pixels:
-        base = dataclasses.replace(base, patch=4 * base.patch)
+        # As many tokens as the latents have.
+        reduction = preset.model.encoder.reduction(2)[0]
+        base = dataclasses.replace(base, patch=reduction * base.patch)
     config = dataclasses.replace(
         config,
         variant=method,
@@ -58,7 +60,7 @@ def configs_of(method: Method, settings: Settings) -> list["Config"]:
     )
     runs = []
     for steps in sorted(settings.base_steps):
-        name = f"compute_{settings.preset}_{method}_{steps}_s{settings.seed}"
+        name = f"compute_{settings.label}_{method}_{steps}_s{settings.seed}"
         autoencoder = str(runs[0].path) if runs and not pixels else None
         train = points.of_length(config.train_base, steps)
         runs.append(dataclasses.replace(config, name=name, train_base=train, autoencoder=autoencoder))
@@ -131,8 +133,8 @@ def write(found: dict[str, list[dict[str, Any]]], settings: Settings, file: Path
     first = next(iter(found.values()))[0]
     samples = first["fd_efflite0"]["base"]
     file.with_suffix(".md").write_text(
-        f"Measured by `python benchmarks/compute_vs_fid.py --preset {settings.preset}`: the "
-        f"`{settings.preset}` preset on OpenMoji, EMA "
+        f"Measured by `python benchmarks/compute_vs_fid.py {settings.options}`: the "
+        f"`{settings.label}` preset on {settings.data}, EMA "
         f"weights; fd is fd_efflite0 of {samples['n']} samples without guidance to the {samples['n_reference']} "
         "training images (fewer than features: compare within the table alone), kd the kernel distance to the "
         "held-out images; FLOPs of training by the paper's convention. Machine: "

@@ -111,7 +111,7 @@ def measured(settings: Settings, file: Path) -> Iterator[list[dict[str, Any]]]:
     """All of them at once: fewer have no ranking to speak of."""
     of_bases = settings.file("bitrate_vs_fid")
     known = points.read(of_bases)
-    of_sweep = bitrate_vs_fid.Settings(preset=settings.preset, runs=settings.runs)
+    of_sweep = bitrate_vs_fid.Settings(preset=settings.preset, path=settings.path, runs=settings.runs)
     shown = []
     for seed in settings.seeds:
         for pair in settings.pairs:
@@ -120,7 +120,7 @@ def measured(settings: Settings, file: Path) -> Iterator[list[dict[str, Any]]]:
             if None in sweep.values():
                 raise ValueError(
                     f"b {pair[0]:g}, c_lf {pair[1]:g}, seed {seed} is not in {of_bases.name} yet: "
-                    f"python benchmarks/bitrate_vs_fid.py --preset {settings.preset} first"
+                    f"python benchmarks/bitrate_vs_fid.py {settings.options} first"
                 )
             shown.append(proxy_of(configs["large"], file) | {"sweep": sweep})
     if len(shown) < 3:
@@ -130,7 +130,7 @@ def measured(settings: Settings, file: Path) -> Iterator[list[dict[str, Any]]]:
 
 def write(shown: list[dict[str, Any]], settings: Settings, file: Path) -> None:
     file.with_suffix(".md").write_text(
-        f"Measured by `python benchmarks/gfid_proxy.py --preset {settings.preset}`: fd is fd_efflite0 of 512 "
+        f"Measured by `python benchmarks/gfid_proxy.py {settings.options}`: fd is fd_efflite0 of 512 "
         "samples to the training images, of the proxy's base model and of those of bitrate_vs_fid. Machine: "
         f"{shown[0]['machine']}, 2 cores.\n\n{table(shown)}\n"
     )

@@ -55,7 +55,7 @@ class Settings(points.Settings):
 
 def config_of(shape: Shape, seed: int, settings: Settings) -> "Config":
     grid, channels = shape
-    preset = points.preset(settings.preset)
+    preset = settings.config()
     model, encoder = preset.model, preset.model.encoder
     assert isinstance(encoder.patch, int)  # the presets' encoders: patches, and one step
 
@@ -74,7 +74,7 @@ def config_of(shape: Shape, seed: int, settings: Settings) -> "Config":
     )
     return dataclasses.replace(
         preset,
-        name=f"latent_{settings.preset}_{grid}x{grid}x{channels}_s{seed}",
+        name=f"latent_{settings.label}_{grid}x{grid}x{channels}_s{seed}",
         runs=settings.runs,
         seed=seed,
         model=dataclasses.replace(model, encoder=encoder, prior=transformer(model.prior), base=transformer(model.base)),
@@ -164,10 +164,10 @@ def measured(settings: Settings, file: Path) -> Iterator[list[Point]]:
 def write(shown: list[Point], settings: Settings, file: Path) -> None:
     first = shown[0].found
     file.with_suffix(".md").write_text(
-        f"Measured by `python benchmarks/latent_shape.py --preset {settings.preset}`: the `{settings.preset}` preset "
-        "on OpenMoji, EMA weights, with latents of other shapes at comparable compute; held-out bits under the stage-1 "
-        f"prior; {points.distances(first)}; MFLOPs of one forward pass. ± is one standard error over images. Machine: "
-        f"{first['machine']}, 2 cores.\n\n{tables(shown)}\n"
+        f"Measured by `python benchmarks/latent_shape.py {settings.options}`: the `{settings.label}` preset "
+        f"on {settings.data}, EMA weights, with latents of other shapes at comparable compute; held-out bits under the "
+        f"stage-1 prior; {points.distances(first)}; MFLOPs of one forward pass. ± is one standard error over images. "
+        f"Machine: {first['machine']}, 2 cores.\n\n{tables(shown)}\n"
     )
     plot(shown, file.with_suffix(".png"))
 

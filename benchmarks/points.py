@@ -27,7 +27,6 @@ __all__ = [
     "measured",
     "of_length",
     "plus_minus",
-    "preset",
     "read",
     "resumable",
     "same",
@@ -85,6 +84,9 @@ class Settings:
 
     preset: Literal["tiny", "smoke"] = "tiny"
     """What is trained: a preset of experiments/openmoji.py."""
+    path: str | None = None
+    """ImageNet at 512 pixels, made by `python -m ulx.data.prepare imagenet`: then it is the preset `small` of
+    experiments/imagenet512.py."""
     results: str = str(RESULTS)
     """Folder of the results."""
     runs: str = "runs"
@@ -92,7 +94,31 @@ class Settings:
 
     def file(self, name: str) -> Path:
         """The results of a benchmark, one point a line; those of other presets are kept apart."""
-        return Path(self.results) / (f"{name}.jsonl" if self.preset == "tiny" else f"{name}_{self.preset}.jsonl")
+        return Path(self.results) / (f"{name}.jsonl" if self.label == "tiny" else f"{name}_{self.label}.jsonl")
+
+    @property
+    def label(self) -> str:
+        """Of what is trained, in the names of runs and files."""
+        return self.preset if self.path is None else "imagenet512"
+
+    @property
+    def options(self) -> str:
+        """On the command line."""
+        return f"--preset {self.preset}" if self.path is None else f"--path {self.path}"
+
+    @property
+    def data(self) -> str:
+        return "OpenMoji, split by family" if self.path is None else "ImageNet at 512 pixels"
+
+    def config(self) -> "Config":
+        """What is trained, before a benchmark changes it."""
+        if self.path is None:
+            from openmoji import PRESETS
+
+            return PRESETS[self.preset]
+        from imagenet512 import SMALL
+
+        return dataclasses.replace(SMALL, data=dataclasses.replace(SMALL.data, source="prepared", path=self.path))
 
 
 Options = TypeVar("Options", bound=Settings)
@@ -123,12 +149,6 @@ def command(
         print(file.with_suffix(".md").read_text())
 
     run_command(work)
-
-
-def preset(name: str) -> "Config":
-    from openmoji import PRESETS
-
-    return PRESETS[name]
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

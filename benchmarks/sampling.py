@@ -227,7 +227,7 @@ def trained(settings: Settings) -> "Config":
     from ulx import job, runs
 
     if settings.run is None:
-        preset = dataclasses.replace(points.preset(settings.preset), runs=settings.runs)
+        preset = dataclasses.replace(settings.config(), runs=settings.runs)
         path = preset.path
         if not (path / "evaluation" / "metrics.json").exists():
             job.run(points.resumable(preset))
@@ -263,7 +263,7 @@ def write(shown: list[Point], settings: Settings, file: Path) -> None:
     first = shown[0]
     samples, own = first.found["fd_efflite0"], first.config
     file.with_suffix(".md").write_text(
-        f"Measured by `python benchmarks/sampling.py --preset {settings.preset}` on the run `{own.name}` "
+        f"Measured by `python benchmarks/sampling.py {settings.options}` on the run `{own.name}` "
         f"({own.train.steps} + {own.train_base.steps} steps), EMA weights, the same noise and labels in every row. fd "
         f"is fd_efflite0 of {samples['n']} samples without guidance to the {samples['n_reference']} training images, "
         "or of reconstructions of held-out images to their originals (fewer than features: compare within a table "

@@ -28,6 +28,17 @@ from ulx.config import Config, EvaluateConfig, SampleConfig, TrainConfig
 from ulx.data import DataConfig
 from ulx.presets import PAPER
 
+TRAIN = TrainConfig(
+    steps=400_000,
+    batch_size=256,
+    learning_rate=1e-4,
+    warmup_steps=10_000,
+    ema_decay=0.9999,
+    dtype="bfloat16",
+    log_every=100,
+    save_every=5_000,
+)
+
 SMALL = Config(
     preset="small",
     name="imagenet512",
@@ -35,26 +46,8 @@ SMALL = Config(
     model=PAPER["imagenet512-small"].model,
     loss_factor=1.5,
     prior_warmup=(1_000, 10_000),
-    train=TrainConfig(
-        steps=400_000,
-        batch_size=256,
-        learning_rate=1e-4,
-        warmup_steps=10_000,
-        ema_decay=0.9999,
-        dtype="bfloat16",
-        log_every=100,
-        save_every=5_000,
-    ),
-    train_base=TrainConfig(
-        steps=800_000,
-        batch_size=1024,
-        learning_rate=1e-4,
-        warmup_steps=10_000,
-        ema_decay=0.9999,
-        dtype="bfloat16",
-        log_every=100,
-        save_every=5_000,
-    ),
+    train=TRAIN,
+    train_base=dataclasses.replace(TRAIN, steps=800_000, batch_size=1024),
     sample=SampleConfig(num_steps=64, decoder_num_steps=64),
     evaluate=EvaluateConfig(num_samples=50_000, batch_size=64, levels=8, draws=1),
 )

@@ -29,6 +29,17 @@ from ulx.config import Config, EvaluateConfig, SampleConfig, TrainConfig
 from ulx.data import DataConfig
 from ulx.presets import MODELS, PAPER
 
+TRAIN = TrainConfig(
+    steps=400_000,
+    batch_size=256,
+    learning_rate=1e-4,
+    warmup_steps=10_000,
+    ema_decay=0.9999,
+    dtype="bfloat16",
+    log_every=100,
+    save_every=5_000,
+)
+
 SMALL = Config(
     preset="small",
     name="kinetics600",
@@ -37,26 +48,8 @@ SMALL = Config(
     loss_factor=1.5,
     prior_warmup=(1_000, 10_000),
     cache_latents=False,  # training clips begin anywhere in their videos
-    train=TrainConfig(
-        steps=400_000,
-        batch_size=256,
-        learning_rate=1e-4,
-        warmup_steps=10_000,
-        ema_decay=0.9999,
-        dtype="bfloat16",
-        log_every=100,
-        save_every=5_000,
-    ),
-    train_base=TrainConfig(
-        steps=400_000,
-        batch_size=512,
-        learning_rate=1e-4,
-        warmup_steps=10_000,
-        ema_decay=0.9999,
-        dtype="bfloat16",
-        log_every=100,
-        save_every=5_000,
-    ),
+    train=TRAIN,
+    train_base=dataclasses.replace(TRAIN, batch_size=512),
     sample=SampleConfig(num_steps=64, decoder_num_steps=64, guidance_scale=1.0),
     evaluate=EvaluateConfig(held_out=2048, batch_size=32, levels=8, draws=1),
 )

@@ -3,14 +3,17 @@
 import dataclasses
 import json
 
+import ablations
 import bitrate_vs_fid
 import compute_vs_fid
 import gfid_proxy
+import latent_shape
 import points
 import pytest
 
 from ulx.config import Config, to_json
 from ulx.data.source import Dataset
+from ulx.presets import PAPER
 
 
 def point(config: Config) -> dict:
@@ -62,6 +65,25 @@ def test_runs_of_the_sweeps_are_points_of_their_own():
     assert len({str(config.path) for config in configs}) == len(configs)
     known = [point(config) for config in configs]
     assert [points.find(known, config) for config in configs] == known
+
+
+@pytest.mark.parametrize("benchmark", [bitrate_vs_fid, compute_vs_fid, latent_shape, ablations])
+def test_on_imagenet_it_is_the_papers_preset_in_files_of_its_own(benchmark):
+    on_drawings, settings = benchmark.Settings(), benchmark.Settings(path="shards")
+    config = settings.config()
+    assert (config.data.source, config.data.path, config.data.resolution) == ("prepared", "shards", 512)
+    assert config.model == PAPER["imagenet512-small"].model
+    assert settings.file("sweep").name == "sweep_imagenet512.jsonl"
+    assert settings.options == "--path shards"
+    assert on_drawings.options == "--preset tiny"
+    assert on_drawings.config().data.source == "openmoji"
+
+
+def test_pixels_have_as_many_tokens_as_latents():
+    for settings in (compute_vs_fid.Settings(), compute_vs_fid.Settings(path="shards")):
+        configs = {method: compute_vs_fid.configs_of(method, settings)[0] for method in ("unified", "pixels")}
+        reduction = configs["unified"].model.encoder.reduction(2)[0]
+        assert configs["pixels"].model.base.patch == reduction * configs["unified"].model.base.patch
 
 
 def test_ranks_are_what_is_correlated():

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import shutil
 import warnings
@@ -5,10 +6,16 @@ import warnings
 import numpy as np
 import pytest
 from pictures import BLUE, DAMAGES, GREEN, RED, photo, plain, text
+from PIL import Image
+from video_files import noise, write_video
 
+from ulx.data import DataConfig, open_dataset
 from ulx.data.folder import open_folder
-from ulx.data.image import find_images, read_image
+from ulx.data.image import center_crop, find_images, read_image
+from ulx.data.pipeline import train_batches
 from ulx.data.split import held_out
+from ulx.data.video import Clip
+from ulx.data.video import frames as frames_of
 
 
 @pytest.fixture
@@ -223,3 +230,51 @@ def test_a_limit(photos):
     assert len(dataset.train) + len(dataset.validation) == 10
     assert dataset.class_names == ("cats", "dogs")
     assert open_folder(photos, 32, limit=10).train.names == dataset.train.names
+
+
+@pytest.fixture
+def videos(tmp_path):
+    """12 videos of two classes, in several formats, of 9 frames; one is too short and one is torn."""
+    root = tmp_path / "videos"
+    for index in range(12):
+        suffix = (".mp4", ".webm", ".mkv", ".gif")[index % 4]
+        coarse = noise(5 if index == 5 else 9, 6, 10, seed=index) // 2 + np.uint8(10 * index)
+        frames = coarse.repeat(4, axis=1).repeat(4, axis=2)
+        path = root / ("cats" if index % 3 else "dogs") / f"{index:02d}{suffix}"
+        if suffix == ".gif":
+            path.parent.mkdir(parents=True, exist_ok=True)
+            first, *rest = map(Image.fromarray, frames)
+            first.save(path, save_all=True, append_images=rest)
+        else:
+            write_video(path, frames)
+    torn = root / "cats" / "08.mp4"
+    torn.write_bytes(torn.read_bytes()[:300])
+    return root
+
+
+def test_a_folder_of_videos_is_one_of_clips(videos):
+    config = DataConfig("folder", str(videos), resolution=16, clips=True, frames=4, stride=2)
+    with pytest.warns(UserWarning, match="2 of 12 files in .* cannot be read as videos") as warned:
+        dataset = open_dataset(config)
+    message = str(warned[0].message)
+    assert "cats/05.webm (has 5 frames, and at least 7 are wanted)" in message
+    assert "cats/08.mp4 (" in message
+    assert dataset.class_names == ("cats", "dogs")
+    assert len(dataset.train) + len(dataset.validation) == 10
+    assert len(dataset.validation) >= 1
+    for split in (dataset.train, dataset.validation):
+        for name, example in zip(split.names, split, strict=True):
+            assert dataset.class_names[example["label"]] == name.split("/")[0]
+            whole = np.stack([center_crop(Image.fromarray(frame), 16) for frame in frames_of(videos / name)])
+            # H.264 of noise: 30 dB and more; frames of other times or videos are 20 levels and more away.
+            error = np.mean((example["image"].astype(float) - whole[:7:2]) ** 2)
+            assert 10 * np.log10(255**2 / error) > 28
+    batch = next(train_batches(dataset, batch_size=4, seed=0, flip=True))
+    assert batch["image"].shape == (4, 4, 16, 16, 3)
+    with pytest.raises(ValueError, match=r"cannot be read as videos: .*--data\.on-unreadable skip"):
+        open_dataset(dataclasses.replace(config, on_unreadable="refuse"))
+
+
+def test_a_folder_without_videos(photos):
+    with pytest.raises(ValueError, match=r"no videos in .* \(looked for \.mp4"):
+        open_folder(photos, 32, clip=Clip())
