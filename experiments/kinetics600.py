@@ -3,6 +3,7 @@
     python experiments/kinetics600.py                       no files: embedded emoji that bounce about, 32×32, on a CPU
     python experiments/kinetics600.py --preset smoke        everything, small, in minutes
     python experiments/kinetics600.py --data.source moving-digits --name digits     MNIST's digits, as in the literature
+    python experiments/kinetics600.py --data.source vizdoom --name doom             walks through Doom, "ulx[doom]"
     python experiments/kinetics600.py --preset tiny --data.source folder --data.path DIR --name mine    your own videos
     python experiments/kinetics600.py --loss-factor 8 --name lf8                    change one thing
     python experiments/kinetics600.py --resume                                      continue after an interruption

@@ -17,10 +17,10 @@ __all__ = ["DataConfig", "num_classes", "open_dataset"]
 class DataConfig:
     """Which images or clips a run trains on and how they are fed to it."""
 
-    source: Literal["openmoji", "folder", "prepared", "moving-emoji", "moving-digits"] = "openmoji"
+    source: Literal["openmoji", "folder", "prepared", "moving-emoji", "moving-digits", "vizdoom"] = "openmoji"
     """openmoji: 4,495 drawings from an installed package, nothing to download. folder: your own images or videos, in
     --data.path. prepared: what `python -m ulx.data.prepare` made there. moving-emoji: clips of two of the drawings that
-    bounce about. moving-digits: the same with MNIST's digits, as in the literature."""
+    bounce about. moving-digits: the same with MNIST's digits, as in the literature. vizdoom: walks through Doom."""
 
     path: str | None = None
     """Folder of images, or of videos; its subfolders are the classes. With train/ and validation/ (or val/) inside,
@@ -67,7 +67,7 @@ class DataConfig:
                 f"--data.path {self.path} is not used by --data.source {self.source}: add --data.source folder, or "
                 "prepared"
             )
-        moves = self.source.startswith("moving")
+        moves = self.source in ("moving-emoji", "moving-digits", "vizdoom")
         if not from_files and self.clips != moves:
             has = "clips: it needs --data.clips" if moves else "images: it has no --data.clips"
             raise ValueError(f"--data.source {self.source} has {has}, and a model for them")
@@ -111,8 +111,8 @@ def open_dataset(config: DataConfig) -> Dataset:
 
 
 def num_classes(config: DataConfig) -> int:
-    """Of the data set, which is opened only if it lies in files."""
-    if not config.labels or config.source.startswith("moving"):
+    """Of the data set; OpenMoji's are known without drawing it."""
+    if not config.labels:
         return 1
     if config.source == "openmoji":
         from ulx.data.openmoji import CLASS_NAMES
@@ -147,6 +147,10 @@ def _open(config: DataConfig) -> Dataset:
         return open_moving(
             config.source, config.resolution, frames=config.frames, cache_dir=config.cache_dir, limit=config.limit
         )
+    if config.source == "vizdoom":
+        from ulx.data.doom import open_doom
+
+        return open_doom(config.resolution, frames=config.frames, limit=config.limit)
     raise ValueError(
-        f"--data.source {config.source}: there are openmoji, folder, prepared, moving-emoji and moving-digits"
+        f"--data.source {config.source}: there are openmoji, folder, prepared, moving-emoji, moving-digits and vizdoom"
     )

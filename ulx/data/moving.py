@@ -20,14 +20,12 @@ from jaxtyping import Float, UInt8
 from ulx.data import openmoji
 from ulx.data.extras import optional
 from ulx.data.source import Dataset, Example, Split, check_resolution
-from ulx.data.split import held_out
+from ulx.data.split import clip_counts, held_out
 from ulx.packaged import packaged, verified
 
 __all__ = ["MovingSprites", "Sprites", "bounced", "open_moving"]
 
 VERSION = 1  # of what a clip looks like: a change is another data set
-TRAIN, VALIDATION = 65_536, 2_048
-"""Clips of an epoch, and held-out ones: as many as FVD is usually taken of."""
 MNIST_SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
 SPRITES = 2
 SIZE = 7 / 16  # of a sprite, in sides of the frame: 28 pixels of 64, as in Moving MNIST
@@ -116,10 +114,7 @@ def open_moving(
         train, validation, of_sprites = _emoji(side, cache_dir)
     else:
         train, validation, of_sprites = _digits(side)
-    lengths = (TRAIN, VALIDATION)
-    if limit is not None:
-        held = max(1, round(limit * VALIDATION / (TRAIN + VALIDATION)))
-        lengths = (min(TRAIN, max(1, limit - held)), min(VALIDATION, held))
+    lengths = clip_counts(limit)
     splits = []
     for number, (sprites, length) in enumerate(zip((train, validation), lengths, strict=True)):
         source = MovingSprites(sprites, frames, resolution, length, (number,), grounds=kind == "moving-emoji")

@@ -8,9 +8,13 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["HELD_OUT", "Item", "check_limit", "digest_of", "held_out", "subset", "unit_hash"]
+__all__ = ["HELD_OUT", "Item", "check_limit", "clip_counts", "digest_of", "held_out", "subset", "unit_hash"]
 
 HELD_OUT = 0.1  # share of the names that goes to validation
+
+
+CLIPS = (65_536, 2_048)
+"""Clips of an epoch, and held-out ones, of a source without end: of as many FVD is usually taken."""
 
 
 class Item(NamedTuple):
@@ -56,6 +60,15 @@ def subset(train: Sequence[Item], validation: Sequence[Item], limit: int | None)
         return list(train), list(validation)
     held = min(max(1, round(limit * len(validation) / total)), limit - 1)
     return _lowest(train, limit - held), _lowest(validation, held)
+
+
+def clip_counts(limit: int | None) -> tuple[int, int]:
+    """Training and held-out clips of a source without end; `limit` in all."""
+    if limit is None:
+        return CLIPS
+    train, validation = CLIPS
+    held = max(1, round(limit * validation / (train + validation)))
+    return min(train, max(1, limit - held)), min(validation, held)
 
 
 def _lowest(items: Sequence[Item], count: int) -> list[Item]:
