@@ -114,7 +114,9 @@ def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
         for method, shown in found.items():
             distances = [p["fd_efflite0"]["base"]["value"] for p in shown]
             axis.plot([compute(p)[which] / 1e12 for p in shown], distances, marker="o", label=method)
-        axis.set(xscale="log", xlabel=f"training TFLOPs of {what}", ylabel="fd_efflite0 of samples")
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.set(xlabel=f"training TFLOPs of {what}", ylabel="fd_efflite0 of samples")
     axes[0].legend()
     figure.savefig(path, dpi=150)
     plt.close(figure)
