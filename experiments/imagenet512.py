@@ -28,6 +28,7 @@ from ulx.config import Config, EvaluateConfig, SampleConfig, TrainConfig
 from ulx.data import DataConfig
 from ulx.presets import PAPER
 
+# At the paper's sizes, for clips too.
 TRAIN = TrainConfig(
     steps=400_000,
     batch_size=256,

@@ -25,21 +25,12 @@ The paper's FVD: 1.7 for the small base model, 1.3 for the medium one.
 
 import dataclasses
 
+from imagenet512 import TRAIN
+
 from ulx.command_line import experiment
 from ulx.config import Config, EvaluateConfig, SampleConfig, TrainConfig
 from ulx.data import DataConfig
 from ulx.presets import MODELS, PAPER
-
-TRAIN = TrainConfig(
-    steps=400_000,
-    batch_size=256,
-    learning_rate=1e-4,
-    warmup_steps=10_000,
-    ema_decay=0.9999,
-    dtype="bfloat16",
-    log_every=100,
-    save_every=5_000,
-)
 
 SMALL = Config(
     preset="small",

@@ -13,6 +13,7 @@ import pytest
 from ulx import dry_run, job, runs
 from ulx.command_line import experiment
 from ulx.cost import num_parameters
+from ulx.variants import VARIANTS
 
 
 def stage(text, name):
@@ -38,6 +39,14 @@ def test_sizes_are_those_of_the_networks_that_are_trained(smoke):
         assert (int(steps), int(batch)) == (100, 16)
         assert float(count) == pytest.approx(flops[f"training_flops_{name}"], rel=0.05)
     assert "32×32×3 images from openmoji, 10 classes, latents 8×8×8" in smoke
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_is_described(variant):
+    config = VARIANTS[variant].change(openmoji.PRESETS["smoke"])
+    text = dry_run.describe(config, compiled=False)
+    for name in ("stage1", "decoder", "stage2"):
+        assert (f"\n{name}  " in text.split("stage ")[1]) == (name in config.stages)
 
 
 def test_weights_are_counted_in_bytes(small_config):

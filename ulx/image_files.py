@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 
 from ulx.data.cache import UnreadableError
 from ulx.data.extras import optional
-from ulx.data.image import PREPARATION, SUFFIXES, find_images, image_size, read_image
+from ulx.data.image import PREPARATION, SUFFIXES, find_images, image_size, read_image, require_folder
 
 __all__ = [
     "SHEETS",
@@ -26,7 +26,6 @@ __all__ = [
     "one_size",
     "png",
     "png_names",
-    "require_folder",
     "unreadable",
     "write_png",
     "zoom_for",
@@ -135,13 +134,6 @@ class ImageFolder:
     def _skipped(self) -> str:
         listed = ", ".join(f"{name} ({reason})" for name, reason in self.skipped[:NAMED])
         return listed + (f" and {len(self.skipped) - NAMED} more" if len(self.skipped) > NAMED else "")
-
-
-def require_folder(folder: Path, what: str) -> None:
-    """Raises FileNotFoundError or NotADirectoryError, saying `what` the folder ought to hold."""
-    if not folder.is_dir():
-        kind = NotADirectoryError if folder.exists() else FileNotFoundError
-        raise kind(f"{folder} is no folder: give the one that holds the {what}")
 
 
 def unreadable(file: Path, kind: str, error: UnreadableError) -> ValueError:

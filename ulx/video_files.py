@@ -7,9 +7,9 @@ import numpy as np
 from jaxtyping import UInt8
 
 from ulx.data.cache import UnreadableError
-from ulx.data.image import PREPARATION, find_images
+from ulx.data.image import PREPARATION, find_images, require_folder
 from ulx.data.video import ANIMATIONS, SUFFIXES, Clip, ShortError, decoders, find_videos, read_clip, video_size
-from ulx.image_files import SHEETS, one_size, require_folder, unreadable
+from ulx.image_files import SHEETS, one_size, unreadable
 
 __all__ = ["VideoFolder"]
 

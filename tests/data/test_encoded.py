@@ -50,14 +50,20 @@ def test_any_piece_is_the_same_as_cut_out_of_the_whole(real):
         decode_clip(content, 45, Clip(16))
 
 
-def test_the_same_frames_give_the_same_bytes_whatever_else_goes_on(real):
-    """x264's defaults do not: for pieces as small as these, one in ten or so came out different."""
-    pieces = [real[begin : begin + 20, :32, :32] for begin in range(0, 40, 2)]
+def test_the_same_frames_give_the_same_bytes_whatever_else_goes_on():
+    """x264's default, mb-tree, does not: of these pieces some come out different, not in every run of this test. So it
+    is looked for, too, in what x264 writes of its settings."""
+    pieces = []
+    for name in ("bigbuckbunny", "bikes", "carphone_pristine"):
+        small = [Image.fromarray(frame).resize((72, 54)) for frame in real_frames(name, 60)]
+        whole = np.stack([center_crop(frame, 32) for frame in small])
+        pieces += [whole[begin : begin + 20] for begin in range(0, 40, 3)]
     encode = lambda piece: encode_clip(iter(piece))[0].tobytes()  # noqa: E731
-    first = [encode(piece) for piece in pieces]
     with ThreadPoolExecutor(3) as pool:
-        for _ in range(5):
+        first = list(pool.map(encode, pieces))
+        for _ in range(6):
             assert list(pool.map(encode, pieces)) == first
+    assert b" mbtree=0 " in first[0]
 
 
 def test_a_better_quality_is_larger_and_nearer(real):

@@ -185,10 +185,10 @@ def test_a_folder_that_cannot_serve(tmp_path, write, message):
 
 
 def test_a_folder_that_is_none(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no folder of images at .*missing \(--data\.path\)"):
+    with pytest.raises(FileNotFoundError, match=r"missing is no folder: give the one that holds the images"):
         open_folder(tmp_path / "missing", 32)
     text(tmp_path / "file")
-    with pytest.raises(NotADirectoryError, match=r"file is a file: --data\.path wants the folder"):
+    with pytest.raises(NotADirectoryError, match=r"file is no folder: give the one that holds the images"):
         open_folder(tmp_path / "file", 32)
 
 

@@ -325,7 +325,7 @@ def test_without_held_out_rows_videos_are_held_out_and_clips_of_one_stay_togethe
 
 
 def test_a_folder_that_is_no_imagenet(tmp_path, imagenet):
-    with pytest.raises(FileNotFoundError, match="no folder of images"):
+    with pytest.raises(FileNotFoundError, match="nowhere is no folder"):
         prepare(ImageNet(str(tmp_path / "nowhere"), str(tmp_path / "out")))
     (tmp_path / "cats").mkdir()
     for name in ("cats/a.png", "cats/b.png"):

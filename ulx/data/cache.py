@@ -40,7 +40,7 @@ RECIPE = "recipe.json"
 FORMAT = 1  # of the records and the manifest; a change makes every cache anew
 WRITER_OPTIONS = "group_size:1,zstd:3"  # one record a chunk: Grain reads them in random order
 SHARD_BYTES = 64 * 2**20  # of examples, before compression: what an interruption may cost, and what is held in memory
-SHARD_EXAMPLES = range(16, 1025)
+SHARD_EXAMPLES = range(16, 1025)  # how many a shard may hold
 HASHED_BYTES = 2 * 2**30  # caches up to this size are hashed when opened (seconds); larger ones by size alone
 STALE_SECONDS = 3600.0  # a temporary file untouched for so long was left by a process that was killed
 

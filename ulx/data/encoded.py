@@ -39,7 +39,7 @@ CODECS = {
     "jpeg": {"format": "JPEG", "quality": 95, "subsampling": 0},
 }
 CRF = 12
-"""x264's constant rate factor: about 41 to 45 dB at 128×128, as JPEG of quality 95."""
+"""x264's constant rate factor: about as near as JPEG of quality 95 at 128×128, 41 dB."""
 VIDEO_BYTES = 40
 """Of a video of ten seconds, for each pixel of a frame, about."""
 KEYFRAME_EVERY = 12

@@ -15,7 +15,7 @@ import numpy as np
 
 from ulx.data.cache import Prepared, Recipe, each, prepare
 from ulx.data.encoded import CRF, VIDEO_BYTES, Encoded, read_video
-from ulx.data.image import PREPARATION, SUFFIXES, find_files, read_image
+from ulx.data.image import PREPARATION, SUFFIXES, find_images, read_image, require_folder
 from ulx.data.source import Dataset
 from ulx.data.split import Item, digest_of, held_out, subset, unit_hash
 from ulx.data.video import ANIMATIONS, Clip, find_videos
@@ -75,11 +75,8 @@ def open_folder(
 
 def list_splits(root: Path, kind: Literal["image", "video"]) -> tuple[list[Item], list[Item], tuple[str, ...]]:
     """Training items, validation items and class names. Raises as `open_folder` does."""
-    if not root.exists():
-        raise FileNotFoundError(f"no folder of {kind}s at {root} (--data.path)")
-    if not root.is_dir():
-        raise NotADirectoryError(f"{root} is a file: --data.path wants the folder that holds the {kind}s")
-    names = find_files(root, SUFFIXES) if kind == "image" else find_videos(root)
+    require_folder(root, f"{kind}s")
+    names = find_images(root) if kind == "image" else find_videos(root)
     if not names:
         looked_for = " ".join(SUFFIXES if kind == "image" else VIDEO_SUFFIXES + ANIMATIONS)
         raise ValueError(f"no {kind}s in {root} (looked for {looked_for}, subfolders included)")

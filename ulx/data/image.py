@@ -19,6 +19,7 @@ __all__ = [
     "image_size",
     "read_image",
     "reason_of",
+    "require_folder",
     "upright_rgb",
 ]
 
@@ -26,14 +27,16 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 PREPARATION = 1  # of read_image; a change makes every cache anew
 
 
-def find_images(path: str | os.PathLike[str]) -> list[str]:
-    """`find_files` of images. Raises `FileNotFoundError`, `NotADirectoryError`."""
-    root = Path(path).expanduser()
-    if not root.exists():
-        raise FileNotFoundError(f"no folder of images at {root} (--data.path)")
-    if not root.is_dir():
-        raise NotADirectoryError(f"{root} is a file: --data.path wants the folder that holds the images")
-    return find_files(root, SUFFIXES)
+def find_images(folder: Path) -> list[str]:
+    """`find_files` of images."""
+    return find_files(folder, SUFFIXES)
+
+
+def require_folder(folder: Path, what: str) -> None:
+    """Raises FileNotFoundError or NotADirectoryError, saying `what` the folder ought to hold."""
+    if not folder.is_dir():
+        kind = NotADirectoryError if folder.exists() else FileNotFoundError
+        raise kind(f"{folder} is no folder: give the one that holds the {what}")
 
 
 def find_files(root: Path, suffixes: tuple[str, ...]) -> list[str]:

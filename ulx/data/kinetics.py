@@ -18,7 +18,7 @@ import numpy as np
 
 from ulx.data.cache import Recipe, UnreadableError, each
 from ulx.data.encoded import VIDEO_BYTES, read_video
-from ulx.data.image import PREPARATION, find_files
+from ulx.data.image import PREPARATION, find_files, require_folder
 from ulx.data.split import Item, digest_of, held_out
 from ulx.data.video import ANIMATIONS, SUFFIXES
 
@@ -59,9 +59,7 @@ def recipe(
 
     Raises `FileNotFoundError`, `NotADirectoryError`, and `ValueError` for annotations that are none, naming the line.
     """
-    if not root.is_dir():
-        kind = NotADirectoryError if root.exists() else FileNotFoundError
-        raise kind(f"{root} is no folder: --root wants the one that holds the videos")
+    require_folder(root, "videos")
     if resolution % 2:
         raise ValueError(f"videos are kept at an even resolution, got {resolution}")
     rows = {row.name: row for file in annotations for row in read_annotations(file)}

@@ -6,10 +6,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import UInt8
 
-from ulx.data.image import SUFFIXES, find_images
+from ulx.data.image import SUFFIXES, find_images, require_folder
 from ulx.data.video import ANIMATIONS, Clip, find_videos
 from ulx.data.video import SUFFIXES as VIDEO_SUFFIXES
-from ulx.image_files import SHEETS, ImageFolder, require_folder
+from ulx.image_files import SHEETS, ImageFolder
 from ulx.video_files import VideoFolder
 
 __all__ = ["Examples", "open_both"]
