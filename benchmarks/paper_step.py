@@ -47,9 +47,11 @@ def step(experiment: str, preset: str, stage: str) -> dict[str, Any]:
     from ulx.command_line import use_compilation_cache
     from ulx.data import open_dataset
     from ulx.dry_run import num_bytes
+    from ulx.sharding import make_mesh
     from ulx.training import make_optimizer, make_step
 
     use_compilation_cache()
+    mesh = make_mesh(devices=jax.devices()[:1])
     config = importlib.import_module(experiment).PRESETS[preset]
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, limit=4))
     dataset = open_dataset(config.data)
@@ -62,9 +64,8 @@ def step(experiment: str, preset: str, stage: str) -> dict[str, Any]:
         train, loss = config.train_base, stages.base_loss(config, math.prod(config.data.shape[:-1]))
     batch = {name: value[None] for name, value in dataset.train[0].items()}
     began = time.perf_counter()
-    compiled = (
-        make_step(loss, make_optimizer(train), train, key=jax.random.key(0)).lower((frozen, batch), state).compile()
-    )
+    one = make_step(loss, make_optimizer(train), train, key=jax.random.key(0), mesh=mesh)
+    compiled = one.lower((frozen, batch), state).compile()
     seconds = time.perf_counter() - began
     state, metrics = jax.block_until_ready(compiled((frozen, batch), state))
     found = {name: float(value) for name, value in metrics.items()}

@@ -22,6 +22,7 @@ from ulx.config import TrainConfig
 from ulx.data.pipeline import train_batches
 from ulx.ema import gamma_of
 from ulx.metrics_log import MetricsLog, read_metrics
+from ulx.sharding import make_mesh
 from ulx.stages import autoencoder_loss
 from ulx.training import Interrupted, NonFiniteError, TrainState, make_optimizer, make_step, pace
 
@@ -69,7 +70,7 @@ def test_step_is_clipped_adamw_and_float32_averages():
     )
     state = TrainState(Line(jnp.asarray(2.0), jnp.asarray(1.0)), make_optimizer(config), posthoc=2)
     trajectory = []
-    step = make_step(line_loss, make_optimizer(config), config, key=jax.random.key(0))
+    step = make_step(line_loss, make_optimizer(config), config, key=jax.random.key(0), mesh=make_mesh())
     batch = {"x": jnp.asarray([1.0, 2.0]), "y": jnp.asarray([0.0, 1.0])}
     weight, bias = np.asarray([2.0, 1.0])
     moment, second, average = np.zeros(2), np.zeros(2), np.asarray([2.0, 1.0])
@@ -108,7 +109,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
 
     state = TrainState(Line(jnp.asarray(2.0), jnp.asarray(1.0)), make_optimizer(config))
     batch = {"x": jnp.ones(2), "y": jnp.zeros(2)}
-    state, _ = make_step(loss, make_optimizer(config), config, key=jax.random.key(0))((jnp.ones(3), batch), state)
+    state, _ = make_step(loss, make_optimizer(config), config, key=jax.random.key(0), mesh=make_mesh())((jnp.ones(3), batch), state)
     assert seen[0] == (jnp.bfloat16, jnp.float32)
     assert state.model.weight.dtype == state.ema.weight.dtype == jnp.float32
 

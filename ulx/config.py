@@ -57,6 +57,8 @@ class TrainConfig:
     training (`--ema` of the commands). None by default."""
     posthoc_snapshots: int = 32
     """How often in a run they are stored, evenly spaced: 4 bytes per parameter and width each time."""
+    accumulate: int = 1
+    """Each device takes its part of a batch in so many pieces, one after another: less memory."""
     dtype: Dtype = "float32"
     """What the networks compute in. Weights, losses, schedules and the average stay in float32."""
     log_every: int = 20
@@ -65,7 +67,7 @@ class TrainConfig:
     """Steps between two checkpoints; the last step and an interrupt save too."""
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "log_every", "save_every", "posthoc_snapshots"):
+        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "posthoc_snapshots"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "clip_norm"):
@@ -163,6 +165,9 @@ class Config:
     """Continue an interrupted run of this name from its newest checkpoint."""
     seed: int = 0
     """Weights, data order and noise follow from it."""
+    fsdp: int = 1
+    """Devices among which one copy of weights, moments and averages is divided: less memory, more sending. The batch is
+    divided among all devices in any case, and no result depends on it."""
     loss_factor: float = 1.5
     """c_lf, the decoder's loss factor (Eq. 4): higher buys more bits in the latent. At 1 or below it collapses."""
     sigmoid_bias: float | None = None

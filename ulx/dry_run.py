@@ -19,6 +19,7 @@ from ulx import job, runs
 from ulx.config import Config, TrainConfig
 from ulx.data import num_classes
 from ulx.progress import duration
+from ulx.sharding import make_mesh
 from ulx.stages import autoencoder_loss, base_loss, decoder_loss
 from ulx.training import Loss, make_optimizer, make_step
 
@@ -76,7 +77,8 @@ def describe(config: Config, *, compiled: bool = True) -> str:
 
 def step_memory(loss: Loss, state: PyTree, frozen: PyTree, batch: PyTree, train: TrainConfig) -> int:
     """Bytes that a training step takes beside its arguments, by the compiler; all of them may be shapes alone."""
-    step = make_step(loss, make_optimizer(train), train, key=jax.random.key(0)).__wrapped__
+    mesh = make_mesh(devices=jax.devices()[:1])
+    step = make_step(loss, make_optimizer(train), train, key=jax.random.key(0), mesh=mesh).__wrapped__
     is_shape = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct) or eqx.is_array(leaf)  # noqa: E731
     arrays, static = eqx.partition((state, frozen, batch), is_shape)
 

@@ -16,6 +16,7 @@ from ulx.diffusion import normal, split_keys
 from ulx.frames import given_frames, padded
 from ulx.models import UnifiedLatents
 from ulx.schedules import Schedule
+from ulx.sharding import make_mesh, place_batch
 from ulx.typing import Denoise, Keys
 
 __all__ = ["decode", "encode", "example_keys", "extend", "in_batches", "sample_latents"]
@@ -147,14 +148,18 @@ def in_batches(
     """`function(*rows, keys=keys)` over all rows, `batch_size` at a time; its results as NumPy arrays, concatenated.
 
     The last batch is filled up by repeating its last row and the filling dropped, so that a jitted `function` compiles
-    once. Row i gets the key of example `start + i`: the batch size changes no result beyond rounding.
+    once. This process's devices share every batch, which is made larger if they do not divide it. Row i gets the key of
+    example `start + i`: the batch size and the devices change no result beyond rounding.
     """
+    mesh = make_mesh(devices=jax.local_devices())
+    batch_size = -(-batch_size // mesh.size) * mesh.size
     total = len(arrays[0])
     results = []
     for begin in range(0, total, batch_size):
         rows = np.minimum(np.arange(begin, begin + batch_size), total - 1)
         keys = example_keys(key, start + begin, batch_size)
-        result = function(*(array[rows] for array in arrays), keys=keys)
+        *some, keys = place_batch((*(array[rows] for array in arrays), keys), mesh)
+        result = function(*some, keys=keys)
         results.append(jax.tree.map(lambda leaf: np.asarray(leaf)[: total - begin], result))  # noqa: B023
         on_batch(min(batch_size, total - begin))
     return jax.tree.map(lambda *parts: np.concatenate(parts), *results)

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from ulx import runs
+from ulx import runs, sharding
 from ulx.checkpoint import Checkpoints
 from ulx.config import Config
 from ulx.cost import network_costs
@@ -109,6 +109,7 @@ def measure(
     from ulx import report
 
     began = time.monotonic()
+    model, base = sharding.place((model, base), sharding.make_mesh(config.fsdp))
     evaluation = evaluate(model, base, dataset, config)
     logs = {stage: read_metrics(path / f"{stage}.jsonl") for stage in config.stages}
     evaluation.metrics["collapsed"] = collapsed(config, logs.get("stage1", []))
@@ -133,11 +134,14 @@ def train_stage(
     controller: Controller | None = None,
 ) -> TrainState:
     """One stage: restore its newest checkpoint if there is one, train what is left."""
-    train = config.train_configs[name]
+    train, mesh = config.train_configs[name], sharding.make_mesh(config.fsdp)
+    state, frozen = sharding.place((state, frozen), mesh)
     are_images = "image" in dataset.train[0]  # latents come mirrored already, and from memory
     batches = train_batches(
         dataset,
         batch_size=train.batch_size,
+        shard_index=jax.process_index(),
+        shard_count=jax.process_count(),
         seed=root_int(config.seed, f"{name} data"),
         flip=config.data.flip and are_images,
         workers=config.data.workers if are_images else 0,
@@ -148,10 +152,11 @@ def train_stage(
         with MetricsLog(config.path / f"{name}.jsonl", resume_step=int(state.step)) as log:
             return fit(
                 state,
-                make_step(loss, make_optimizer(train), train, key=root_key(config.seed, f"{name} steps")),
+                make_step(loss, make_optimizer(train), train, key=root_key(config.seed, f"{name} steps"), mesh=mesh),
                 frozen,
                 batches,
                 train,
+                mesh=mesh,
                 checkpoints=checkpoints,
                 snapshots=Snapshots(config.path / "snapshots" / name, train.posthoc_ema),
                 log=log,

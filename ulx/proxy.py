@@ -50,6 +50,7 @@ from ulx.nn.uvit import UViT, UViTConfig
 from ulx.progress import Progress
 from ulx.report_text import plus_minus
 from ulx.seeding import root_int, root_key
+from ulx.sharding import make_mesh, place
 from ulx.snapshots import Snapshots
 from ulx.stages import base_loss
 from ulx.tokenizers import NOISE_FREE, Tokenizer, noise_level
@@ -221,18 +222,19 @@ def _generated(
     batches = train_batches(
         dataclasses.replace(dataset, train=examples), batch_size=recipe.train.batch_size, seed=root_int(seed, "proxy")
     )
-    step = make_step(
-        base_loss(config, dataset.resolution**2), optimizer, recipe.train, key=root_key(seed, "proxy steps")
-    )
+    mesh = make_mesh()
+    key = root_key(seed, "proxy steps")
+    step = make_step(base_loss(config, dataset.resolution**2), optimizer, recipe.train, key=key, mesh=mesh)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         with Checkpoints(path / "checkpoints") as checkpoints, MetricsLog(path / "log.jsonl") as log:
             base = fit(
-                TrainState(Denoiser(network), optimizer),
+                place(TrainState(Denoiser(network), optimizer), mesh),
                 step,
                 None,
                 batches,
                 recipe.train,
+                mesh=mesh,
                 checkpoints=checkpoints,
                 snapshots=Snapshots(path / "snapshots", ()),
                 log=log,

@@ -30,6 +30,7 @@ from ulx.ema import gamma_of
 from ulx.models import UnifiedLatents
 from ulx.rate_control import Control
 from ulx.seeding import root_key
+from ulx.sharding import make_mesh, place
 from ulx.snapshots import Snapshots
 from ulx.stages import make_base, make_decoder
 from ulx.training import TrainState, make_optimizer
@@ -63,10 +64,11 @@ HARMLESS = (
     "data.path",  # the data itself is known by its fingerprint
     "data.cache_dir",
     "data.workers",
+    "fsdp",
     *(
         f"{stage}.{field}"
         for stage in ("train", "train_decoder", "train_base")
-        for field in ("log_every", "save_every", "posthoc_snapshots")
+        for field in ("accumulate", "log_every", "save_every", "posthoc_snapshots")
     ),
 )
 """Fields that may change between the parts of an interrupted run: they do not touch what is trained."""
@@ -295,11 +297,11 @@ def autoencoder(
 def _averaged(
     path: Path, stage: Stage, state: TrainState, config: Config, width: Mapping[Stage, float]
 ) -> tuple[Any, int]:
-    """What a stage trained, with one of its averages, and the step it ends at."""
+    """What a stage trained, with one of its averages, whole on every device, and the step it ends at."""
     if not (path / "checkpoints" / stage).is_dir():
         raise FileNotFoundError(f"{path} has no checkpoint of {stage} yet: finish it first (--resume)")
     with Checkpoints(path / "checkpoints" / stage) as checkpoints:
-        state = checkpoints.restore(state)
+        state = checkpoints.restore(place(state, make_mesh()))
     if stage in width:
         return _synthesised(path, stage, config.train_configs[stage], state, width[stage])
     return state.ema_model, int(state.step)

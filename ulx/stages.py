@@ -80,7 +80,7 @@ def autoencoder_loss(config: Config) -> Loss:
             "loss": total,
             "rate": losses.bits_per_pixel(bound.rate, num_pixels=pixels).mean(),
             "decoder": losses.bits_per_pixel(bound.decoder, num_pixels=pixels).mean(),
-            "latent_std": posterior.mean.std(axis=0).mean(),
+            "latent_std": jnp.sqrt(draws.mean((posterior.mean - draws.mean(posterior.mean)) ** 2)).mean(),
             **({} if control is None else control.logged),
         }
 

@@ -14,17 +14,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from ulx import diffusion, losses
+from ulx import diffusion, losses, sharding
 from ulx.checkpoint import Checkpoints
 from ulx.config import TrainConfig
 from ulx.ema import gamma_of, power_average
 from ulx.metrics_log import MetricsLog
+from ulx.nn.split import whole
+from ulx.nn.transformer import Stack
 from ulx.precision import cast
 from ulx.progress import Progress
 from ulx.snapshots import Snapshots
-from ulx.typing import PerExample, pytree
+from ulx.typing import PerExample
 
 __all__ = ["Draws", "Interrupted", "NonFiniteError", "TrainState", "fit", "make_optimizer", "make_step", "pace"]
 
@@ -69,17 +72,31 @@ class TrainState(eqx.Module):
         return eqx.combine(self.ema, self.model)
 
 
-@pytree
-@dataclasses.dataclass(frozen=True)
-class Draws:
-    """The randomness of one step: a key per example, and for each loss term its stratified times."""
+class Draws(eqx.Module):
+    """The randomness of one step for some of its examples: a key each, and for each loss term their stratified times.
+
+    They are those of a batch of `total` examples, of which these are consecutive ones from `first` on: how the batch is
+    divided among devices changes nothing.
+    """
 
     keys: Key[Array, " b"]
     step_key: Key[Array, ""]
+    first: Int[Array, ""] | int = 0
+    total: int | None = eqx.field(static=True, default=None)
+    """None: these are all."""
+    axes: tuple[str, ...] = eqx.field(static=True, default=())
+    """Of the mesh over which the batch is split, inside `jax.shard_map`."""
 
     def times(self, term: int) -> PerExample:
         """Low-discrepancy times for the `term`-th loss term, independent between terms."""
-        return losses.sample_t(jax.random.fold_in(self.step_key, term), self.keys.shape[0])
+        size = self.keys.shape[0]
+        everyone = losses.sample_t(jax.random.fold_in(self.step_key, term), self.total or size)
+        return jax.lax.dynamic_slice_in_dim(everyone, self.first, size)
+
+    def mean(self, x: Float[Array, " b *dims"]) -> Float[Array, " *dims"]:
+        """Over the examples, those of other devices too."""
+        here = x.mean(axis=0)
+        return jax.lax.pmean(here, self.axes) if self.axes else here
 
 
 Batch = dict[str, Array]
@@ -119,27 +136,22 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     )
 
 
-def make_step(loss: Loss, optimizer: optax.GradientTransformation, config: TrainConfig, *, key: Key[Array, ""]):
-    """The jitted step ((frozen, batch), state) -> (state, metrics). It donates the state.
+def make_step(
+    loss: Loss, optimizer: optax.GradientTransformation, config: TrainConfig, *, key: Key[Array, ""], mesh: Mesh
+):
+    """The jitted step ((frozen, batch), state) -> (state, metrics), for arrays on `mesh`. It donates the state.
 
     `metrics` holds what the loss logs, the gradient norm of each part of the model, and their global norm.
-    An example's noise comes from fold_in(fold_in(key, step), its index in the batch): resuming needs no history.
+    An example's noise comes from fold_in(fold_in(key, step), its index in the batch): resuming needs no history, and
+    another mesh draws the same.
     """
     gammas = [gamma_of(sigma_rel) for sigma_rel in config.posthoc_ema]
 
     @eqx.filter_jit(donate="all-except-first")
     def step(given: tuple[Any, Batch], state: TrainState) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-        frozen, batch = given
         step_key = jax.random.fold_in(key, state.step)
-        size = next(iter(batch.values())).shape[0]
-        draws = Draws(keys=diffusion.per_example_keys(step_key, size), step_key=jax.random.fold_in(step_key, size))
+        grads, metrics = _gradients(loss, given, state, step_key, config, mesh)
         params, static = eqx.partition(state.model, eqx.is_inexact_array)
-
-        def objective(params: PyTree):
-            model = eqx.combine(cast(params, config.dtype), static)
-            return loss(model, frozen, batch, draws, state.step, state.control)
-
-        grads, metrics = jax.grad(objective, has_aux=True)(params)
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
         params = optax.apply_updates(params, updates)
         decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
@@ -155,9 +167,62 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, config: Train
             state,
             (state.step + 1, eqx.combine(params, static), ema, posthoc, opt_state),
         )
-        return state, metrics
+        return sharding.constrained(state, mesh), metrics
 
     return step
+
+
+def _gradients(
+    loss: Loss, given: tuple[Any, Batch], state: TrainState, step_key: Key[Array, ""], config: TrainConfig, mesh: Mesh
+) -> tuple[PyTree, dict[str, Float[Array, ""]]]:
+    """Of the batch's mean loss with respect to the model's weights, cut as these are, and what the loss logs.
+
+    Each device takes the gradient of its own examples' mean loss, `config.accumulate` pieces of them one after another.
+    """
+    frozen, batch = given
+    total = next(iter(batch.values())).shape[0]
+    keys = diffusion.per_example_keys(step_key, total)
+    params, static = eqx.partition(state.model, eqx.is_inexact_array)
+    frozen, frozen_rest = eqx.partition(frozen, eqx.is_array)
+    cuts, frozen_cuts = sharding.specs(params, mesh), sharding.specs(frozen, mesh)
+
+    def here(params, frozen, batch, keys, step_key, step, control):
+        frozen = eqx.combine(whole(sharding.parts(frozen, frozen_cuts)), frozen_rest)
+
+        def objective(params: PyTree, batch: Batch, keys: Key[Array, " b"], first: Int[Array, ""]):
+            model = eqx.combine(cast(params, config.dtype), static)
+            model = whole(sharding.parts(model, cuts), leave=(Stack,))
+            draws = Draws(keys, step_key, first, total, sharding.AXES)
+            return loss(model, frozen, batch, draws, step, control)
+
+        gradient = jax.grad(objective, has_aux=True)
+        size = keys.shape[0] // config.accumulate
+        first = jax.lax.axis_index(sharding.AXES) * keys.shape[0]
+        if config.accumulate == 1:
+            grads, metrics = gradient(params, batch, keys, first)
+        else:
+            pieces = jax.tree.map(lambda x: x.reshape(config.accumulate, size, *x.shape[1:]), (batch, keys))
+            firsts = first + size * jnp.arange(config.accumulate)
+
+            def add(sums: PyTree, piece: tuple[tuple[Batch, Array], Array]) -> tuple[PyTree, None]:
+                (batch, keys), first = piece
+                return jax.tree.map(jnp.add, sums, gradient(params, batch, keys, first)), None
+
+            shapes = jax.eval_shape(gradient, params, *jax.tree.map(lambda x: x[0], pieces), firsts[0])
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            sums, _ = jax.lax.scan(add, zeros, (pieces, firsts))
+            grads, metrics = jax.tree.map(lambda x: x / config.accumulate, sums)
+        return sharding.mean_gradients(grads, cuts, mesh), jax.lax.pmean(metrics, sharding.AXES)
+
+    each, same = sharding.BATCH, sharding.WHOLE
+    sharded = jax.shard_map(
+        here,
+        mesh=mesh,
+        in_specs=(cuts, frozen_cuts, each, each, same, same, same),
+        out_specs=(cuts, same),
+        check_vma=False,
+    )
+    return sharded(params, frozen, batch, keys, jax.random.fold_in(step_key, total), state.step, state.control)
 
 
 def _parts(grads: PyTree) -> list[tuple[str, PyTree]]:
@@ -181,6 +246,7 @@ def fit(
     batches: Iterator[dict[str, np.ndarray]],
     config: TrainConfig,
     *,
+    mesh: Mesh,
     checkpoints: Checkpoints,
     snapshots: Snapshots,
     log: MetricsLog,
@@ -190,8 +256,8 @@ def fit(
 ) -> TrainState:
     """Train from `state.step` to `config.steps`; checkpoint, store averages, log and show progress on the way.
 
-    `step` is `make_step`'s, `batches` a checkpointable iterator standing where `state` left it. On Ctrl-C or SIGTERM
-    the step in progress is finished and saved.
+    `step` is `make_step`'s, and the state and what is frozen are on its `mesh`; `batches` is a checkpointable iterator
+    standing where `state` left it. On Ctrl-C or SIGTERM the step in progress is finished and saved.
 
     Raises:
         NonFiniteError: names the terms and parts that are not finite, and the step. Nothing is saved then.
@@ -205,7 +271,7 @@ def fit(
         Progress(name, total=config.steps, unit="steps", start=first) as progress,
     ):
         for number in range(first + 1, config.steps + 1):
-            batch = next(batches)
+            batch = sharding.place_batch(next(batches), mesh)
             if compiled is None:
                 # Compiled ahead for these very shapes: a step can be refused from now on, but never recompiled.
                 compiled = step.lower((frozen, batch), state).compile()
@@ -213,6 +279,7 @@ def fit(
             state, metrics = compiled((frozen, batch), state)
             if controller is not None and state.control is not None:
                 control = controller(number, lambda now=state: now.ema_model, state.control)
+                control = sharding.place(control, mesh)
                 state = eqx.tree_at(lambda s: s.control, state, control)
             # Look at the step before, so that this one is under way while the host waits.
             if previous is not None:

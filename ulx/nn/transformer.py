@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Key
 
 from ulx.diffusion import split_keys
 from ulx.nn.layers import Dropout, Linear, layer_norm, rms_norm
+from ulx.nn.split import whole
 
 __all__ = ["Block", "BlockConfig", "Remat", "Stack"]
 
@@ -88,7 +89,8 @@ class Stack(eqx.Module):
     """`depth` blocks with one set of stacked weights (leading axis `depth`), run by `lax.scan`.
 
     Scanning compiles one block however deep the stack. `remat="block"` recomputes a block's activations in the
-    backward pass, so that memory holds one residual stream per block.
+    backward pass, so that memory holds one residual stream per block, and weights that are split over devices
+    (`ulx.nn.split`) are whole for one block at a time.
     """
 
     blocks: Block
@@ -112,7 +114,7 @@ class Stack(eqx.Module):
 
         def step(x, layer):
             weights, key = layer
-            return eqx.combine(weights, static)(x, cond, key), None
+            return whole(eqx.combine(weights, static))(x, cond, key), None
 
         if self.remat == "block":
             step = jax.checkpoint(step)

@@ -1,0 +1,115 @@
+"""Trains on the meshes given and prints what came out, as JSON: a process of its own has its own devices.
+
+python tests/mesh_worker.py '[[1, 1, 1], [4, 2, 1]]'      data, fsdp, accumulate
+"""
+
+import dataclasses
+import json
+import re
+import sys
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from ulx import runs, sharding, stages
+from ulx.config import Config, TrainConfig
+from ulx.data import DataConfig
+from ulx.models import ModelConfig
+from ulx.nn.encoder import EncoderConfig
+from ulx.nn.transformer import BlockConfig
+from ulx.nn.uvit import UViTConfig
+from ulx.training import make_optimizer, make_step
+
+STEPS, BATCH, CLASSES = 20, 8, 3
+
+
+def settings(accumulate: int = 1) -> Config:
+    """Networks with arrays large enough to be cut, dropout and classes, on images of 16×16."""
+    block = BlockConfig(dropout=0.1)
+    network = UViTConfig(patch=4, channels=(64,), blocks=(2,), block=block)
+    train = TrainConfig(
+        steps=STEPS, batch_size=BATCH, warmup_steps=2, learning_rate=1e-3, posthoc_ema=(0.1,), accumulate=accumulate
+    )
+    return Config(
+        prior_warmup=(5, 15),
+        data=DataConfig(resolution=16),
+        model=ModelConfig(
+            encoder=EncoderConfig(channels=(16,), blocks=1, last_blocks=1, latent_channels=4),
+            prior=dataclasses.replace(network, blocks=(1,)),
+            decoder=network,
+            base=network,
+        ),
+        train=train,
+        train_base=train,
+    )
+
+
+def batches() -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    return [
+        {
+            "image": rng.integers(0, 256, (BATCH, 16, 16, 3), dtype=np.uint8),
+            "label": rng.integers(0, CLASSES, BATCH).astype(np.int32),
+        }
+        for _ in range(STEPS)
+    ]
+
+
+def bytes_here(tree: Any) -> int:
+    """On the first of this process's devices."""
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if eqx.is_inexact_array(leaf)]
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in arrays)
+
+
+def sent(program: str) -> list[tuple[str, str]]:
+    """Which collectives a compiled program has, and of arrays of what type and shape each."""
+    kinds = "all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute"
+    calls = re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", program)
+    return sorted({(kind, array) for arrays, kind in calls for array in re.findall(r"\w+\[[\d,]*\]", arrays)})
+
+
+def trained(stage: str, data: int, fsdp: int, accumulate: int) -> dict[str, Any]:
+    """Losses of every step, what each device holds, and which arrays are sent."""
+    config = settings(accumulate)
+    mesh = sharding.make_mesh(fsdp, jax.devices()[: data * fsdp])
+    model = runs.stage1_state(config).model
+    if stage == "stage1":
+        state, frozen, loss = runs.stage1_state(config), None, stages.autoencoder_loss(config)
+    else:
+        state, frozen = runs.stage2_state(config, model, CLASSES), model
+        loss = stages.base_loss(config, 16 * 16)
+    state, frozen = sharding.place((state, frozen), mesh)
+    step = make_step(loss, make_optimizer(config.train), config.train, key=jax.random.key(1), mesh=mesh)
+    here, count = jax.process_index(), jax.process_count()
+    rows = slice(here * BATCH // count, (here + 1) * BATCH // count)
+    compiled, logged = None, []
+    for batch in batches():
+        given = frozen, sharding.place_batch({name: value[rows] for name, value in batch.items()}, mesh)
+        if compiled is None:
+            compiled = step.lower(given, state).compile()
+        state, metrics = compiled(given, state)
+        logged.append({name: float(value) for name, value in metrics.items()})
+    assert compiled is not None
+    return {
+        "logged": logged,
+        "bytes": bytes_here(state),
+        "sent": sent(compiled.compiled.as_text()),
+        "ema": float(sum(abs(np.asarray(leaf)).sum() for leaf in jax.tree.leaves(whole(state.posthoc[0], mesh)))),
+    }
+
+
+def whole(tree: Any, mesh: Any) -> Any:
+    return jax.jit(lambda t: t, out_shardings=jax.sharding.NamedSharding(mesh, sharding.WHOLE))(tree)
+
+
+def main() -> None:
+    meshes = json.loads(sys.argv[1])
+    found = {stage: [trained(stage, *mesh) for mesh in meshes] for stage in (sys.argv[2:] or ("stage1", "stage2"))}
+    if jax.process_index() == 0:
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

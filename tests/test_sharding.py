@@ -1,0 +1,133 @@
+"""However the devices are arranged, training is the same: on eight virtual ones, and on two processes of two."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+from ulx import runs, sharding
+from ulx.config import Config
+from ulx.data import DataConfig
+from ulx.nn.transformer import Stack
+from ulx.presets import PAPER
+
+WORKER = Path(__file__).parent / "mesh_worker.py"
+MESHES = [[1, 1, 1], [8, 1, 1], [4, 2, 1], [1, 8, 1], [2, 1, 4]]
+"""Devices along data and fsdp, and pieces of each device's part of the batch. The first is what the others are
+compared with."""
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[str, list[dict]]:
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(WORKER), json.dumps(MESHES)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def curve(run: dict, name: str = "loss") -> np.ndarray:
+    return np.array([line[name] for line in run["logged"]])
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+@pytest.mark.parametrize("index", range(1, len(MESHES)))
+def test_twenty_steps_are_those_of_one_device(trained, stage, index):
+    """To 1e-5: sums in another order differ by float32's 1e-7, which Adam's first steps, which go by the gradient's
+    sign, carry on."""
+    alone, other = trained[stage][0], trained[stage][index]
+    np.testing.assert_allclose(curve(other), curve(alone), rtol=1e-5)
+    np.testing.assert_allclose(curve(other, "gradient"), curve(alone, "gradient"), rtol=1e-3)
+    assert other["ema"] == pytest.approx(alone["ema"], rel=1e-5)
+    assert curve(alone)[-1] != curve(alone)[0]
+    if stage == "stage1" and MESHES[index][2] == 1:  # in pieces it is the mean over pieces of theirs
+        np.testing.assert_allclose(curve(other, "latent_std"), curve(alone, "latent_std"), rtol=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_the_step_sends_what_it_should(trained, stage):
+    """Weights gathered and their gradients summed and scattered over fsdp, or summed over data; of the batch, whose
+    images are the one array of bytes, nothing."""
+    for run, (data, fsdp, _) in zip(trained[stage], MESHES, strict=True):
+        kinds = {kind for kind, _ in run["sent"]}
+        assert not {kind for kind in kinds if kind in ("all-to-all", "collective-permute")}
+        assert ({"all-gather", "reduce-scatter"} <= kinds) == (fsdp > 1), run["sent"]
+        if data * fsdp > 1:
+            assert "all-reduce" in kinds
+        assert not [array for _, array in run["sent"] if array.startswith("u8")]
+        gathered = [array for kind, array in run["sent"] if kind == "all-gather"]
+        # No array with an axis of the whole batch: 8 examples. (Weights have none of 8 here.)
+        assert not [array for array in gathered if array.split("[")[1].split(",")[0].rstrip("]") == "8"]
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_devices_hold_parts(trained, stage):
+    one, *_, eight, _ = (run["bytes"] for run in trained[stage])
+    assert eight < 0.5 * one  # these networks are small, and so are many of their arrays
+
+
+def test_bytes_of_the_paper_s_base_model_fall_by_the_factor(capsys):
+    """Weights, two moments and the average, as shapes."""
+    config = Config(data=DataConfig(source="openmoji", resolution=512), model=PAPER["imagenet512-medium"].model)
+    model = eqx.filter_eval_shape(lambda: runs.stage1_state(config).model)
+    state = eqx.filter_eval_shape(lambda: runs.stage2_state(config, model, 1000))
+    whole, *less = (
+        sharding.bytes_per_device(state, AbstractMesh((1, fsdp), sharding.AXES, axis_types=(AxisType.Auto,) * 2))
+        for fsdp in (1, 2, 8, 64)
+    )
+    weights = sum(leaf.size for leaf in jax.tree.leaves(state.ema))
+    assert whole == pytest.approx(4 * 4 * weights, abs=64)  # float32, four times; and the steps
+    with capsys.disabled():
+        print(f"\nbase model of imagenet512-medium, GiB per device by fsdp: {whole / 2**30:.2f}", end="")
+        print("".join(f", {fsdp}: {held / 2**30:.3f}" for fsdp, held in zip((2, 8, 64), less, strict=True)))
+    for fsdp, held in zip((2, 8, 64), less, strict=True):
+        assert whole / fsdp <= held < 1.05 * whole / fsdp
+
+
+def test_which_axis_is_cut(small_config):
+    mesh = AbstractMesh((2, 4), sharding.AXES, axis_types=(AxisType.Auto,) * 2)
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
+    cuts = sharding.specs(
+        {
+            "longest": shape(128, 512),
+            "last of equals": shape(256, 256),
+            "that can be divided": shape(1023, 64),
+            "none": shape(255, 1023),
+            "small": shape(64, 64),
+            "step": shape(),
+            "text": "text",
+        },
+        mesh,
+    )
+    assert cuts == {
+        "longest": PartitionSpec(None, "fsdp"),
+        "last of equals": PartitionSpec(None, "fsdp"),
+        "that can be divided": PartitionSpec(None, "fsdp"),
+        "none": PartitionSpec(),
+        "small": PartitionSpec(),
+        "step": PartitionSpec(),
+        "text": None,
+    }
+    block = dataclasses.replace(small_config.model.base.block, head_size=64)
+    stack = eqx.filter_eval_shape(lambda: Stack(1024, 128, block, cond_size=128, key=jax.random.key(0)))
+    cut = sharding.specs(stack, mesh).blocks
+    assert cut.up.weight == PartitionSpec(None, None, "fsdp")
+    assert cut.down.weight == PartitionSpec(None, "fsdp", None)
+    assert cut.attention.out.bias == PartitionSpec()  # 128 numbers in each of 1024 layers
+
+
+def test_one_device_alone_sends_nothing_that_counts():
+    with pytest.raises(ValueError, match="fsdp=3 does not divide the number of devices, 1"):
+        sharding.make_mesh(3, jax.devices()[:1])
+    with pytest.raises(ValueError, match="fsdp=0 does not divide"):
+        sharding.make_mesh(0, jax.devices()[:1])

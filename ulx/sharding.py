@@ -1,0 +1,142 @@
+"""Which device holds what: a mesh of them, batches split over all, weights over some.
+
+The mesh has two axes, `data` and `fsdp`. A batch is split over both. Weights, their moments and averages are split over
+`fsdp` and are the same along `data`: each large array is cut along one of its axes, small ones are kept whole. A
+block's weights are put together when the block runs and dropped after it (`ulx.nn.split`), so that a device holds one
+block at a time beside its own parts. On one device the mesh is 1 × 1, and nothing is cut or sent.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, PyTree
+
+from ulx.nn.split import WEIGHTS, Split
+from ulx.nn.transformer import Stack
+
+__all__ = [
+    "AXES",
+    "BATCH",
+    "WHOLE",
+    "bytes_per_device",
+    "constrained",
+    "make_mesh",
+    "mean_gradients",
+    "parts",
+    "place",
+    "place_batch",
+    "specs",
+]
+
+AXES = ("data", WEIGHTS)
+BATCH, WHOLE = PartitionSpec(AXES), PartitionSpec()
+"""How an array with an entry per example is split, and one that every device has."""
+SMALLEST = 2**14
+"""Numbers in the smallest array that is cut: below, sending it takes longer than it takes room."""
+
+Tree = TypeVar("Tree", bound=PyTree)
+
+
+def make_mesh(fsdp: int = 1, devices: Iterable[Any] | None = None) -> Mesh:
+    """All devices of all processes (or those given), `fsdp` of them to a copy of the weights.
+
+    Raises ValueError if the number of devices is no multiple of `fsdp`.
+    """
+    found = np.array(jax.devices() if devices is None else list(devices))
+    if fsdp < 1 or len(found) % fsdp:
+        raise ValueError(f"fsdp={fsdp} does not divide the number of devices, {len(found)}")
+    return Mesh(found.reshape(-1, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def specs(tree: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
+    """How every array of a tree is cut: a PartitionSpec in its place, None in that of anything else.
+
+    A tree is a module, its weights' gradients, or a whole training state. An array is cut along its longest axis of
+    those that `fsdp` divides, the last of equals; never along the axis of a stack's layers, which is scanned over.
+    """
+    count = mesh.shape[WEIGHTS]
+
+    def spec(leaf: Any, first: int) -> PartitionSpec | None:
+        if not hasattr(leaf, "shape"):
+            return None
+        axes = [axis for axis in range(first, leaf.ndim) if leaf.shape[axis] % count == 0]
+        if count == 1 or math.prod(leaf.shape[first:]) < SMALLEST or not axes:
+            return WHOLE
+        longest = max(axes, key=lambda axis: (leaf.shape[axis], axis))
+        return PartitionSpec(*(WEIGHTS if axis == longest else None for axis in range(leaf.ndim)))
+
+    def of_node(node: Any) -> PyTree:
+        first = 1 if isinstance(node, Stack) else 0
+        return jax.tree.map(lambda leaf: spec(leaf, first), node)
+
+    return jax.tree.map(of_node, tree, is_leaf=lambda node: isinstance(node, Stack))
+
+
+def bytes_per_device(tree: PyTree, mesh: Mesh | AbstractMesh) -> int:
+    """What each device holds of the arrays of a tree (or of their shapes) that is cut by `specs`."""
+
+    def held(leaf: Any, spec: PartitionSpec | None) -> int:
+        if spec is None or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+            return 0
+        return leaf.size * np.dtype(leaf.dtype).itemsize // (mesh.shape[WEIGHTS] if WEIGHTS in spec else 1)
+
+    return sum(jax.tree.leaves(jax.tree.map(held, tree, specs(tree, mesh))))
+
+
+def place(tree: Tree, mesh: Mesh) -> Tree:
+    """The tree with its arrays on the mesh, cut by `specs`."""
+    arrays, rest = eqx.partition(tree, eqx.is_array)
+    return eqx.combine(jax.device_put(arrays, _shardings(arrays, mesh)), rest)
+
+
+def constrained(tree: Tree, mesh: Mesh) -> Tree:
+    """Under `jax.jit`: the same tree, its arrays cut by `specs`."""
+    arrays, rest = eqx.partition(tree, eqx.is_array)
+    return eqx.combine(jax.lax.with_sharding_constraint(arrays, _shardings(arrays, mesh)), rest)
+
+
+def _shardings(arrays: PyTree, mesh: Mesh) -> PyTree:
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(arrays, mesh))
+
+
+def place_batch(batch: Tree, mesh: Mesh) -> Tree:
+    """A batch's arrays on the mesh, an equal number of examples on each device. Of a process, its own rows are given.
+
+    Raises ValueError for a batch that the devices cannot share evenly.
+    """
+    here = mesh.local_mesh.size
+    size = jax.tree.leaves(batch)[0].shape[0]
+    if size % here:
+        raise ValueError(f"a batch of {size} examples cannot be shared evenly by {here} devices")
+    sharding = NamedSharding(mesh, BATCH)
+    if mesh.is_multi_process:
+        return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), batch)
+    return jax.device_put(batch, sharding)
+
+
+def parts(tree: Tree, tree_specs: PyTree) -> Tree:
+    """Inside `jax.shard_map`: a tree of this device's arrays with those that are parts marked as such."""
+
+    def part(spec: PartitionSpec | None, leaf: Any) -> Any:
+        if spec is None or WEIGHTS not in spec:
+            return leaf
+        return Split(leaf, tuple(spec).index(WEIGHTS) - leaf.ndim)
+
+    return jax.tree.map(part, tree_specs, tree, is_leaf=lambda spec: spec is None)
+
+
+def mean_gradients(gradients: Tree, tree_specs: PyTree, mesh: Mesh) -> Tree:
+    """Inside `jax.shard_map`: the mean over all devices of gradients of each one's mean loss.
+
+    Those of parts have been summed over `fsdp` when the parts were gathered.
+    """
+
+    def mean(gradient: Array, spec: PartitionSpec) -> Array:
+        return jax.lax.psum(gradient, "data" if WEIGHTS in spec else AXES) / mesh.size
+
+    return jax.tree.map(mean, gradients, tree_specs)
