@@ -143,8 +143,8 @@ def test_stage_2_on_cached_latents_is_stage_2_on_clips(config, model, base, clip
     kept = [cached.train[i] for i in range(6)]
     assert kept[0]["first"].shape == (2, 16, 16, 3)
     latents = {name: jnp.stack([example[name] for example in kept]) for name in kept[0]}
-    loss = base_loss(config, 4 * 16 * 16)
-    given = dataclasses.replace(config, frames_dropout=0.0)
+    loss = base_loss(dataclasses.replace(config, base_frames_dropout=0.5), 4 * 16 * 16)
+    given = dataclasses.replace(config, base_frames_dropout=0.0)
 
     @eqx.filter_jit
     def value(loss, frozen, batch):
@@ -257,6 +257,13 @@ def test_the_report_moves(finished):
     assert border == [(230, 159, 0)] * 2 + [(222, 222, 222)] * 2
     with Image.open(path / "figures" / "base_samples.png") as sheet:
         assert sheet.width > 4 * 18
+    with Image.open(path / "figures" / "base_samples_moving.png") as sheet:
+        assert getattr(sheet, "n_frames", 1) == 4
+        inside = []
+        for frame in range(4):
+            sheet.seek(frame)
+            inside.append(sheet.convert("RGB").getpixel((6, 6)))  # the border of the first tile
+    assert inside == border
     assert "Are samples copies" not in html
     assert "fvd, base model" in html
     assert "6 held-out clips" in html
@@ -286,6 +293,7 @@ def test_commands_on_a_run_of_clips(finished, tmp_path, capsys):
         ({"single_stage": True}, "single_stage generates with the stage-1 prior, which is given no frames"),
         ({"data": {"frames": 2}}, "must leave some of a clip's 2 frames"),
         ({"frames_dropout": 1.5}, "frames_dropout must be in"),
+        ({"base_frames_dropout": -0.1}, "base_frames_dropout must be in"),
     ],
 )
 def test_settings_that_cannot_be(config, changes, message):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ulx import diffusion
-from ulx.nn import grid, layers
+from ulx.nn import grid, layers, rotary
 from ulx.nn.encoder import Encoder, EncoderConfig
 from ulx.nn.resnet import ResBlock
 from ulx.nn.transformer import Attention, BlockConfig, Stack
@@ -315,3 +315,42 @@ def test_network_of_a_still_video_is_the_image_network():
     out = eqx.filter_jit(inflated(image, video))(still(z, 4), logsnr, context=still(z_0, 2))
     np.testing.assert_allclose(out, still(expected, 4), atol=1e-5)
     assert np.abs(expected).max() > 0.1
+
+
+def test_rotated_products_depend_on_the_places_difference_alone():
+    """q at p and k at p', for every pair of places of a grid: the same for the same p − p', and not for others."""
+    sizes = (3, 4, 5)
+    by = rotary.angles(sizes, 16)
+    query, key = normal(1, 1, 1, 16), normal(1, 1, 1, 16, seed=1)
+    everywhere = lambda x: rotary.rotate(jnp.broadcast_to(x, (1, 60, 1, 16)), by)[0, :, 0]  # noqa: E731
+    products = np.asarray(everywhere(query) @ everywhere(key).T, np.float64)
+    places = np.stack(np.meshgrid(*map(np.arange, sizes), indexing="ij"), -1).reshape(-1, 3)
+    found: dict[tuple[int, ...], list[float]] = {}
+    for i, place in enumerate(places):
+        for j, other in enumerate(places):
+            found.setdefault(tuple((place - other).tolist()), []).append(products[i, j])
+    for same in found.values():
+        np.testing.assert_allclose(same, same[0], atol=2e-5)  # float32's sums of 16 terms
+    means = np.sort([np.mean(same) for same in found.values()])
+    assert len(means) == 5 * 7 * 9
+    assert np.median(np.diff(means)) > 1e-4
+    np.testing.assert_allclose(products[0, 0], float((query * key).sum()), atol=1e-5)  # the first place is not turned
+
+
+def test_rotary_angles_are_refused_for_too_few_channels():
+    with pytest.raises(ValueError, match="head_size=4 is to be a pair of channels or more for each axis"):
+        rotary.angles((2, 2, 2), 4)
+    with pytest.raises(ValueError, match="head_size=7"):
+        rotary.angles((2,), 7)
+
+
+def test_a_rotary_stack_sees_how_tokens_lie():
+    """Without positions a stack treats all orders of its tokens alike; a rotary one does not."""
+    plain, turned = (
+        shaken(Stack(2, 16, BlockConfig(head_size=16, rotary=rotary), cond_size=8, key=KEY)) for rotary in (False, True)
+    )
+    cond, x = normal(1, 8), normal(1, 2, 3, 16)
+    swapped = x[:, ::-1]
+    np.testing.assert_allclose(plain(swapped, cond), plain(x, cond)[:, ::-1], atol=1e-5)
+    assert np.abs(turned(swapped, cond) - turned(x, cond)[:, ::-1]).max() > 1e-2
+    assert turned(x, cond).shape == x.shape

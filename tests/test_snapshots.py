@@ -171,11 +171,12 @@ class TestCommands:
         measured = {}
 
         def measure(path, model, base, dataset, config, *, weights):
-            measured.update(base=base, weights=weights)
+            measured.update(base=base, weights=weights, held_out=config.evaluate.held_out)
             return path / "report.html"
 
         monkeypatch.setattr(job, "measure", measure)
         monkeypatch.setattr(evaluate, "open_dataset", lambda config: small_dataset)
-        evaluate.evaluate(evaluate.Options(trained_run, ema=0.05))
+        evaluate.evaluate(evaluate.Options(trained_run, ema=0.05, held_out=7))
         assert same(leaves(measured["base"]), arrays_of(trained_run, "stage2", 4, 0.05))
         assert measured["weights"] == "EMA; stage2: sigma_rel 0.05"
+        assert measured["held_out"] == 7

@@ -191,8 +191,10 @@ class Config:
     cache_latents: bool = True
     """Encode the training images once before stage 2, into the run's folder; off: encode every batch."""
     frames_dropout: float = 0.5
-    """How often decoder and base model are not given the first frames of a clip while training, so that they can do
-    without. The latent then holds these frames too, for the encoder does not know."""
+    """How often the decoder is not given the first frames of a clip while training, so that it can do without. The
+    latent then holds these frames too, for the encoder does not know."""
+    base_frames_dropout: float = 0.1
+    """How often the base model is not given them. What it has to learn is to continue."""
     label_dropout: float = 0.1
     """How often the base model is trained without its class label, for classifier-free guidance."""
     data: DataConfig = DataConfig()
@@ -213,7 +215,7 @@ class Config:
                 "collapse (the decoder's weight never exceeds the prior's); the paper uses 1.3 to 1.7",
                 stacklevel=2,
             )
-        for name in ("label_dropout", "frames_dropout"):
+        for name in ("label_dropout", "frames_dropout", "base_frames_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if self.model.given_frames and not self.data.clips:

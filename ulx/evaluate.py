@@ -3,6 +3,7 @@
 python -m ulx.evaluate runs/openmoji
 python -m ulx.evaluate runs/openmoji --ema 0.07                    the base model with another average of its weights
 python -m ulx.evaluate runs/openmoji --inception-weights FILE      FID and KID too
+python -m ulx.evaluate runs/kinetics600 --held-out 2048            FVD of 2,048 continued clips
 """
 
 import dataclasses
@@ -24,6 +25,8 @@ class Options:
     ema: float | None = None
     """Width σ_rel of the base model's average, for a run with snapshots (`--train-base.posthoc-ema`); by default the
     moving average of training."""
+    held_out: int | None = None
+    """Measure on so many held-out examples, at most all of them; by default as the run was set."""
     inception_weights: Path | None = None
     """The file of FID's InceptionV3: FID and KID as well. By default as the run was set."""
     inception_resize: inception.Resize = "tf1-bilinear"
@@ -38,6 +41,8 @@ def evaluate(options: Options) -> Path:
     if run.base is None:
         raise ValueError(f"{options.run} has no base model yet: finish stage 2 first (--resume)")
     evaluate = run.config.evaluate
+    if options.held_out is not None:
+        evaluate = dataclasses.replace(evaluate, held_out=options.held_out)
     if options.inception_weights is not None:
         weights, resize = str(options.inception_weights), options.inception_resize
         evaluate = dataclasses.replace(evaluate, inception_weights=weights, inception_resize=resize)

@@ -23,9 +23,11 @@ def _plain(width: int, blocks: int, patch: PerAxis = 1, **block) -> UViTConfig:
     return UViTConfig(patch=patch, channels=(width,), blocks=(blocks,), block=BlockConfig(**block))
 
 
-def _base(width: int, blocks: tuple[int, int] = (6, 16), down: PerStep = 2, dropout: float = 0.1) -> UViTConfig:
+def _base(
+    width: int, blocks: tuple[int, int] = (6, 16), down: PerStep = 2, dropout: float = 0.1, rotary: bool = False
+) -> UViTConfig:
     """The paper's two-level ViT: the inner level is twice as wide on a coarser grid."""
-    block = BlockConfig(dropout=dropout)
+    block = BlockConfig(dropout=dropout, rotary=rotary)
     return UViTConfig(patch=1, channels=(width, 2 * width), blocks=blocks, down=down, block=block)
 
 
@@ -46,20 +48,21 @@ MODELS: dict[str, ModelConfig] = {
         logsnr_1=-7.0,
     ),
     # Clips of 16 frames of 32×32: 8×8×8×8 latents, as many tokens in the decoder. The paper's 4×8×8 would leave 4×4
-    # positions for sprites of 14 pixels, which then come back as patches of colour.
+    # positions for sprites of 14 pixels, which then come back as patches of colour. The base model keeps all steps of
+    # time on both levels. Positions are rotary: with learned ones alone every motion has to be learned at every place.
     "video-smoke": ModelConfig(
         encoder=EncoderConfig(patch=(2, 4, 4), channels=(32,), last_blocks=1, chroma_gain=4.0),
-        prior=_plain(64, 1),
-        decoder=_plain(64, 2, patch=(2, 4, 4)),
-        base=_base(64, (2, 1), dropout=0.0),
+        prior=_plain(64, 1, rotary=True),
+        decoder=_plain(64, 2, patch=(2, 4, 4), rotary=True),
+        base=_base(64, (2, 1), down=((1, 2, 2),), dropout=0.0, rotary=True),
         logsnr_1=-7.0,
         given_frames=5,
     ),
     "video-tiny": ModelConfig(
         encoder=EncoderConfig(patch=(2, 4, 4), channels=(96,), last_blocks=1, chroma_gain=4.0),
-        prior=_plain(128, 2),
-        decoder=_plain(192, 5, patch=(2, 4, 4)),
-        base=_base(128, (2, 4), dropout=0.0),
+        prior=_plain(128, 2, rotary=True),
+        decoder=_plain(192, 5, patch=(2, 4, 4), rotary=True),
+        base=_base(128, (4, 3), down=((1, 2, 2),), dropout=0.0, rotary=True),
         logsnr_1=-7.0,
         given_frames=5,
     ),

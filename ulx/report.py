@@ -270,7 +270,8 @@ def _next_frames(run: _Run, found: Metrics) -> str:
 
 
 def _pictures(run: _Run, name: str, stacked: Sequence[np.ndarray], captions: Sequence[str] = ()) -> str:
-    """The HTML of pictures that stand one above the other, and the same as a sheet under `figures/`."""
+    """The HTML of pictures that stand one above the other, and the same as a sheet under `figures/`: of clips two, one
+    of film strips and one that moves."""
     pixels = math.prod(stacked[0].shape[1:-1])
     count = min(len(stacked[0]), max(8, BUDGET // pixels))
     stacked, captions = [images[:count] for images in stacked], captions[:count]
@@ -278,6 +279,9 @@ def _pictures(run: _Run, name: str, stacked: Sequence[np.ndarray], captions: Seq
     if stacked[0].ndim == 5:
         given = run.given if name == "base_samples" else 0
         stacked = [framed(clips, given) for clips in stacked]
+        frames = zip(*(clips[:STRIPS].swapaxes(0, 1) for clips in stacked), strict=True)
+        moving = np.stack([contact_sheet(*at_once) for at_once in frames])
+        write_png(run.path / "figures" / f"{name}_moving.png", moving)
         sheet = [film_strips(clips[:STRIPS]) for clips in stacked]
     write_png(run.path / "figures" / f"{name}.png", contact_sheet(*sheet, captions=captions[: len(sheet[0])]))
     words = name.replace("_", " ")

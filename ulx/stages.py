@@ -181,7 +181,7 @@ def base_loss(config: Config, num_pixels: int) -> Loss:
             clip = (
                 to_float(batch["image"]) if "image" in batch else padded(to_float(batch["first"]), config.data.frames)
             )
-            frames = given_or_dropped(clip, draws.keys, given, config.frames_dropout)
+            frames = given_or_dropped(clip, draws.keys, given, config.base_frames_dropout)
         nats = losses.diffusion_loss(
             base.given(frames=frames, label=label), z_clean, schedule, weighting, key=loss_keys, t=draws.times(0)
         )

@@ -6,9 +6,11 @@ from typing import Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key
 
 from ulx.diffusion import split_keys
+from ulx.nn import rotary
 from ulx.nn.layers import Dropout, Linear, layer_norm, rms_norm
 from ulx.nn.split import whole
 
@@ -24,6 +26,9 @@ class BlockConfig:
     mlp_ratio: int = 4
     """Hidden channels of the MLP per channel."""
     dropout: float = 0.0
+    rotary: bool = False
+    """Turn queries and keys by their tokens' places on the grid, beside the learned positions: attention then sees how
+    tokens lie to each other, which is what motion is (`ulx.nn.rotary`)."""
     remat: Remat = "block"
     """Recompute each block's activations in the backward pass ("block": less memory), or keep them ("none")."""
 
@@ -47,11 +52,16 @@ class Attention(eqx.Module):
         self.key_scale = jnp.ones(head_size)
         self.heads = channels // head_size
 
-    def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+    def __call__(
+        self, x: Float[Array, "b n c"], angles: Float[np.ndarray, "n pairs"] | None = None
+    ) -> Float[Array, "b n c"]:
+        """With `angles` queries and keys are turned by them."""
         batch, tokens, channels = x.shape
         heads = (batch, tokens, self.heads, channels // self.heads)
         query, key, value = (part.reshape(heads) for part in jnp.split(self.qkv(x), 3, axis=-1))
         query, key = rms_norm(query, self.query_scale), rms_norm(key, self.key_scale)
+        if angles is not None:
+            query, key = rotary.rotate(query, angles), rotary.rotate(key, angles)
         return self.out(jax.nn.dot_product_attention(query, key, value).reshape(x.shape))
 
 
@@ -76,11 +86,15 @@ class Block(eqx.Module):
         self.dropout = Dropout(config.dropout)
 
     def __call__(
-        self, x: Float[Array, "b n c"], cond: Float[Array, "b k"], key: Key[Array, " b"] | None = None
+        self,
+        x: Float[Array, "b n c"],
+        cond: Float[Array, "b k"],
+        key: Key[Array, " b"] | None = None,
+        angles: Float[np.ndarray, "n pairs"] | None = None,
     ) -> Float[Array, "b n c"]:
         modulation = self.modulation(cond)[:, None]
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(modulation, 6, axis=-1)
-        x = x + gate_1 * self.attention(layer_norm(x) * (1 + scale_1) + shift_1)
+        x = x + gate_1 * self.attention(layer_norm(x) * (1 + scale_1) + shift_1, angles)
         hidden = jax.nn.gelu(self.up(layer_norm(x) * (1 + scale_2) + shift_2))
         return x + gate_2 * self.down(self.dropout(hidden, key))
 
@@ -95,6 +109,8 @@ class Stack(eqx.Module):
 
     blocks: Block
     depth: int = eqx.field(static=True)
+    head_size: int = eqx.field(static=True)
+    rotary: bool = eqx.field(static=True)
     remat: Remat = eqx.field(static=True)
 
     def __init__(self, depth: int, channels: int, config: BlockConfig, *, cond_size: int, key: Key[Array, ""]):
@@ -102,20 +118,23 @@ class Stack(eqx.Module):
             raise ValueError(f"a stack has at least one block, got depth={depth}")
         blocks = [Block(channels, config, cond_size=cond_size, key=key) for key in jax.random.split(key, depth)]
         self.blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
-        self.depth = depth
+        self.depth, self.head_size, self.rotary = depth, config.head_size, config.rotary
         self.remat = config.remat
 
     def __call__(
-        self, x: Float[Array, "b n c"], cond: Float[Array, "b k"], key: Key[Array, " b"] | None = None
-    ) -> Float[Array, "b n c"]:
+        self, x: Float[Array, "b *grid c"], cond: Float[Array, "b k"], key: Key[Array, " b"] | None = None
+    ) -> Float[Array, "b *grid c"]:
+        grid = x.shape[1:-1]
+        angles = rotary.angles(grid, self.head_size) if self.rotary else None
         cond = jax.nn.silu(cond)
         weights, static = eqx.partition(self.blocks, eqx.is_array)
         keys = None if key is None else jnp.stack(split_keys(key, self.depth))
 
-        def step(x, layer):
+        def step(tokens, layer):
             weights, key = layer
-            return whole(eqx.combine(weights, static))(x, cond, key), None
+            return whole(eqx.combine(weights, static))(tokens, cond, key, angles), None
 
         if self.remat == "block":
             step = jax.checkpoint(step)
-        return jax.lax.scan(step, x, (weights, keys))[0]
+        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
+        return jax.lax.scan(step, tokens, (weights, keys))[0].reshape(x.shape)

@@ -136,14 +136,10 @@ class TransformerStage(eqx.Module):
         self.after = Stack(depth // 2, width, config, cond_size=cond_size, key=keys[4])
 
     def go_in(self, x: Float[Array, "b *grid c"], cond: Float[Array, "b k"], key) -> Float[Array, "b *grid c"]:
-        return over_tokens(self.before, x + self.position, cond, key)
+        return self.before(x + self.position, cond, key)
 
     def go_out(self, x: Float[Array, "b *grid c"], cond: Float[Array, "b k"], key) -> Float[Array, "b *grid c"]:
-        return over_tokens(self.after, x, cond, key)
-
-
-def over_tokens(stack: Stack, x: Float[Array, "b *grid c"], cond, key) -> Float[Array, "b *grid c"]:
-    return stack(x.reshape(x.shape[0], -1, x.shape[-1]), cond, key).reshape(x.shape)
+        return self.after(x, cond, key)
 
 
 class UViT(eqx.Module):
@@ -285,7 +281,7 @@ class UViT(eqx.Module):
             x = stage.down(x)
         if len(self.config.channels) == 1:
             x = self._add_context(x, context)
-        x = over_tokens(self.middle, x + self.position, cond, next(keys))
+        x = self.middle(x + self.position, cond, next(keys))
         for stage in reversed(self.stages):
             x = stage.go_out(skips.pop() + stage.up(x), cond, next(keys))
         scale, shift = jnp.split(
