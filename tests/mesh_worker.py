@@ -105,10 +105,14 @@ def whole(tree: Any, mesh: Any) -> Any:
 
 
 def main() -> None:
-    meshes = json.loads(sys.argv[1])
-    found = {stage: [trained(stage, *mesh) for mesh in meshes] for stage in (sys.argv[2:] or ("stage1", "stage2"))}
-    if jax.process_index() == 0:
-        print(json.dumps(found))
+    meshes, *process = sys.argv[1:]
+    if process:
+        index, count, coordinator = process
+        jax.config.update("jax_num_cpu_devices", 2)
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(coordinator, int(count), int(index))
+    found = {stage: [trained(stage, *mesh) for mesh in json.loads(meshes)] for stage in ("stage1", "stage2")}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

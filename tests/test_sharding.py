@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -26,14 +27,23 @@ MESHES = [[1, 1, 1], [8, 1, 1], [4, 2, 1], [1, 8, 1], [2, 1, 4]]
 compared with."""
 
 
+def started(*args: str, devices: int | None = None) -> subprocess.Popen[str]:
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    if devices is not None:
+        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    command = [sys.executable, str(WORKER), *args]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def results(process: subprocess.Popen[str]) -> dict[str, list[dict]]:
+    out, errors = process.communicate(timeout=900)
+    assert process.returncode == 0, errors[-3000:]
+    return json.loads(out.splitlines()[-1])
+
+
 @pytest.fixture(scope="module")
 def trained() -> dict[str, list[dict]]:
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(WORKER), json.dumps(MESHES)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return results(started(json.dumps(MESHES), devices=8))
 
 
 def curve(run: dict, name: str = "loss") -> np.ndarray:
@@ -52,6 +62,18 @@ def test_twenty_steps_are_those_of_one_device(trained, stage, index):
     assert curve(alone)[-1] != curve(alone)[0]
     if stage == "stage1" and MESHES[index][2] == 1:  # in pieces it is the mean over pieces of theirs
         np.testing.assert_allclose(curve(other, "latent_std"), curve(alone, "latent_std"), rtol=1e-5)
+
+
+def test_two_processes_of_two_devices_are_one_device(trained):
+    """Each is given its own half of every batch."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    processes = [started("[[2, 2, 1]]", str(index), "2", coordinator) for index in range(2)]
+    for found in map(results, processes):
+        for stage, (run,) in found.items():
+            np.testing.assert_allclose(curve(run), curve(trained[stage][0]), rtol=1e-5)
+            assert run["ema"] == pytest.approx(trained[stage][0]["ema"], rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])

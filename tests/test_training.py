@@ -109,7 +109,8 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
 
     state = TrainState(Line(jnp.asarray(2.0), jnp.asarray(1.0)), make_optimizer(config))
     batch = {"x": jnp.ones(2), "y": jnp.zeros(2)}
-    state, _ = make_step(loss, make_optimizer(config), config, key=jax.random.key(0), mesh=make_mesh())((jnp.ones(3), batch), state)
+    step = make_step(loss, make_optimizer(config), config, key=jax.random.key(0), mesh=make_mesh())
+    state, _ = step((jnp.ones(3), batch), state)
     assert seen[0] == (jnp.bfloat16, jnp.float32)
     assert state.model.weight.dtype == state.ema.weight.dtype == jnp.float32
 
