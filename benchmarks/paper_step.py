@@ -46,8 +46,7 @@ def step(experiment: str, preset: str, stage: str) -> dict[str, Any]:
     from ulx import runs, stages
     from ulx.command_line import use_compilation_cache
     from ulx.data import open_dataset
-    from ulx.dry_run import num_bytes
-    from ulx.sharding import make_mesh
+    from ulx.sharding import bytes_per_device, make_mesh
     from ulx.training import make_optimizer, make_step
 
     use_compilation_cache()
@@ -78,7 +77,7 @@ def step(experiment: str, preset: str, stage: str) -> dict[str, Any]:
         "dtype": train.dtype,
         "metrics": found,
         "all_finite": finite and all(bool(jnp.isfinite(w).all()) for w in weights if hasattr(w, "dtype")),
-        "weights_gib": num_bytes((state, frozen)) / 2**30,
+        "weights_gib": bytes_per_device((state, frozen)) / 2**30,
         "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "compile_seconds": seconds,
     }

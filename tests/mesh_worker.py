@@ -14,12 +14,14 @@ import jax
 import numpy as np
 
 from ulx import runs, sharding, stages
-from ulx.config import Config, TrainConfig
+from ulx.config import Config, EvaluateConfig, SampleConfig, TrainConfig
 from ulx.data import DataConfig
 from ulx.models import ModelConfig
 from ulx.nn.encoder import EncoderConfig
 from ulx.nn.transformer import BlockConfig
 from ulx.nn.uvit import UViTConfig
+from ulx.progress import Progress
+from ulx.runner import Runner
 from ulx.training import make_optimizer, make_step
 
 STEPS, BATCH, CLASSES = 20, 8, 3
@@ -104,8 +106,42 @@ def whole(tree: Any, mesh: Any) -> Any:
     return jax.jit(lambda t: t, out_shardings=jax.sharding.NamedSharding(mesh, sharding.WHOLE))(tree)
 
 
+def made(fsdp: int) -> dict[str, Any]:
+    """What evaluation's calls make of five images, in batches of three."""
+    options = EvaluateConfig(batch_size=3, levels=4, draws=1)
+    sample = SampleConfig(num_steps=3, decoder_num_steps=3, decoder_solver="ancestral")
+    config = dataclasses.replace(settings(), evaluate=options, sample=sample)
+    state = runs.stage1_state(config)
+    stage2 = runs.stage2_state(config, state.model, CLASSES)
+    model, base = sharding.place(moved((state.model, stage2.model)), sharding.make_mesh(fsdp))
+    images = batches()[0]["image"][:5]
+    with Progress("made", total=20) as progress:
+        run = Runner(model, config, progress)
+        latents = run.encode(images)
+        samples, nfe = run.latents(base, np.arange(5, dtype=np.int32) % CLASSES, 5, "sample", guidance=2.0)
+        return {
+            "latents": latents.tolist(),
+            "rate": np.asarray(run.rate(images, model.prior).rate).tolist(),
+            "reconstructions": run.decode(latents, "reconstruct")[0].tolist(),
+            "samples": samples.tolist(),
+            "nfe": nfe,
+            "devices": jax.local_device_count(),
+        }
+
+
+def moved(tree: Any) -> Any:
+    """Every array away from its initial value: untrained networks predict nothing."""
+    rng = np.random.default_rng(1)
+    shake = lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape).astype(np.float32)  # noqa: E731
+    arrays, rest = eqx.partition(tree, eqx.is_inexact_array)
+    return eqx.combine(jax.tree.map(shake, arrays), rest)
+
+
 def main() -> None:
     meshes, *process = sys.argv[1:]
+    if meshes == "made":
+        print(json.dumps(made(int(process[0]))))
+        return
     if process:
         index, count, coordinator = process
         jax.config.update("jax_num_cpu_devices", 2)

@@ -13,6 +13,7 @@ import pytest
 from ulx import dry_run, job, runs
 from ulx.command_line import experiment
 from ulx.cost import num_parameters
+from ulx.sharding import bytes_per_device
 from ulx.variants import VARIANTS
 
 
@@ -53,7 +54,7 @@ def test_weights_are_counted_in_bytes(small_config):
     """Parameters, two moments and the average in float32, the frozen autoencoder of stage 2, and counters."""
     state = eqx.filter_eval_shape(lambda: runs.stage1_state(small_config, 3))
     parameters = num_parameters(eqx.filter(runs.stage1_state(small_config, 3).model, eqx.is_inexact_array))
-    assert 4 * 4 * parameters <= dry_run.num_bytes(state) < 4 * 4 * parameters + 100
+    assert 4 * 4 * parameters <= bytes_per_device(state) < 4 * 4 * parameters + 100
 
 
 def test_memory_of_a_step_grows_with_the_batch(small_config):

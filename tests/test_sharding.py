@@ -11,11 +11,12 @@ from pathlib import Path
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import mesh_worker
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from ulx import runs, sharding
+from ulx import job, runs, sharding
 from ulx.config import Config
 from ulx.data import DataConfig
 from ulx.nn.transformer import Stack
@@ -76,6 +77,17 @@ def test_two_processes_of_two_devices_are_one_device(trained):
             assert run["ema"] == pytest.approx(trained[stage][0]["ema"], rel=1e-5)
 
 
+def test_evaluation_on_eight_devices_is_that_on_one():
+    """Five images in batches of three, which eight devices fill up. Pixels are rounded: one grey level of rounding."""
+    alone, eight = mesh_worker.made(1), results(started("made", "4", devices=8))
+    assert (alone.pop("devices"), eight.pop("devices")) == (jax.local_device_count(), 8)
+    assert np.ptp(alone["latents"]) > 0.5
+    assert np.ptp(alone["samples"]) > 0.5
+    for name, value in alone.items():
+        tolerance = 1 if name == "reconstructions" else 1e-4
+        np.testing.assert_allclose(eight[name], value, rtol=1e-4, atol=tolerance, err_msg=name)
+
+
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_the_step_sends_what_it_should(trained, stage):
     """Weights gathered and their gradients summed and scattered over fsdp, or summed over data; of the batch, whose
@@ -103,10 +115,7 @@ def test_bytes_of_the_paper_s_base_model_fall_by_the_factor(capsys):
     config = Config(data=DataConfig(source="openmoji", resolution=512), model=PAPER["imagenet512-medium"].model)
     model = eqx.filter_eval_shape(lambda: runs.stage1_state(config).model)
     state = eqx.filter_eval_shape(lambda: runs.stage2_state(config, model, 1000))
-    whole, *less = (
-        sharding.bytes_per_device(state, AbstractMesh((1, fsdp), sharding.AXES, axis_types=(AxisType.Auto,) * 2))
-        for fsdp in (1, 2, 8, 64)
-    )
+    whole, *less = (sharding.bytes_per_device(state, fsdp) for fsdp in (1, 2, 8, 64))
     weights = sum(leaf.size for leaf in jax.tree.leaves(state.ema))
     assert whole == pytest.approx(4 * 4 * weights, abs=64)  # float32, four times; and the steps
     with capsys.disabled():
@@ -117,7 +126,6 @@ def test_bytes_of_the_paper_s_base_model_fall_by_the_factor(capsys):
 
 
 def test_which_axis_is_cut(small_config):
-    mesh = AbstractMesh((2, 4), sharding.AXES, axis_types=(AxisType.Auto,) * 2)
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
     cuts = sharding.specs(
         {
@@ -129,7 +137,7 @@ def test_which_axis_is_cut(small_config):
             "step": shape(),
             "text": "text",
         },
-        mesh,
+        4,
     )
     assert cuts == {
         "longest": PartitionSpec(None, "fsdp"),
@@ -142,14 +150,22 @@ def test_which_axis_is_cut(small_config):
     }
     block = dataclasses.replace(small_config.model.base.block, head_size=64)
     stack = eqx.filter_eval_shape(lambda: Stack(1024, 128, block, cond_size=128, key=jax.random.key(0)))
-    cut = sharding.specs(stack, mesh).blocks
+    cut = sharding.specs(stack, 4).blocks
     assert cut.up.weight == PartitionSpec(None, None, "fsdp")
     assert cut.down.weight == PartitionSpec(None, "fsdp", None)
     assert cut.attention.out.bias == PartitionSpec()  # 128 numbers in each of 1024 layers
 
 
-def test_one_device_alone_sends_nothing_that_counts():
+def test_what_devices_cannot_share_is_refused(small_config, tmp_path):
+    one = jax.devices()[:1]
     with pytest.raises(ValueError, match="fsdp=3 does not divide the number of devices, 1"):
-        sharding.make_mesh(3, jax.devices()[:1])
+        sharding.make_mesh(3, one)
     with pytest.raises(ValueError, match="fsdp=0 does not divide"):
-        sharding.make_mesh(0, jax.devices()[:1])
+        sharding.make_mesh(0, one)
+    config = dataclasses.replace(small_config, runs=str(tmp_path), name="shared")
+    train = dataclasses.replace(config.train_base, accumulate=3)
+    with pytest.raises(ValueError, match="a batch of 4 for stage2 cannot be divided among 1 device in 3 pieces each"):
+        job.run(dataclasses.replace(config, train_base=train))
+    assert not (tmp_path / "shared").exists()
+    with pytest.raises(ValueError, match="accumulate must be at least 1"):
+        dataclasses.replace(train, accumulate=0)

@@ -19,11 +19,11 @@ from ulx import job, runs
 from ulx.config import Config, TrainConfig
 from ulx.data import num_classes
 from ulx.progress import duration
-from ulx.sharding import make_mesh
+from ulx.sharding import bytes_per_device, make_mesh
 from ulx.stages import autoencoder_loss, base_loss, decoder_loss
 from ulx.training import Loss, make_optimizer, make_step
 
-__all__ = ["SHARE", "batch_shapes", "describe", "matmul_speed", "num_bytes", "step_memory"]
+__all__ = ["SHARE", "batch_shapes", "describe", "matmul_speed", "step_memory"]
 
 SHARE = 0.4
 """Of the matrix-multiply speed that training is assumed to reach: assumed, not measured."""
@@ -57,7 +57,7 @@ def describe(config: Config, *, compiled: bool = True) -> str:
     lines += ["", f"{'stage':<10}{'steps':>10}{'batch':>7}{'FLOPs':>10}{'weights':>11}{'the step':>11}{'time':>12}"]
     for stage, train in config.train_configs.items():
         flops = cost[f"training_flops_{stage}"]
-        held = num_bytes((states[stage], frozen[stage]))
+        held = bytes_per_device((states[stage], frozen[stage]), config.fsdp)
         batch = batch_shapes(config, model, stage, train)
         taken = step_memory(losses[stage], states[stage], frozen[stage], batch, train) if compiled else None
         lines.append(
@@ -68,9 +68,11 @@ def describe(config: Config, *, compiled: bool = True) -> str:
     rates = ", ".join(f"{speed / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, speed in speeds.items())
     lines += [
         "",
-        "weights: with Adam's moments, the average and frozen networks. the step: gradients and activations of one",
-        f"device that holds the whole batch, as compiled for {device}. time: at {SHARE:.0%} (assumed) of {rates},",
-        "measured now.",
+        "weights: with Adam's moments, the average and frozen networks"
+        + (f", a device's part of {config.fsdp}. " if config.fsdp > 1 else ". ")
+        + "the step: gradients and",
+        f"activations of one device that holds the whole batch, as compiled for {device}.",
+        f"time: at {SHARE:.0%} (assumed) of {rates}, measured now.",
     ]
     return "\n".join(lines)
 
@@ -116,16 +118,6 @@ def batch_shapes(config: Config, model: Any, stage: str, train: TrainConfig) -> 
         if config.model.given_frames:
             fields["first"] = ((size, config.model.given_frames, *shape[1:]), jnp.uint8)
     return {name: jax.ShapeDtypeStruct(*field) for name, field in fields.items()}
-
-
-def num_bytes(tree: PyTree) -> int:
-    """Of arrays and of shapes; the leaves that are neither (Python's numbers) take nothing."""
-    arrays = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
-    return sum(
-        leaf.size * jnp.dtype(leaf.dtype).itemsize
-        for leaf in arrays
-        if not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
-    )
 
 
 def _gib(size: float) -> str:

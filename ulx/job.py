@@ -36,6 +36,9 @@ def run(config: Config) -> Path:
     # Whatever can be refused is refused before the folder is taken, let alone after hours of training.
     networks(config)
     config = runs.adopt(config)
+    mesh = sharding.make_mesh(config.fsdp)
+    for stage, train in config.train_configs.items():
+        sharding.check_batch(train.batch_size, mesh, pieces=train.accumulate, of=stage)
     dataset = open_dataset(config.data)
     classes = len(dataset.class_names)
     state = runs.stage1_state(config, classes)

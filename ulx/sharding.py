@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import equinox as eqx
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from ulx.nn.split import WEIGHTS, Split
@@ -24,6 +24,7 @@ __all__ = [
     "BATCH",
     "WHOLE",
     "bytes_per_device",
+    "check_batch",
     "constrained",
     "make_mesh",
     "mean_gradients",
@@ -53,19 +54,19 @@ def make_mesh(fsdp: int = 1, devices: Iterable[Any] | None = None) -> Mesh:
     return Mesh(found.reshape(-1, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
 
 
-def specs(tree: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
-    """How every array of a tree is cut: a PartitionSpec in its place, None in that of anything else.
+def specs(tree: PyTree, fsdp: int) -> PyTree:
+    """How every array of a tree is cut among `fsdp` devices: a PartitionSpec in its place, None in place of anything
+    else.
 
     A tree is a module, its weights' gradients, or a whole training state. An array is cut along its longest axis of
     those that `fsdp` divides, the last of equals; never along the axis of a stack's layers, which is scanned over.
     """
-    count = mesh.shape[WEIGHTS]
 
     def spec(leaf: Any, first: int) -> PartitionSpec | None:
         if not hasattr(leaf, "shape"):
             return None
-        axes = [axis for axis in range(first, leaf.ndim) if leaf.shape[axis] % count == 0]
-        if count == 1 or math.prod(leaf.shape[first:]) < SMALLEST or not axes:
+        axes = [axis for axis in range(first, leaf.ndim) if leaf.shape[axis] % fsdp == 0]
+        if fsdp == 1 or math.prod(leaf.shape[first:]) < SMALLEST or not axes:
             return WHOLE
         longest = max(axes, key=lambda axis: (leaf.shape[axis], axis))
         return PartitionSpec(*(WEIGHTS if axis == longest else None for axis in range(leaf.ndim)))
@@ -77,15 +78,15 @@ def specs(tree: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
     return jax.tree.map(of_node, tree, is_leaf=lambda node: isinstance(node, Stack))
 
 
-def bytes_per_device(tree: PyTree, mesh: Mesh | AbstractMesh) -> int:
-    """What each device holds of the arrays of a tree (or of their shapes) that is cut by `specs`."""
+def bytes_per_device(tree: PyTree, fsdp: int = 1) -> int:
+    """What each of `fsdp` devices holds of the arrays of a tree, or of their shapes, that is cut by `specs`."""
 
     def held(leaf: Any, spec: PartitionSpec | None) -> int:
         if spec is None or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
             return 0
-        return leaf.size * np.dtype(leaf.dtype).itemsize // (mesh.shape[WEIGHTS] if WEIGHTS in spec else 1)
+        return leaf.size * np.dtype(leaf.dtype).itemsize // (fsdp if WEIGHTS in spec else 1)
 
-    return sum(jax.tree.leaves(jax.tree.map(held, tree, specs(tree, mesh))))
+    return sum(jax.tree.leaves(jax.tree.map(held, tree, specs(tree, fsdp))))
 
 
 def place(tree: Tree, mesh: Mesh) -> Tree:
@@ -101,18 +102,23 @@ def constrained(tree: Tree, mesh: Mesh) -> Tree:
 
 
 def _shardings(arrays: PyTree, mesh: Mesh) -> PyTree:
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(arrays, mesh))
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(arrays, mesh.shape[WEIGHTS]))
+
+
+def check_batch(size: int, mesh: Mesh, *, pieces: int = 1, of: str) -> None:
+    """Raises ValueError for a batch of a stage that cannot be divided evenly, each device's part in so many pieces."""
+    if size % (mesh.size * pieces):
+        devices = f"{mesh.size} device{'s' * (mesh.size > 1)}"
+        raise ValueError(
+            f"a batch of {size} for {of} cannot be divided among {devices}"
+            + (f" in {pieces} pieces each" if pieces > 1 else "")
+            + f": make it a multiple of {mesh.size * pieces}"
+        )
 
 
 def place_batch(batch: Tree, mesh: Mesh) -> Tree:
-    """A batch's arrays on the mesh, an equal number of examples on each device. Of a process, its own rows are given.
-
-    Raises ValueError for a batch that the devices cannot share evenly.
-    """
-    here = mesh.local_mesh.size
-    size = jax.tree.leaves(batch)[0].shape[0]
-    if size % here:
-        raise ValueError(f"a batch of {size} examples cannot be shared evenly by {here} devices")
+    """A batch's arrays on the mesh, an equal number of examples on each device (see `check_batch`). Of several
+    processes each gives its own rows."""
     sharding = NamedSharding(mesh, BATCH)
     if mesh.is_multi_process:
         return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), batch)

@@ -184,7 +184,7 @@ def _gradients(
     keys = diffusion.per_example_keys(step_key, total)
     params, static = eqx.partition(state.model, eqx.is_inexact_array)
     frozen, frozen_rest = eqx.partition(frozen, eqx.is_array)
-    cuts, frozen_cuts = sharding.specs(params, mesh), sharding.specs(frozen, mesh)
+    cuts, frozen_cuts = (sharding.specs(tree, mesh.shape[sharding.WEIGHTS]) for tree in (params, frozen))
 
     def here(params, frozen, batch, keys, step_key, step, control):
         frozen = eqx.combine(whole(sharding.parts(frozen, frozen_cuts)), frozen_rest)
