@@ -7,6 +7,8 @@ import dataclasses
 import json
 import re
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -14,8 +16,11 @@ import jax
 import numpy as np
 
 from ulx import runs, sharding, stages
+from ulx.checkpoint import Checkpoints
 from ulx.config import Config, EvaluateConfig, SampleConfig, TrainConfig
 from ulx.data import DataConfig
+from ulx.data.pipeline import train_batches
+from ulx.data.source import Dataset, InMemory, Split
 from ulx.models import ModelConfig
 from ulx.nn.encoder import EncoderConfig
 from ulx.nn.transformer import BlockConfig
@@ -27,13 +32,11 @@ from ulx.training import make_optimizer, make_step
 STEPS, BATCH, CLASSES = 20, 8, 3
 
 
-def settings(accumulate: int = 1) -> Config:
+def settings() -> Config:
     """Networks with arrays large enough to be cut, dropout and classes, on images of 16×16."""
     block = BlockConfig(dropout=0.1)
     network = UViTConfig(patch=4, channels=(64,), blocks=(2,), block=block)
-    train = TrainConfig(
-        steps=STEPS, batch_size=BATCH, warmup_steps=2, learning_rate=1e-3, posthoc_ema=(0.1,), accumulate=accumulate
-    )
+    train = TrainConfig(steps=STEPS, batch_size=BATCH, warmup_steps=2, learning_rate=1e-3, posthoc_ema=(0.1,))
     return Config(
         prior_warmup=(5, 15),
         data=DataConfig(resolution=16),
@@ -48,15 +51,12 @@ def settings(accumulate: int = 1) -> Config:
     )
 
 
-def batches() -> list[dict[str, np.ndarray]]:
+def dataset() -> Dataset:
     rng = np.random.default_rng(0)
-    return [
-        {
-            "image": rng.integers(0, 256, (BATCH, 16, 16, 3), dtype=np.uint8),
-            "label": rng.integers(0, CLASSES, BATCH).astype(np.int32),
-        }
-        for _ in range(STEPS)
-    ]
+    images = rng.integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
+    labels = (np.arange(20) % CLASSES).astype(np.int32)
+    split = Split(InMemory({"image": images, "label": labels}), tuple(map(str, range(20))), labels)
+    return Dataset("noise", 16, tuple("abc"), split, split, "noise")
 
 
 def bytes_here(tree: Any) -> int:
@@ -72,33 +72,43 @@ def sent(program: str) -> list[tuple[str, str]]:
     return sorted({(kind, array) for arrays, kind in calls for array in re.findall(r"\w+\[[\d,]*\]", arrays)})
 
 
-def trained(stage: str, data: int, fsdp: int, accumulate: int) -> dict[str, Any]:
-    """Losses of every step, what each device holds, and which arrays are sent."""
-    config = settings(accumulate)
-    mesh = sharding.make_mesh(fsdp, jax.devices()[: data * fsdp])
+def trained(stage: str, *legs: tuple[int, int, int]) -> dict[str, Any]:
+    """Losses of every step, what each device holds, and which arrays are sent (both of the last leg).
+
+    A leg is a mesh for an equal part of the steps; from one to the next goes a checkpoint.
+    """
+    config, logged, text = settings(), [], ""
     model = runs.stage1_state(config).model
-    if stage == "stage1":
-        state, frozen, loss = runs.stage1_state(config), None, stages.autoencoder_loss(config)
-    else:
-        state, frozen = runs.stage2_state(config, model, CLASSES), model
-        loss = stages.base_loss(config, 16 * 16)
-    state, frozen = sharding.place((state, frozen), mesh)
-    step = make_step(loss, make_optimizer(config.train), config.train, key=jax.random.key(1), mesh=mesh)
-    here, count = jax.process_index(), jax.process_count()
-    rows = slice(here * BATCH // count, (here + 1) * BATCH // count)
-    compiled, logged = None, []
-    for batch in batches():
-        given = frozen, sharding.place_batch({name: value[rows] for name, value in batch.items()}, mesh)
-        if compiled is None:
-            compiled = step.lower(given, state).compile()
-        state, metrics = compiled(given, state)
-        logged.append({name: float(value) for name, value in metrics.items()})
-    assert compiled is not None
+    new = runs.stage1_state(config) if stage == "stage1" else runs.stage2_state(config, model, CLASSES)
+    state = new
+    with tempfile.TemporaryDirectory() as folder, Checkpoints(Path(folder)) as checkpoints:
+        for data, fsdp, accumulate in legs:
+            mesh = sharding.make_mesh(fsdp, jax.devices()[: data * fsdp])
+            train = dataclasses.replace(config.train, accumulate=accumulate)
+            loss = stages.autoencoder_loss(config) if stage == "stage1" else stages.base_loss(config, 16 * 16)
+            batches = train_batches(
+                dataset(), batch_size=BATCH, seed=0, shard_index=jax.process_index(), shard_count=jax.process_count()
+            )
+            state, frozen = sharding.place((new, None if stage == "stage1" else model), mesh)
+            if checkpoints.latest is not None:
+                state = checkpoints.restore(state, batches)
+            step = make_step(loss, make_optimizer(train), train, key=jax.random.key(1), mesh=mesh)
+            compiled = None
+            for _ in range(STEPS // len(legs)):
+                given = frozen, sharding.place_batch(next(batches), mesh)
+                compiled = compiled or step.lower(given, state).compile()
+                state, metrics = compiled(given, state)
+                logged.append({name: float(value) for name, value in metrics.items()})
+            assert compiled is not None
+            text = compiled.compiled.as_text()
+            if len(legs) > 1:
+                checkpoints.save(int(state.step), state, batches, wait=True)
+    ema = jax.tree.leaves(whole(state.posthoc[0], mesh))
     return {
         "logged": logged,
         "bytes": bytes_here(state),
-        "sent": sent(compiled.compiled.as_text()),
-        "ema": float(sum(abs(np.asarray(leaf)).sum() for leaf in jax.tree.leaves(whole(state.posthoc[0], mesh)))),
+        "sent": sent(text),
+        "ema": float(sum(abs(np.asarray(leaf)).sum() for leaf in ema)),
     }
 
 
@@ -114,7 +124,7 @@ def made(fsdp: int) -> dict[str, Any]:
     state = runs.stage1_state(config)
     stage2 = runs.stage2_state(config, state.model, CLASSES)
     model, base = sharding.place(moved((state.model, stage2.model)), sharding.make_mesh(fsdp))
-    images = batches()[0]["image"][:5]
+    images = np.stack([dataset().train[i]["image"] for i in range(5)])
     with Progress("made", total=20) as progress:
         run = Runner(model, config, progress)
         latents = run.encode(images)
@@ -147,7 +157,7 @@ def main() -> None:
         jax.config.update("jax_num_cpu_devices", 2)
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(coordinator, int(count), int(index))
-    found = {stage: [trained(stage, *mesh) for mesh in json.loads(meshes)] for stage in ("stage1", "stage2")}
+    found = {stage: [trained(stage, *legs) for legs in json.loads(meshes)] for stage in ("stage1", "stage2")}
     print(json.dumps(found))
 
 
