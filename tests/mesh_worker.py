@@ -79,8 +79,7 @@ def trained(stage: str, *legs: tuple[int, int, int]) -> dict[str, Any]:
     """
     config, logged, text = settings(), [], ""
     model = runs.stage1_state(config).model
-    new = runs.stage1_state(config) if stage == "stage1" else runs.stage2_state(config, model, CLASSES)
-    state = new
+    new = lambda: runs.stage1_state(config) if stage == "stage1" else runs.stage2_state(config, model, CLASSES)  # noqa: E731
     with tempfile.TemporaryDirectory() as folder, Checkpoints(Path(folder)) as checkpoints:
         for data, fsdp, accumulate in legs:
             mesh = sharding.make_mesh(fsdp, jax.devices()[: data * fsdp])
@@ -89,7 +88,7 @@ def trained(stage: str, *legs: tuple[int, int, int]) -> dict[str, Any]:
             batches = train_batches(
                 dataset(), batch_size=BATCH, seed=0, shard_index=jax.process_index(), shard_count=jax.process_count()
             )
-            state, frozen = sharding.place((new, None if stage == "stage1" else model), mesh)
+            state, frozen = sharding.place((new(), None if stage == "stage1" else model), mesh)
             if checkpoints.latest is not None:
                 state = checkpoints.restore(state, batches)
             step = make_step(loss, make_optimizer(train), train, key=jax.random.key(1), mesh=mesh)

@@ -23,11 +23,11 @@ from ulx.nn.transformer import Stack
 from ulx.presets import PAPER
 
 WORKER = Path(__file__).parent / "mesh_worker.py"
-MESHES = [(1, 1, 1), (8, 1, 1), (4, 2, 1), (1, 8, 1), (2, 1, 4)]
+MESHES = [(1, 1, 1), (8, 1, 1), (4, 2, 1), (1, 8, 1)]
 """Devices along data and fsdp, and pieces of each device's part of the batch. The first is what the others are
 compared with."""
-LEGS = [(8, 1, 1), (2, 2, 1), (1, 8, 1), (1, 1, 2)]
-"""A training that goes on on another mesh after every five steps: 8 devices, 4, 8, 1."""
+LEGS = [(8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 1, 4)]
+"""A training that goes on on another mesh after every five steps: 8 devices, 4, 8, 1; on some in pieces."""
 
 
 def started(*args: str, devices: int | None = None) -> subprocess.Popen[str]:
@@ -63,7 +63,7 @@ def test_twenty_steps_are_those_of_one_device(trained, stage, index):
     np.testing.assert_allclose(curve(other, "gradient"), curve(alone, "gradient"), rtol=1e-3)
     assert other["ema"] == pytest.approx(alone["ema"], rel=1e-5)
     assert curve(alone)[-1] != curve(alone)[0]
-    if stage == "stage1" and MESHES[index][2] == 1:  # in pieces it is the mean over pieces of theirs
+    if stage == "stage1":
         np.testing.assert_allclose(curve(other, "latent_std"), curve(alone, "latent_std"), rtol=1e-5)
 
 
