@@ -22,7 +22,7 @@ from ulx.checkpoint import Checkpoints
 from ulx.config import TrainConfig
 from ulx.ema import gamma_of, power_average
 from ulx.metrics_log import MetricsLog
-from ulx.nn.split import whole
+from ulx.nn.split import WEIGHTS, whole
 from ulx.nn.transformer import Stack
 from ulx.precision import cast
 from ulx.progress import Progress
@@ -184,7 +184,7 @@ def _gradients(
     keys = diffusion.per_example_keys(step_key, total)
     params, static = eqx.partition(state.model, eqx.is_inexact_array)
     frozen, frozen_rest = eqx.partition(frozen, eqx.is_array)
-    cuts, frozen_cuts = (sharding.specs(tree, mesh.shape[sharding.WEIGHTS]) for tree in (params, frozen))
+    cuts, frozen_cuts = (sharding.specs(tree, mesh.shape[WEIGHTS]) for tree in (params, frozen))
 
     def here(params, frozen, batch, keys, step_key, step, control):
         frozen = eqx.combine(whole(sharding.parts(frozen, frozen_cuts)), frozen_rest)
