@@ -115,14 +115,14 @@ def whole(tree: Any, mesh: Any) -> Any:
     return jax.jit(lambda t: t, out_shardings=jax.sharding.NamedSharding(mesh, sharding.WHOLE))(tree)
 
 
-def made(fsdp: int) -> dict[str, Any]:
+def made() -> dict[str, Any]:
     """What evaluation's calls make of five images, in batches of three."""
     options = EvaluateConfig(batch_size=3, levels=4, draws=1)
     sample = SampleConfig(num_steps=3, decoder_num_steps=3, decoder_solver="ancestral")
     config = dataclasses.replace(settings(), evaluate=options, sample=sample)
     state = runs.stage1_state(config)
     stage2 = runs.stage2_state(config, state.model, CLASSES)
-    model, base = sharding.place(moved((state.model, stage2.model)), sharding.make_mesh(fsdp))
+    model, base = sharding.place(moved((state.model, stage2.model)), sharding.make_mesh())
     images = np.stack([dataset().train[i]["image"] for i in range(5)])
     with Progress("made", total=20) as progress:
         run = Runner(model, config, progress)
@@ -149,7 +149,7 @@ def moved(tree: Any) -> Any:
 def main() -> None:
     meshes, *process = sys.argv[1:]
     if meshes == "made":
-        print(json.dumps(made(int(process[0]))))
+        print(json.dumps(made()))
         return
     if process:
         index, count, coordinator = process

@@ -89,7 +89,7 @@ def test_two_processes_of_two_devices_are_one_device(trained):
 
 def test_evaluation_on_eight_devices_is_that_on_one():
     """Five images in batches of three, which eight devices fill up. Pixels are rounded: one grey level of rounding."""
-    alone, eight = mesh_worker.made(1), results(started("made", "4", devices=8))
+    alone, eight = mesh_worker.made(), results(started("made", devices=8))
     assert (alone.pop("devices"), eight.pop("devices")) == (jax.local_device_count(), 8)
     assert np.ptp(alone["latents"]) > 0.5
     assert np.ptp(alone["samples"]) > 0.5

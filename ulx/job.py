@@ -112,7 +112,7 @@ def measure(
     from ulx import report
 
     began = time.monotonic()
-    model, base = sharding.place((model, base), sharding.make_mesh(config.fsdp))
+    model, base = sharding.place((model, base), sharding.make_mesh())
     evaluation = evaluate(model, base, dataset, config)
     logs = {stage: read_metrics(path / f"{stage}.jsonl") for stage in config.stages}
     evaluation.metrics["collapsed"] = collapsed(config, logs.get("stage1", []))
