@@ -147,16 +147,16 @@ def moved(tree: Any) -> Any:
 
 
 def main() -> None:
-    meshes, *process = sys.argv[1:]
-    if meshes == "made":
-        print(json.dumps(made()))
-        return
+    what, *process = sys.argv[1:]
     if process:
         index, count, coordinator = process
         jax.config.update("jax_num_cpu_devices", 2)
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(coordinator, int(count), int(index))
-    found = {stage: [trained(stage, *legs) for legs in json.loads(meshes)] for stage in ("stage1", "stage2")}
+    if what == "made":
+        found = made()
+    else:
+        found = {name: [trained(name, *legs) for legs in each] for name, each in json.loads(what).items()}
     print(json.dumps(found))
 
 

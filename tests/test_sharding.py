@@ -31,9 +31,10 @@ LEGS = [(8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 1, 4)]
 
 
 def started(*args: str, devices: int | None = None) -> subprocess.Popen[str]:
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    if devices is not None:
-        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    # Half of the compiler's work is left out: what is summed where does not depend on it.
+    flags = [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
+    flags += [] if devices is None else [f"--xla_force_host_platform_device_count={devices}"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
     command = [sys.executable, str(WORKER), *args]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -46,7 +47,8 @@ def results(process: subprocess.Popen[str]) -> dict[str, list[dict]]:
 
 @pytest.fixture(scope="module")
 def trained() -> dict[str, list[dict]]:
-    return results(started(json.dumps([*([mesh] for mesh in MESHES), LEGS]), devices=8))
+    trainings = [[mesh] for mesh in MESHES]
+    return results(started(json.dumps({"stage1": trainings, "stage2": [*trainings, LEGS]}), devices=8))
 
 
 def curve(run: dict, name: str = "loss") -> np.ndarray:
@@ -67,10 +69,9 @@ def test_twenty_steps_are_those_of_one_device(trained, stage, index):
         np.testing.assert_allclose(curve(other, "latent_std"), curve(alone, "latent_std"), rtol=1e-5)
 
 
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_goes_on_on_another_mesh(trained, stage):
+def test_goes_on_on_another_mesh(trained):
     """The checkpoint's arrays are laid out anew and the batches go on where they were."""
-    alone, legs = trained[stage][0], trained[stage][-1]
+    alone, *_, legs = trained["stage2"]
     np.testing.assert_allclose(curve(legs), curve(alone), rtol=1e-5)
     assert legs["ema"] == pytest.approx(alone["ema"], rel=1e-5)
 
@@ -80,7 +81,8 @@ def test_two_processes_of_two_devices_are_one_device(trained):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
-    processes = [started("[[[2, 2, 1]]]", str(index), "2", coordinator) for index in range(2)]
+    both = {stage: [[(2, 2, 1)]] for stage in ("stage1", "stage2")}
+    processes = [started(json.dumps(both), str(index), "2", coordinator) for index in range(2)]
     for found in map(results, processes):
         for stage, (run,) in found.items():
             np.testing.assert_allclose(curve(run), curve(trained[stage][0]), rtol=1e-5)
