@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -39,7 +40,7 @@ def started(*args: str, devices: int | None = None) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def results(process: subprocess.Popen[str]) -> dict[str, list[dict]]:
+def results(process: subprocess.Popen[str]) -> dict[str, Any]:
     out, errors = process.communicate(timeout=900)
     assert process.returncode == 0, errors[-3000:]
     return json.loads(out.splitlines()[-1])
