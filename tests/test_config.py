@@ -1,6 +1,7 @@
 """Settings: to JSON and back, what is refused, what is warned of."""
 
 import dataclasses
+import signal
 import sys
 
 import pytest
@@ -11,6 +12,7 @@ from ulx.command_line import parse, run_command
 from ulx.config import Config, SampleConfig, TrainConfig, differences, from_json, to_json
 from ulx.data import DataConfig
 from ulx.presets import PAPER
+from ulx.training import Interrupted
 from ulx.variants import VARIANTS
 
 
@@ -150,6 +152,20 @@ def test_errors_end_in_one_line(capsys, monkeypatch):
         run_command(fail)
     assert stopped.value.code == 1
     assert capsys.readouterr().err == "error: no folder /nowhere\n"
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_exit_status_says_who_stopped_a_run(number, status, capsys, monkeypatch):
+    """75 is "try again": a scheduler's signal, not a user's."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "unused")
+
+    def stop():
+        raise Interrupted("stopped after step 4, which is saved", number)
+
+    with pytest.raises(SystemExit) as stopped:
+        run_command(stop)
+    assert stopped.value.code == status
+    assert capsys.readouterr().err == "\nstopped after step 4, which is saved\n"
 
 
 def test_run_folder_that_is_a_file(tmp_path):

@@ -152,9 +152,10 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(config, small_
     with pytest.raises(Killed):
         run_stage(dataclasses.replace(config, name="parts"), small_dataset, kill)
     # A polite interrupt at the next opportunity saves, wherever it is.
-    politely = lambda step, metrics: os.kill(os.getpid(), signal.SIGINT) if step == 4 else None  # noqa: E731
-    with pytest.raises(Interrupted, match="--resume"):
+    politely = lambda step, metrics: os.kill(os.getpid(), signal.SIGTERM) if step == 4 else None  # noqa: E731
+    with pytest.raises(Interrupted, match="--resume") as stopped:
         run_stage(dataclasses.replace(config, name="parts", resume=True), small_dataset, politely)
+    assert stopped.value.number == signal.SIGTERM
     resumed = run_stage(dataclasses.replace(config, name="parts", resume=True), small_dataset)
     assert bits_of(resumed) == bits_of(whole)
     # Snapshots of the averages, evenly spaced. That of step 4 was written before the kill, and again after resuming

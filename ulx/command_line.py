@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +19,9 @@ __all__ = ["experiment", "parse", "parse_arguments", "run_command"]
 
 Settings = TypeVar("Settings")
 
-INTERRUPTED = 130
-"""The shell's exit status for Ctrl-C."""
+INTERRUPTED, PREEMPTED = 130, 75
+"""Exit statuses: the shell's for Ctrl-C, and "try again" (EX_TEMPFAIL) for SIGTERM, which a scheduler sends before it
+takes the machine away: the same command with --resume goes on."""
 
 
 def parse(
@@ -142,7 +144,7 @@ class _errors_in_one_line:
 
         if isinstance(error, Interrupted):
             print(f"\n{error}", file=sys.stderr)
-            sys.exit(INTERRUPTED)
+            sys.exit(PREEMPTED if error.number == signal.SIGTERM else INTERRUPTED)
         if isinstance(error, (ValueError, OSError, ImportError, NonFiniteError)) and "ULX_TRACEBACK" not in os.environ:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)

@@ -236,7 +236,11 @@ class NonFiniteError(RuntimeError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop; its state has been saved."""
+    """The run was asked to stop, by this signal; its state has been saved."""
+
+    def __init__(self, message: str = "", number: int = signal.SIGINT):
+        super().__init__(message)
+        self.number = number
 
 
 def fit(
@@ -297,7 +301,9 @@ def fit(
             if saving:
                 checkpoints.save(number, state, batches, wait=stopping or number == config.steps)
             if stopping:
-                raise Interrupted(f"stopped after step {number}, which is saved; --resume continues from it")
+                raise Interrupted(
+                    f"stopped after step {number}, which is saved; --resume continues from it", stop.number
+                )
     return state
 
 
@@ -319,7 +325,7 @@ class _stop_on_signal:
     """Turns the first Ctrl-C or SIGTERM into a flag; a second one acts at once."""
 
     def __enter__(self) -> "_stop_on_signal":
-        self.flag = False
+        self.number = 0
         self.handlers: dict[int, Any] = {}
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -329,12 +335,12 @@ class _stop_on_signal:
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.flag:
+        if self.number:
             raise KeyboardInterrupt
-        self.flag = True
+        self.number = number
 
     def __bool__(self) -> bool:
-        return self.flag
+        return bool(self.number)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.handlers.items():
