@@ -67,7 +67,7 @@ def step(experiment: str, preset: str, stage: str) -> dict[str, Any]:
     compiled = one.lower((frozen, batch), state).compile()
     seconds = time.perf_counter() - began
     state, metrics = jax.block_until_ready(compiled((frozen, batch), state))
-    found = {name: float(value) for name, value in metrics.items()}
+    found = {name: float(value) for name, value in metrics.items() if not value.ndim}
     weights = jax.tree.leaves((state.model, state.ema))
     finite = all(math.isfinite(value) for value in found.values())
     return {

@@ -97,7 +97,7 @@ def trained(stage: str, *legs: tuple[int, int, int]) -> dict[str, Any]:
                 given = frozen, sharding.place_batch(next(batches), mesh)
                 compiled = compiled or step.lower(given, state).compile()
                 state, metrics = compiled(given, state)
-                logged.append({name: float(value) for name, value in metrics.items()})
+                logged.append({name: float(value) for name, value in metrics.items() if not value.ndim})
             assert compiled is not None
             text = compiled.compiled.as_text()
             if len(legs) > 1:

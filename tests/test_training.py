@@ -21,10 +21,11 @@ from ulx.checkpoint import Checkpoints
 from ulx.config import TrainConfig
 from ulx.data.pipeline import train_batches
 from ulx.ema import gamma_of
+from ulx.guard import NonFiniteError
 from ulx.metrics_log import MetricsLog, read_metrics
 from ulx.sharding import make_mesh
 from ulx.stages import autoencoder_loss
-from ulx.training import Interrupted, NonFiniteError, TrainState, make_optimizer, make_step, pace
+from ulx.training import Interrupted, TrainState, make_optimizer, make_step, pace
 
 
 class Line(eqx.Module):

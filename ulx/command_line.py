@@ -140,7 +140,8 @@ class _errors_in_one_line:
         logging.getLogger("absl").setLevel(logging.ERROR)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        from ulx.training import Interrupted, NonFiniteError
+        from ulx.guard import NonFiniteError
+        from ulx.training import Interrupted
 
         if isinstance(error, Interrupted):
             print(f"\n{error}", file=sys.stderr)

@@ -48,6 +48,8 @@ class TrainConfig:
     """AdamW's decay of weight matrices and kernels (not of biases, norms and embeddings)."""
     beta2: float = 0.99
     """AdamW's decay of the second moment."""
+    skip_nonfinite: int = 0
+    """So many steps in a row may be left out because their loss or gradient is not finite; the next stops the run."""
     clip_norm: float = 1.0
     """The gradient's global norm is clipped to this. Losses are in bits per pixel, so it means the same at any size."""
     ema_decay: float = 0.998
@@ -70,6 +72,8 @@ class TrainConfig:
         for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "posthoc_snapshots"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.skip_nonfinite < 0:
+            raise ValueError(f"skip_nonfinite must not be negative, got {self.skip_nonfinite}")
         for name in ("learning_rate", "clip_norm"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

@@ -21,6 +21,7 @@ from ulx import diffusion, losses, sharding
 from ulx.checkpoint import Checkpoints
 from ulx.config import TrainConfig
 from ulx.ema import gamma_of, power_average
+from ulx.guard import NORMS, Guard, layer_names, layer_norms
 from ulx.metrics_log import MetricsLog
 from ulx.nn.split import WEIGHTS, whole
 from ulx.nn.transformer import Stack
@@ -29,7 +30,7 @@ from ulx.progress import Progress
 from ulx.snapshots import Snapshots
 from ulx.typing import PerExample
 
-__all__ = ["Draws", "Interrupted", "NonFiniteError", "TrainState", "fit", "make_optimizer", "make_step", "pace"]
+__all__ = ["Draws", "Interrupted", "TrainState", "fit", "make_optimizer", "make_step", "pace"]
 
 
 class TrainState(eqx.Module):
@@ -141,7 +142,9 @@ def make_step(
 ):
     """The jitted step ((frozen, batch), state) -> (state, metrics), for arrays on `mesh`. It donates the state.
 
-    `metrics` holds what the loss logs, the gradient norm of each part of the model, and their global norm.
+    `metrics` holds what the loss logs, the gradient norm of each part of the model, their global norm, and under
+    `guard.NORMS` those of all layers. With `config.skip_nonfinite` a step whose loss or gradient is not finite changes
+    nothing but the count of steps.
     An example's noise comes from fold_in(fold_in(key, step), its index in the batch): resuming needs no history, and
     another mesh draws the same.
     """
@@ -162,12 +165,18 @@ def make_step(
         )
         metrics |= {f"gradient/{part}": optax.tree.norm(value) for part, value in _parts(grads)}
         metrics["gradient"] = optax.tree.norm(grads)
-        state = eqx.tree_at(
+        found = eqx.tree_at(
             lambda s: (s.step, s.model, s.ema, s.posthoc, s.opt_state),
             state,
             (state.step + 1, eqx.combine(params, static), ema, posthoc, opt_state),
         )
-        return sharding.constrained(state, mesh), metrics
+        if config.skip_nonfinite:
+            good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient"])
+            left_out = eqx.tree_at(lambda s: s.step, state, found.step)
+            found = jax.tree.map(
+                lambda new, old: jnp.where(good, new, old) if eqx.is_array(new) else new, found, left_out
+            )
+        return sharding.constrained(found, mesh), metrics | {NORMS: layer_norms(grads)}
 
     return step
 
@@ -231,10 +240,6 @@ def _parts(grads: PyTree) -> list[tuple[str, PyTree]]:
     return [(name, value) for name, value in fields if jax.tree.leaves(value)]
 
 
-class NonFiniteError(RuntimeError):
-    """A loss or gradient stopped being a number."""
-
-
 class Interrupted(KeyboardInterrupt):
     """The run was asked to stop, by this signal; its state has been saved."""
 
@@ -268,6 +273,7 @@ def fit(
         Interrupted: after saving.
     """
     first = int(state.step)
+    guard = Guard(layer_names(state.model), config.skip_nonfinite)
     compiled = None
     previous: tuple[int, dict[str, Array]] | None = None
     with (
@@ -287,14 +293,14 @@ def fit(
                 state = eqx.tree_at(lambda s: s.control, state, control)
             # Look at the step before, so that this one is under way while the host waits.
             if previous is not None:
-                _check_and_log(*previous, config, log, progress, on_log)
+                _check_and_log(*previous, config, guard, log, progress, on_log)
             previous = (number, metrics)
             progress.advance()
             stopping = bool(stop)  # read once: a signal may come at any moment
             saving = number == config.steps or number % config.save_every == 0 or stopping
             storing = config.stores_averages(number)
             if saving or storing:
-                _check_and_log(*previous, config, log, progress, on_log)
+                _check_and_log(*previous, config, guard, log, progress, on_log)
                 previous = None
             if storing:  # before the checkpoint, after which a resumed run would not come by again
                 snapshots.save(number, state.posthoc)
@@ -307,14 +313,16 @@ def fit(
     return state
 
 
-def _check_and_log(number: int, metrics: dict[str, Array], config: TrainConfig, log: MetricsLog, progress, on_log):
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    bad = [name for name, value in values.items() if not np.isfinite(value)]
-    if bad:
-        raise NonFiniteError(
-            f"not finite at step {number}: {', '.join(bad)}. Nothing was saved after the last checkpoint; try a lower "
-            "learning rate, or float32 if this ran in bfloat16"
-        )
+def _check_and_log(
+    number: int, metrics: dict[str, Array], config: TrainConfig, guard: Guard, log: MetricsLog, progress, on_log
+):
+    host = jax.device_get(metrics)
+    norms = host.pop(NORMS)
+    values = {name: float(value) for name, value in host.items()}
+    if not guard.passes(number, values, norms):
+        return
+    if guard.skipped:
+        values["skipped"] = guard.skipped
     if number % config.log_every == 0 or number in (1, config.steps):
         log.write(number, values)
         on_log(number, values)
