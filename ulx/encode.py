@@ -27,7 +27,6 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, UInt8
 
@@ -79,8 +78,8 @@ def encode(options: Options) -> Path:
         )
     out.parent.mkdir(parents=True, exist_ok=True)
 
-    def latents(x: UInt8[np.ndarray, "b h w c"], *, keys: Key[Array, " b"]) -> dict[str, Float[Array, "b *latent k"]]:
-        found = posterior(run.model, jnp.asarray(to_float(x)))  # which draws nothing: the keys are not needed
+    def latents(x: UInt8[Array, "b h w c"], *, keys: Key[Array, " b"]) -> dict[str, Float[Array, "b *latent k"]]:
+        found = posterior(run.model, to_float(x))  # which draws nothing: the keys are not needed
         return {"z_clean": found.mean} | ({} if found.std is None else {"z_std": found.std})
 
     size = min(options.batch_size or run.config.evaluate.batch_size, len(folder.names))

@@ -145,7 +145,8 @@ def in_batches(
     start: int = 0,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> Any:
-    """`function(*rows, keys=keys)` over all rows, `batch_size` at a time; its results as NumPy arrays, concatenated.
+    """`function(*rows, keys=keys)`, given JAX arrays, over all rows, `batch_size` at a time; its results as NumPy
+    arrays, concatenated.
 
     The last batch is filled up by repeating its last row and the filling dropped, so that a jitted `function` compiles
     once. This process's devices share every batch, which is made larger if they do not divide it. Row i gets the key of

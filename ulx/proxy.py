@@ -243,7 +243,7 @@ def _generated(
     schedule = schedules.linear(made.logsnr_0, model.logsnr_1)
 
     def latents(label, *, keys):
-        return sample_latents(base, schedule, recipe.sample, keys=keys, label=jnp.asarray(label)).z
+        return sample_latents(base, schedule, recipe.sample, keys=keys, label=label).z
 
     z_0 = in_batches(latents, labels, batch_size=batch_size, key=root_key(seed, "proxy samples"))
     return made.back(z_0 / np.float32(jax.nn.sigmoid(made.logsnr_0) ** 0.5))

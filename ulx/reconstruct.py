@@ -72,10 +72,10 @@ def reconstruct(options: Options) -> float:
     file_of = dict(zip(folder.names, files, strict=True))
 
     def rebuilt(
-        x: UInt8[np.ndarray, "b h w c"], *, keys: Key[Array, " b"]
+        x: UInt8[Array, "b h w c"], *, keys: Key[Array, " b"]
     ) -> tuple[UInt8[Array, "b h w c"], Int[Array, " b"]]:
         latent_keys, decoder_keys = split_keys(keys, 2)
-        z_0 = encode(run.model, jnp.asarray(to_float(x)), keys=latent_keys)
+        z_0 = encode(run.model, to_float(x), keys=latent_keys)
         decoded = decode(run.model, z_0, config, keys=decoder_keys)
         return to_uint8(decoded.z), jnp.broadcast_to(decoded.nfe, len(x))
 

@@ -51,7 +51,7 @@ class Runner:
         options = self.config.evaluate
 
         def measure(x, label, *, keys):
-            label = None if labels is None else jnp.asarray(label)
+            label = None if labels is None else label
             return latent_rate(self.model, denoiser, to_float(x), label, keys, options.levels, options.draws)
 
         rows = np.zeros(len(images), np.int32) if labels is None else labels
@@ -80,7 +80,7 @@ class Runner:
 
     def encode(self, images: Images) -> Float[np.ndarray, "n *latent k"]:
         def latents(x, *, keys):
-            return encode(self.model, jnp.asarray(to_float(x)), keys=keys)
+            return encode(self.model, to_float(x), keys=keys)
 
         return self._run(latents, images, purpose="encode", on_batch=self.progress.advance)
 
@@ -89,7 +89,7 @@ class Runner:
 
         def images(z_0, *first, keys):
             frames = self._given(*first) if first else None
-            sample = decode(self.model, jnp.asarray(z_0), self.config.sample, keys=keys, frames=frames)
+            sample = decode(self.model, z_0, self.config.sample, keys=keys, frames=frames)
             return to_uint8(sample.z), jnp.broadcast_to(sample.nfe, len(z_0))
 
         rows = (latents,) if first is None else (latents, first)
@@ -98,8 +98,8 @@ class Runner:
             pixels[:, : first.shape[1]] = first
         return pixels, round(nfe.mean())
 
-    def _given(self, first: Images) -> Float[Array, "b t h w k"]:
-        clips = padded(jnp.asarray(to_float(first)), self.model.shape[0])
+    def _given(self, first: UInt8[Array, "b f h w c"]) -> Float[Array, "b t h w k"]:
+        clips = padded(to_float(first), self.model.shape[0])
         return given_frames(clips, first.shape[1])
 
     def sample(
@@ -137,7 +137,7 @@ class Runner:
                 self.model.latent_schedule,
                 self.config.sample,
                 keys=keys,
-                label=None if label is None else jnp.asarray(index),
+                label=None if label is None else index,
                 frames=self._given(*first) if first else None,
                 guidance_scale=guidance,
             )

@@ -17,7 +17,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32, Key, UInt8
 
@@ -131,7 +130,7 @@ def sample(options: Options) -> Path:
     claim(out, [*files, f"{stem}-sheet.png", f"{stem}.json"], options.overwrite)
 
     def images(
-        label: Int32[np.ndarray, " b"], *, keys: Key[Array, " b"]
+        label: Int32[Array, " b"], *, keys: Key[Array, " b"]
     ) -> tuple[UInt8[Array, "b *space c"], Int32[np.ndarray, "b 2"]]:
         latent_keys, decoder_keys = split_keys(keys, 2)
         latents = sample_latents(
@@ -139,7 +138,7 @@ def sample(options: Options) -> Path:
             run.model.latent_schedule,
             config,
             keys=latent_keys,
-            label=None if labels is None else jnp.asarray(label),
+            label=None if labels is None else label,
             guidance_scale=options.guidance_scale,
         )
         decoded = decode(run.model, latents.z, config, keys=decoder_keys)
@@ -153,7 +152,7 @@ def sample(options: Options) -> Path:
                 config,
                 given=given,
                 keys=keys,
-                label=jnp.asarray(label),
+                label=label,
                 guidance_scale=options.guidance_scale,
             )
         return to_uint8(clips), np.tile(np.array([latents.nfe, decoded.nfe], np.int32), (len(label), 1))
