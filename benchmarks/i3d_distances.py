@@ -1,4 +1,4 @@
-"""FVD of clips blurred or out of order, on I3D's real weights: does it grow with the damage, and exceed what is left
+"""FVD of blurred and of shuffled clips, on I3D's real weights: does it grow with the damage, and exceed what is left
 between two sets of undamaged clips?
 
     pip install -e ".[parity]"
@@ -32,7 +32,7 @@ BLOCK = 43  # clips whose features are kept together: what an interruption costs
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """FVD of clips that are blurred or out of order."""
+    """FVD of blurred and of shuffled clips."""
 
     clips: int = 430
     """On each side."""
@@ -40,8 +40,6 @@ class Settings:
     """Standard deviations of the Gaussian, in pixels of 224×224."""
     shuffles: tuple[float, ...] = (2.0, 4.0, 16.0)
     """Frames are sorted by their index plus a uniform draw from 0 to this: how far they may move."""
-    exchanges: tuple[int, ...] = (2, 4, 8, 16)
-    """So many frames of a clip, drawn at random, take each other's places; each gets another one's."""
     tile: int = 175
     """Side of the squares that a frame is cut into, in its own pixels; the shorter side where that is smaller."""
     resamplings: int = 40
@@ -110,13 +108,6 @@ def shuffled(clip: np.ndarray, reach: float, rng: np.random.Generator) -> np.nda
     return clip[np.argsort(np.arange(len(clip)) + rng.uniform(0, reach, len(clip)))]
 
 
-def exchanged(clip: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    rows = rng.permutation(len(clip))[:count]
-    found = clip.copy()
-    found[rows] = clip[np.roll(rows, 1)]
-    return found
-
-
 def pool(settings: Settings) -> list[np.ndarray]:
     """Twice `settings.clips` clips, drawn from all that there are; the first half of them is the reference."""
     found = [clip for frames in all_videos() for clip in clips(frames, settings.tile)]
@@ -151,17 +142,15 @@ def measure(settings: Settings) -> dict[str, Any]:
             parts.append(np.load(file))
         return np.concatenate(parts)
 
-    def drawn(damage: Callable[..., np.ndarray], strength: float) -> Callable[[np.ndarray, int], np.ndarray]:
-        return lambda clip, index: damage(clip, strength, np.random.default_rng((settings.seed, index)))
+    def shuffle(reach: float) -> Callable[[np.ndarray, int], np.ndarray]:
+        return lambda clip, index: shuffled(clip, reach, np.random.default_rng((settings.seed, index)))
 
     real = found("reference", reference, lambda clip, _: clip)
     damaged = {("none", 0.0): found("none", half, lambda clip, _: clip)}
     for sigma in settings.blurs:
         damaged["blur", sigma] = found(f"blur{sigma:g}", half, lambda clip, _, sigma=sigma: blurred(clip, sigma))
     for reach in settings.shuffles:
-        damaged["shuffle", reach] = found(f"shuffle{reach:g}", half, drawn(shuffled, reach))
-    for count in settings.exchanges:
-        damaged["exchange", count] = found(f"exchange{count}", half, drawn(exchanged, count))
+        damaged["shuffle", reach] = found(f"shuffle{reach:g}", half, shuffle(reach))
 
     moments, rng = Moments.of(real), np.random.default_rng(settings.seed)
     draws = [rng.integers(0, len(half), len(half)) for _ in range(settings.resamplings)]
@@ -193,7 +182,7 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    unit = {"none": "", "blur": "σ = {:g} pixels", "shuffle": "up to {:g} frames", "exchange": "{:g} of 16 frames"}
+    unit = {"none": "", "blur": "σ = {:g} pixels", "shuffle": "up to {:g} frames"}
     lines = ["| damage | strength | FVD | over the undamaged half | resamplings with more |", "|---|---|---|---|---|"]
     for row in results["rows"]:
         strength = unit[row["damage"]].format(row["strength"])
