@@ -171,7 +171,7 @@ class Config:
     """Weights, data order and noise follow from it."""
     fsdp: int = 1
     """Devices among which one copy of weights, moments and averages is divided: less memory, more sending. The batch is
-    divided among all devices in any case, and no result depends on it."""
+    divided among all devices in any case, and results depend on neither but for rounding."""
     loss_factor: float = 1.5
     """c_lf, the decoder's loss factor (Eq. 4): higher buys more bits in the latent. At 1 or below it collapses."""
     sigmoid_bias: float | None = None

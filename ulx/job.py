@@ -38,6 +38,8 @@ def run(config: Config) -> Path:
     config = runs.adopt(config)
     mesh = sharding.make_mesh(config.fsdp)
     for stage, train in config.train_configs.items():
+        if stage != "stage2" and config.autoencoder is not None:
+            continue  # trained already
         sharding.check_batch(train.batch_size, mesh, pieces=train.accumulate, of=stage)
     dataset = open_dataset(config.data)
     classes = len(dataset.class_names)

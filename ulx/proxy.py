@@ -50,7 +50,7 @@ from ulx.nn.uvit import UViT, UViTConfig
 from ulx.progress import Progress
 from ulx.report_text import plus_minus
 from ulx.seeding import root_int, root_key
-from ulx.sharding import make_mesh, place
+from ulx.sharding import check_batch, make_mesh, place
 from ulx.snapshots import Snapshots
 from ulx.stages import base_loss
 from ulx.tokenizers import NOISE_FREE, Tokenizer, noise_level
@@ -223,6 +223,7 @@ def _generated(
         dataclasses.replace(dataset, train=examples), batch_size=recipe.train.batch_size, seed=root_int(seed, "proxy")
     )
     mesh = make_mesh()
+    check_batch(recipe.train.batch_size, mesh, of="the proxy")
     key = root_key(seed, "proxy steps")
     step = make_step(base_loss(config, dataset.resolution**2), optimizer, recipe.train, key=key, mesh=mesh)
     with tempfile.TemporaryDirectory() as folder:
