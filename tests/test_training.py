@@ -3,9 +3,6 @@
 import dataclasses
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -280,80 +277,6 @@ def test_log_drops_what_is_taken_again_and_a_torn_line(tmp_path):
     with MetricsLog(path, resume_step=2) as log:
         log.write(3, {"loss": 30.0})
     assert [(line["step"], line["loss"]) for line in read_metrics(path)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
-
-
-SCRIPT = """
-import sys
-sys.path.insert(0, {experiments!r})
-import openmoji
-from ulx import job, presets, runs
-from ulx.command_line import use_compilation_cache
-from ulx.config import Config, TrainConfig, from_json
-from ulx.data import open_dataset
-use_compilation_cache()
-config = from_json(open({config!r}).read())
-path = runs.open_folder(config)
-dataset = open_dataset(config.data)
-job.train_base(job.train_autoencoder(runs.stage1_state(config), dataset, config), dataset, config)
-"""
-
-
-def test_killed_at_any_moment_and_resumed_is_the_same(config, tmp_path, monkeypatch):
-    """SIGKILL in the middle of either stage, no chance to tidy up; then --resume, and the weights of both stages are
-    those of a quiet run."""
-    image = pytest.importorskip("PIL.Image")
-    from ulx.config import to_json
-
-    for i in range(12):
-        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        folder = tmp_path / "images" / str(i % 2)
-        folder.mkdir(parents=True, exist_ok=True)
-        image.fromarray(pixels).save(folder / f"{i}.png")
-    data = dataclasses.replace(
-        config.data, source="folder", path=str(tmp_path / "images"), cache_dir=str(tmp_path / "cache")
-    )
-    train = dataclasses.replace(config.train, steps=120, save_every=10, posthoc_ema=(0.05, 0.10))
-    environment = os.environ | {"ULX_CACHE_DIR": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
-
-    def process(name: str, resume: bool) -> subprocess.Popen:
-        file = tmp_path / f"{name}.json"
-        settings = dataclasses.replace(config, name=name, resume=resume, data=data, train=train, train_base=train)
-        file.write_text(to_json(settings))
-        script = SCRIPT.format(config=str(file), experiments=str(Path(__file__).parents[1] / "experiments"))
-        return subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE, text=True)
-
-    quiet = process("quiet", resume=False)
-    _, errors = quiet.communicate(timeout=300)
-    assert quiet.returncode == 0, errors
-
-    killed = process("killed", resume=False)
-    logs = [tmp_path / "killed" / f"{stage}.jsonl" for stage in ("stage1", "stage2")]
-    wanted = int(np.random.default_rng().integers(12, 220))  # of the 240 steps
-    deadline = time.monotonic() + 300
-    while killed.poll() is None and time.monotonic() < deadline:
-        if sum(log.read_text().count("\n") for log in logs if log.exists()) >= wanted:
-            killed.send_signal(signal.SIGKILL)
-        time.sleep(0.002)
-    killed.communicate()
-    assert killed.returncode == -signal.SIGKILL, "the run ended before it could be killed"
-
-    again = process("killed", resume=True)
-    _, errors = again.communicate(timeout=300)
-    assert again.returncode == 0, errors
-    final = []
-    for name in ("quiet", "killed"):
-        settings = dataclasses.replace(config, train=train, train_base=train)
-        state = runs.stage1_state(settings)
-        with Checkpoints(tmp_path / name / "checkpoints" / "stage1") as checkpoints:
-            assert checkpoints.latest == 120
-            state = checkpoints.restore(state)
-        with Checkpoints(tmp_path / name / "checkpoints" / "stage2") as checkpoints:
-            assert checkpoints.latest == 120
-            final.append((state, checkpoints.restore(runs.stage2_state(settings, state.ema_model, 2))))
-    assert bits_of(final[0]) == bits_of(final[1]), f"killed after step {wanted}"
-    stored = snapshots_of(tmp_path / "quiet")
-    assert len(stored) == 32
-    assert snapshots_of(tmp_path / "killed") == stored, f"killed after step {wanted}"
 
 
 def test_only_weights_decay():

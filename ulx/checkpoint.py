@@ -1,97 +1,333 @@
-"""Checkpoints by Orbax: the training state and the data iterator together, written asynchronously and atomically."""
+"""Checkpoints by Orbax: the training state, where the data stands, and the run's settings, together.
 
+They are written in the background and renamed when whole, by all processes of a run together. When one is whole, the
+hashes of its files are put beside them: what cannot be read, or is not what was written, is put aside when it is
+noticed, and the one before it is taken.
+"""
+
+import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import threading
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import equinox as eqx
-import grain
 import jax
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-__all__ = ["Checkpoints"]
+from ulx.processes import all_agree, first, is_first
+
+__all__ = ["Checkpoints", "Position", "versions"]
 
 State = TypeVar("State", bound=eqx.Module)
 
+KEPT = 2
+"""The newest ones, that is: the one before is for when the newest cannot be read."""
+HASHES, OLDER = "sha256.json", "data"
+"""Beside a checkpoint's arrays; where the data stood, as ulx wrote it before 2026-11-26."""
+PACKAGES = ("ulx", "jax", "jaxlib", "equinox", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+@runtime_checkable
+class Position(Protocol):
+    """An iterator that can say where it stands, as JSON values, and be put there."""
+
+    def get_state(self) -> dict[str, Any]: ...
+
+    def set_state(self, state: dict[str, Any], /) -> None: ...
+
+
+class _DamagedError(Exception):
+    """A checkpoint cannot be read, and why."""
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages on which a training's numbers depend."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed as a package"
+    return found
+
 
 class Checkpoints:
-    """The checkpoints of one stage: `save`, `restore`, `latest`. Keeps the newest two."""
+    """The checkpoints of one stage: `save`, `restore`, `latest`. Keeps the newest two, and if `keep_best` the one of
+    the lowest loss. `facts` (JSON values: the run's settings) are saved with each. What a stopped run left half written
+    is removed, unless it is `read_only`: the run may be under way."""
 
-    def __init__(self, directory: Path):
-        self.manager = ocp.CheckpointManager(
-            directory.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+    def __init__(
+        self,
+        directory: Path,
+        facts: Mapping[str, Any] | None = None,
+        *,
+        keep_best: bool = False,
+        read_only: bool = False,
+    ):
+        self.directory = directory.absolute()
+        self.about = dict(facts or {})
+        newest = LatestN(KEPT)
+        best = BestN(get_metric_fn=lambda metrics: -metrics["loss"], n=1, keep_checkpoints_without_metrics=False)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy([newest, best]) if keep_best else newest,
+            best_fn=(lambda metrics: metrics["loss"]) if keep_best else None,
+            best_mode="min",
+            create=not read_only,
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,
         )
+        self.manager = ocp.CheckpointManager(self.directory, options=options)
+        self._hashing: threading.Thread | None = None
 
     @property
     def latest(self) -> int | None:
         """The newest step saved, or None."""
         return self.manager.latest_step()
 
-    def save(self, step: int, state: eqx.Module, batches: Iterator[Any], wait: bool = False) -> None:
-        """Save in the background; with `wait`, return when it is on disk. Does nothing if the step is saved already."""
-        if step not in self.manager.all_steps():
+    @property
+    def best(self) -> int | None:
+        """The step with the lowest loss of those there, or None where it was not asked for (`keep_best`)."""
+        return self.manager.best_step()
+
+    def before(self, step: int) -> int | None:
+        """The newest one of an earlier step, or None."""
+        return max((saved for saved in self.manager.all_steps() if saved < step), default=None)
+
+    def back_to(self, step: int, state: State) -> State:
+        """`state` with the arrays of that checkpoint; later ones are deleted. Raises as `restore`."""
+        self._finish()
+        found = self.restore(state, step=step)
+        for later in self.manager.all_steps():
+            if later > step:
+                self.manager.delete(later)
+        return found
+
+    def save(
+        self, step: int, state: eqx.Module, batches: Position, *, wait: bool = False, loss: float | None = None
+    ) -> None:
+        """Save in the background; with `wait`, return when it is on disk. Does nothing if the step is saved already.
+
+        What goes wrong in the background is a warning when the next one is saved. Raises OSError, naming the newest
+        checkpoint that is good, if with `wait` it cannot be written.
+        """
+        problem = self._begin(step, state, batches, loss)
+        if problem is None and wait:
+            problem = self._finish()
+        if problem is None:
+            return
+        newest = "there is none before it" if self.latest is None else f"the newest good one is of step {self.latest}"
+        said = f"the state of step {step} could not be saved in {self.directory} ({problem}); {newest}. Make room there"
+        if wait:
+            raise OSError(f"{said}, then go on with --resume")
+        warnings.warn(f"{said}: training goes on, and tries again at the next checkpoint", stacklevel=2)
+
+    def _begin(self, step: int, state: eqx.Module, batches: Position, loss: float | None) -> str | None:
+        """Starts to save; returns what went wrong so far, and with the save before."""
+        before = self._finish()
+        if before is not None:
+            warnings.warn(f"an earlier checkpoint in {self.directory} was not written: {before}", stacklevel=3)
+        if step in self.manager.all_steps():
+            return None
+        facts = self.about | {"versions": versions(), "data": batches.get_state()}
+        try:
             self.manager.save(
                 step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(_fields(state)),
-                    data=grain.checkpoint.CheckpointSave(batches),
-                ),
+                args=ocp.args.Composite(state=ocp.args.StandardSave(_fields(state)), facts=ocp.args.JsonSave(facts)),
+                metrics=None if loss is None else {"loss": loss},
             )
-        if wait:
-            self.manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            return _reason(error)
+        if is_first():
+            self._hashing = threading.Thread(target=self._write_hashes, args=(step,), name="ulx-hashes")
+            self._hashing.start()
+        return None
 
-    def restore(self, state: State, batches: Iterator[Any] | None = None, step: int | None = None) -> State:
+    def _finish(self) -> str | None:
+        """Waits for what is written in the background; returns what went wrong with it."""
+        try:
+            self.manager.wait_until_finished()
+        except (OSError, ValueError) as error:  # TensorStore says of a full disk that a value is out of range
+            return _reason(error)
+        finally:
+            if self._hashing is not None:
+                self._hashing.join()
+                self._hashing = None
+        return None
+
+    def restore(
+        self,
+        state: State,
+        batches: Position | None = None,
+        step: int | None = None,
+        *,
+        check: Callable[[dict[str, Any]], None] = lambda facts: None,
+    ) -> State:
         """`state` with the arrays of a checkpoint (by default the newest); `batches` is moved to where it was saved.
+
+        With `batches`, when training goes on, `check` is shown what was saved beside the arrays, and raises where they
+        must not be used. A checkpoint that is damaged is named in a warning and passed over; with `batches` it is put
+        aside as STEP.damaged.
 
         Raises:
             FileNotFoundError: there is no checkpoint.
-            ValueError: the checkpoint's arrays are not those of `state`, another configuration's for example.
+            ValueError: the checkpoint's arrays are not those of `state`, another configuration's for example; or all
+                that there are, or the one that was asked for, are damaged.
         """
-        step = self.latest if step is None else step
-        if step is None:
-            raise FileNotFoundError(f"no checkpoint in {self.manager.directory}")
+        steps = sorted(self.manager.all_steps(), reverse=True) if step is None else [step]
+        if not steps:
+            raise FileNotFoundError(f"no checkpoint in {self.directory}")
+        for number in steps:
+            try:
+                found, facts = self._read(number, state)
+            except _DamagedError as error:
+                said = f"the checkpoint of step {number} in {self.directory} is damaged: {error}"
+                if number == steps[-1]:
+                    raise ValueError(f"{said}. There is no other: train anew under another --name") from error
+                warnings.warn(f"{said}. Taking the one before it", stacklevel=2)
+                if batches is not None:
+                    self._put_aside(number)
+                continue
+            if batches is not None:
+                if not facts:
+                    raise ValueError(
+                        f"the checkpoint of step {number} in {self.directory} was saved by an older ulx: its weights "
+                        "can be used, but not trained on. Train anew under another --name"
+                    )
+                check(facts)
+                batches.set_state(facts["data"])
+            return found
+        raise AssertionError  # the last one was read, or raised
+
+    def _facts(self, step: int) -> dict[str, Any]:
+        if (self.directory / str(step) / OLDER).is_dir():
+            return {}
+        args = ocp.args.Composite(facts=ocp.args.JsonRestore())
+        try:
+            return self.manager.restore(step, args=args)["facts"]
+        except Exception as error:
+            raise _DamagedError(_reason(error)) from error
+
+    def _read(self, step: int, state: State) -> tuple[State, dict[str, Any]]:
+        self._check_hashes(step)
+        facts = self._facts(step)
         fields = _fields(state)
         paths, _ = jax.tree_util.tree_flatten_with_path(fields)
         wanted = {_name(path): ocp.utils.to_shape_dtype_struct(leaf) for path, leaf in paths}
         try:
-            args: dict[str, Any] = {"state": ocp.args.StandardRestore(self._as_on_disk(step, wanted))}
-            if batches is not None:
-                args["data"] = grain.checkpoint.CheckpointRestore(batches)
-            restored = self.manager.restore(step, args=ocp.args.Composite(**args))["state"]
-        except (ValueError, KeyError, TypeError) as error:
+            on_disk = self._as_on_disk(step, wanted)
+        except ValueError as error:
             raise ValueError(
-                f"the checkpoint of step {step} in {self.manager.directory} does not fit this model: {error}"
+                f"the checkpoint of step {step} in {self.directory} does not fit this model: {error}"
             ) from error
+        try:
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(on_disk))
+            restored = self.manager.restore(step, args=args)["state"]
+        except Exception as error:  # of any kind, down to plain Exception
+            raise _DamagedError(_reason(error)) from error
         read = {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(restored)[0]}
         found = jax.tree_util.tree_map_with_path(lambda path, _: read[_name(path)], fields)
         arrays = eqx.tree_at(
             lambda s: [getattr(s, name) for name in found], eqx.filter(state, eqx.is_array), list(found.values())
         )
-        return eqx.combine(arrays, state)
+        return eqx.combine(arrays, state), facts
 
     def _as_on_disk(self, step: int, wanted: Mapping[str, Any]) -> PyTree:
         """The wanted arrays in the checkpoint's own tree. It may lack parts that hold none: Orbax compares these too,
         and a module that got a new one, left empty, would no longer fit. Raises ValueError for other arrays."""
-        with ocp.StandardCheckpointer() as reader:
-            metadata = reader.metadata(self.manager.directory / str(step) / "state")
-        leaves, structure = jax.tree_util.tree_flatten_with_path(metadata.item_metadata.tree)
-        there = [_name(path) for path, _ in leaves]
-        if set(there) != set(wanted):
-            other = sorted(set(there) ^ set(wanted))
+        try:
+            with ocp.StandardCheckpointer() as reader:
+                metadata = reader.metadata(self.directory / str(step) / "state").item_metadata.tree
+        except Exception as error:
+            raise _DamagedError(_reason(error)) from error
+        leaves, structure = jax.tree_util.tree_flatten_with_path(metadata)
+        there = {_name(path): leaf for path, leaf in leaves}
+        if there.keys() != wanted.keys():
+            other = sorted(there.keys() ^ wanted.keys())
             raise ValueError(f"{len(other)} arrays are in one of them alone, such as {other[0]}")
+        for name, array in wanted.items():
+            if tuple(there[name].shape) != array.shape:
+                raise ValueError(f"{name} has shape {tuple(there[name].shape)} there and {array.shape} here")
         return structure.unflatten([wanted[name] for name in there])
 
+    def _write_hashes(self, step: int) -> None:
+        """When all processes have written theirs of a checkpoint, by the first. Without them it can be used too."""
+        with contextlib.suppress(OSError, ValueError):
+            self.manager.wait_until_finished()
+            folder = self.directory / str(step)
+            aside = folder / f"{HASHES}.tmp"
+            aside.write_text(json.dumps(_hashes(folder)))
+            aside.replace(folder / HASHES)
+
+    def _check_hashes(self, step: int) -> None:
+        """Raises _DamagedError, for all processes alike, if a file is not the one that was written. Those of a
+        checkpoint that a crash left without hashes are taken as they are."""
+        folder, problem = self.directory / str(step), None
+        if is_first() and (folder / HASHES).exists():
+            try:
+                written = json.loads((folder / HASHES).read_text())
+                found = _hashes(folder)
+            except (OSError, ValueError) as error:
+                problem = _reason(error)
+            else:
+                changed = [name for name, digest in written.items() if found.get(name) != digest]
+                if changed:
+                    problem = f"{changed[0]} is {'changed' if changed[0] in found else 'gone'}"
+        if not all_agree(problem is None):
+            raise _DamagedError(problem or "as the first process says")
+
+    def _put_aside(self, step: int) -> None:
+        folder = self.directory / str(step)
+        first(lambda: folder.rename(folder.with_name(f"{step}.damaged")))
+        self.manager.reload()
+
     def close(self) -> None:
-        self.manager.wait_until_finished()
-        self.manager.close()
+        """Raises OSError if what is still being written in the background cannot be."""
+        problem = self._close()
+        if problem is not None:
+            raise OSError(f"the last checkpoint in {self.directory} was not written: {problem}")
+
+    def _close(self) -> str | None:
+        problem = self._finish()
+        with contextlib.suppress(OSError, ValueError):  # it says again what has just been said
+            self.manager.close()
+        return problem
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self.close()
+        else:  # that is what is to be said
+            self._close()
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.name.startswith(HASHES):
+            with path.open("rb") as file:
+                found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def _reason(error: BaseException) -> str:
+    """In a few words: TensorStore says all it was asked for, and the system's reason somewhere in it."""
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(code[1]))
+    lines = str(error).splitlines()
+    return (lines[0] if lines else type(error).__name__)[:300]
 
 
 def _fields(state: eqx.Module) -> dict[str, PyTree]:

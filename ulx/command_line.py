@@ -5,23 +5,21 @@ import logging
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ulx.data.extras import optional
+from ulx.processes import INTERRUPTED, PREEMPTED, Address, are_connected, connect, is_first, split_arguments
 
 if TYPE_CHECKING:
     from ulx.config import Config
 
-__all__ = ["experiment", "parse", "parse_arguments", "run_command"]
+__all__ = ["experiment", "parse", "parse_arguments", "run_command", "run_together"]
 
 Settings = TypeVar("Settings")
-
-INTERRUPTED, PREEMPTED = 130, 75
-"""Exit statuses: the shell's for Ctrl-C, and "try again" (EX_TEMPFAIL) for SIGTERM, which a scheduler sends before it
-takes the machine away: the same command with --resume goes on."""
 
 
 def parse(
@@ -60,13 +58,15 @@ def experiment(
     """The main of an experiment: the job by a configuration from the command line, of the first preset by default.
 
     With --data.path the default is the preset `on_files`, and the source what was prepared there; without, one of a
-    data set `of` files says that it has them not. With --dry-run nothing is trained. The job is imported after the
-    command line is read, so that --help is quick.
+    data set `of` files says that it has them not. With --dry-run nothing is trained. Where it is one of several
+    processes (`ulx.processes`), --coordinator, --processes and --process say so. The job is imported after the command
+    line is read, so that --help is quick.
     """
     from ulx.config import Config
     from ulx.variants import VARIANTS
 
-    args = sys.argv[1:]
+    with _errors_in_one_line():
+        address, args = split_arguments(sys.argv[1:])
     dry = "--dry-run" in args
     args = [arg for arg in args if arg != "--dry-run"]
     default = next(iter(presets))
@@ -91,7 +91,7 @@ def experiment(
 
             job.run(config)
 
-    run_command(work)
+    run_together(work, address)
 
 
 def _option(args: Sequence[str], name: str) -> str | None:
@@ -121,6 +121,19 @@ def run_command(command: Callable[[], object]) -> None:
         command()
 
 
+def run_together(command: Callable[[], object], address: Address | None = None) -> None:
+    """The same for a command that may be one of several processes: those of an address, or that a scheduler started.
+
+    A call among them that fails, as it does when one is gone, ends in status 75.
+    """
+
+    def connected() -> None:
+        connect(address)
+        command()
+
+    run_command(connected)
+
+
 def use_compilation_cache() -> None:
     """Keep compiled programs between processes, in the user's cache directory ($JAX_COMPILATION_CACHE_DIR wins)."""
     import jax
@@ -140,12 +153,34 @@ class _errors_in_one_line:
         logging.getLogger("absl").setLevel(logging.ERROR)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, SystemExit):
+            return
+        import jax
+
         from ulx.guard import NonFiniteError
+        from ulx.processes import FailedElsewhereError
         from ulx.training import Interrupted
 
+        status = None
         if isinstance(error, Interrupted):
-            print(f"\n{error}", file=sys.stderr)
-            sys.exit(PREEMPTED if error.number == signal.SIGTERM else INTERRUPTED)
-        if isinstance(error, (ValueError, OSError, ImportError, NonFiniteError)) and "ULX_TRACEBACK" not in os.environ:
+            status = INTERRUPTED if error.number == signal.SIGINT else PREEMPTED
+            if is_first():  # all of several say the same
+                print(f"\n{error}", file=sys.stderr)
+        elif isinstance(error, FailedElsewhereError):
+            status = 1
+        elif are_connected() and isinstance(error, jax.errors.JaxRuntimeError):
+            reason, status = str(error).splitlines()[0], PREEMPTED
+            print(f"error: another process is gone, or cannot be reached ({reason}): --resume goes on", file=sys.stderr)
+        elif "ULX_TRACEBACK" not in os.environ and isinstance(
+            error, (ValueError, OSError, ImportError, NonFiniteError)
+        ):
             print(f"error: {error}", file=sys.stderr)
-            sys.exit(1)
+            status = 1
+        if are_connected() and not isinstance(error, Interrupted):
+            # The others wait for this process: that it is gone tells them at once, a goodbye only in a minute.
+            if status is None:
+                traceback.print_exception(error)
+            sys.stderr.flush()
+            os._exit(1 if status is None else status)
+        if status is not None:
+            sys.exit(status)

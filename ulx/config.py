@@ -50,6 +50,15 @@ class TrainConfig:
     """AdamW's decay of the second moment."""
     skip_nonfinite: int = 0
     """So many steps in a row may be left out because their loss or gradient is not finite; the next stops the run."""
+    spike: float = 10.0
+    """A loss that lies so many (robust) standard deviations above the median of the last 200, five steps in a row, is
+    warned of, and gone back from where there are `rollbacks`. 0: not looked for."""
+    rollbacks: int = 0
+    """So often a run that diverges (no more steps may be left out, or a spike) goes back to its last good checkpoint,
+    and on with the batches that follow: those that led there are left out. Counted from each start of the program."""
+    hang_minutes: float = 30.0
+    """If a batch or a step takes so long, the program says so and ends with status 75, to be started again with
+    --resume. 0: never."""
     clip_norm: float = 1.0
     """The gradient's global norm is clipped to this. Losses are in bits per pixel, so it means the same at any size."""
     ema_decay: float = 0.998
@@ -67,13 +76,16 @@ class TrainConfig:
     """Steps between two lines of metrics.jsonl."""
     save_every: int = 250
     """Steps between two checkpoints; the last step and an interrupt save too."""
+    keep_best: bool = False
+    """Keep, beside the newest two checkpoints, the one with the lowest training loss (mean since the one before)."""
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "posthoc_snapshots"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.skip_nonfinite < 0:
-            raise ValueError(f"skip_nonfinite must not be negative, got {self.skip_nonfinite}")
+        for name in ("skip_nonfinite", "spike", "rollbacks", "hang_minutes"):
+            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("learning_rate", "clip_norm"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

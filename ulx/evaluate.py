@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ulx import job, runs
-from ulx.command_line import parse_arguments, run_command
+from ulx.command_line import parse_arguments, run_together
 from ulx.data import open_dataset
 from ulx.metrics import inception
 
@@ -54,7 +54,7 @@ def evaluate(options: Options) -> Path:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    run_command(lambda: print(evaluate(parse_arguments(Options, __doc__ or "", args))))
+    run_together(lambda: print(evaluate(parse_arguments(Options, __doc__ or "", args))))
 
 
 if __name__ == "__main__":

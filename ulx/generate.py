@@ -16,7 +16,7 @@ from ulx.diffusion import normal, split_keys
 from ulx.frames import given_frames, padded
 from ulx.models import UnifiedLatents
 from ulx.schedules import Schedule
-from ulx.sharding import make_mesh, place_batch
+from ulx.sharding import make_mesh, on_host, place_rows
 from ulx.typing import Denoise, Keys
 
 __all__ = ["decode", "encode", "example_keys", "extend", "in_batches", "sample_latents"]
@@ -149,18 +149,19 @@ def in_batches(
     arrays, concatenated.
 
     The last batch is filled up by repeating its last row and the filling dropped, so that a jitted `function` compiles
-    once. This process's devices share every batch, which is made larger if they do not divide it. Row i gets the key of
-    example `start + i`: the batch size and the devices change no result beyond rounding.
+    once. All devices of all processes share every batch, which is made larger if they do not divide it; each process
+    has all rows and gets all results. Row i gets the key of example `start + i`: the batch size and the devices change
+    no result beyond rounding.
     """
-    mesh = make_mesh(devices=jax.local_devices())
+    mesh = make_mesh()
     batch_size = -(-batch_size // mesh.size) * mesh.size
     total = len(arrays[0])
     results = []
     for begin in range(0, total, batch_size):
         rows = np.minimum(np.arange(begin, begin + batch_size), total - 1)
         keys = example_keys(key, start + begin, batch_size)
-        *some, keys = place_batch((*(array[rows] for array in arrays), keys), mesh)
-        result = function(*some, keys=keys)
-        results.append(jax.tree.map(lambda leaf: np.asarray(leaf)[: total - begin], result))  # noqa: B023
+        *some, keys = place_rows((*(array[rows] for array in arrays), keys), mesh)
+        result = on_host(function(*some, keys=keys))
+        results.append(jax.tree.map(lambda leaf: leaf[: total - begin], result))  # noqa: B023
         on_batch(min(batch_size, total - begin))
     return jax.tree.map(lambda *parts: np.concatenate(parts), *results)

@@ -1,6 +1,10 @@
-"""What happens when a loss or a gradient stops being a number: it is named, left out or the end of the run."""
+"""What happens when training goes wrong: a loss or a gradient that stops being a number, or a loss that leaps.
+
+It is named, and a step left out, or the run goes back to its last good checkpoint, or ends.
+"""
 
 import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -10,7 +14,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ulx.nn.transformer import Stack
 
-__all__ = ["NORMS", "Guard", "NonFiniteError", "layer_names", "layer_norms"]
+__all__ = ["NORMS", "DivergedError", "Guard", "NonFiniteError", "SpikeError", "layer_names", "layer_norms"]
 
 NORMS = "gradient_norms"
 """Of a step's metrics, the one that is no number but `layer_norms`."""
@@ -18,8 +22,29 @@ NAMED = 3
 """Layers that a message names."""
 
 
-class NonFiniteError(RuntimeError):
+REMEMBERED, FEWEST = 200, 50
+"""Steps whose losses a new one is compared with, and how many there must be."""
+IN_A_ROW = 5
+"""Steps that a leap lasts: single batches are hard now and then."""
+TO_DEVIATION = 1.4826
+"""Of a normal distribution, the standard deviation over the median deviation from the median."""
+
+
+class DivergedError(RuntimeError):
+    """Training went wrong at a step."""
+
+    def __init__(self, message: str, step: int):
+        super().__init__(message)
+        self.step = step
+        """The first one that went wrong: what was saved before it is good."""
+
+
+class NonFiniteError(DivergedError):
     """A loss or gradient stopped being a number."""
+
+
+class SpikeError(DivergedError):
+    """The loss leapt, and stayed up."""
 
 
 def layer_norms(gradients: PyTree) -> Float[Array, " layers"]:
@@ -55,20 +80,31 @@ def _cause_first(name: str) -> tuple[bool, str]:
 
 
 class Guard:
-    """Looks at every step's metrics. Up to `skip` bad steps in a row are let pass: the step has left itself out."""
+    """Looks at every step's metrics. Up to `skip` bad steps in a row are let pass: the step has left itself out.
 
-    def __init__(self, names: list[str], skip: int):
-        self.names, self.skip = names, skip
+    A loss that lies more than `spike` robust standard deviations above the median of the last ones, for several steps
+    in a row, is a spike; 0: it does not look for them.
+    """
+
+    def __init__(self, names: list[str], skip: int, spike: float = 0):
+        self.names, self.skip, self.spike = names, skip, spike
         self.in_a_row = 0
         self.skipped = 0
         """In all, since this process began."""
+        self.losses: deque[float] = deque(maxlen=REMEMBERED)
+        self.high: list[float] = []
 
     def passes(self, step: int, metrics: Mapping[str, float], norms: Float[np.ndarray, " layers"]) -> bool:
-        """Whether all is finite. Warns of a step that was left out; where no more may be, raises NonFiniteError, naming
-        the step, the terms and the layers."""
+        """Whether all is finite. Warns of a step that was left out.
+
+        Raises:
+            NonFiniteError: no more steps may be left out; it names the step, the terms and the layers.
+            SpikeError: the loss leapt; it names the first step of that.
+        """
         bad = sorted((name for name, value in metrics.items() if not np.isfinite(value)), key=_cause_first)
         if not bad:
             self.in_a_row = 0
+            self._look_for_spikes(step, metrics["loss"])
             return True
         layers = [self.names[i] for i in np.flatnonzero(~np.isfinite(norms))]
         said = f"not finite at step {step}: {', '.join(bad)}"
@@ -84,5 +120,30 @@ class Guard:
             f"{said}. "
             + (f"{self.skip} steps before it were left out. " if self.skip else "")
             + "Nothing was saved after the last checkpoint; try a lower learning rate, or float32 if this ran in "
-            "bfloat16"
+            "bfloat16",
+            step - self.in_a_row + 1,
         )
+
+    def _look_for_spikes(self, step: int, loss: float) -> None:
+        if self.spike == 0:
+            return
+        if len(self.losses) >= FEWEST:
+            median = float(np.median(self.losses))
+            deviation = TO_DEVIATION * float(np.median(np.abs(np.array(self.losses) - median)))
+            if loss > median + self.spike * deviation:
+                self.high.append(loss)
+                if len(self.high) < IN_A_ROW:
+                    return
+                first = step - len(self.high) + 1
+                usual, reached = f"{median:.4g} ± {deviation:.2g}", f"{self.high[0]:.4g} to {loss:.4g}"
+                # Where the run goes on regardless, this is what is usual from now on.
+                self.forget()
+                raise SpikeError(f"the loss leapt at step {first}: {reached}, after {usual} before", first)
+        self.losses.extend([*self.high, loss])
+        self.high = []
+
+    def forget(self) -> None:
+        """What came before says nothing of what comes now."""
+        self.losses.clear()
+        self.high = []
+        self.in_a_row = 0

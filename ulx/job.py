@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from ulx import runs, sharding
+from ulx import processes, runs, sharding
 from ulx.checkpoint import Checkpoints
 from ulx.config import Config
 from ulx.cost import network_costs
@@ -41,7 +41,7 @@ def run(config: Config) -> Path:
         if stage != "stage2" and config.autoencoder is not None:
             continue  # trained already
         sharding.check_batch(train.batch_size, mesh, pieces=train.accumulate, of=stage)
-    dataset = open_dataset(config.data)
+    dataset = processes.in_turn(lambda: open_dataset(config.data))
     classes = len(dataset.class_names)
     state = runs.stage1_state(config, classes)
     path = runs.open_folder(config)
@@ -124,8 +124,13 @@ def measure(
         "seconds_evaluation": round(time.monotonic() - began),
         "device": jax.devices()[0].device_kind,
     }
-    evaluation.save(path / "evaluation")
-    return report.write(path)
+
+    def write() -> None:
+        evaluation.save(path / "evaluation")
+        report.write(path)
+
+    processes.first(write)
+    return path / "report.html"
 
 
 def train_stage(
@@ -151,9 +156,10 @@ def train_stage(
         flip=config.data.flip and are_images,
         workers=config.data.workers if are_images else 0,
     )
-    with Checkpoints(config.path / "checkpoints" / name) as checkpoints:
+    folder = config.path / "checkpoints" / name
+    with Checkpoints(folder, runs.facts(config), keep_best=train.keep_best) as checkpoints:
         if checkpoints.latest is not None:
-            state = checkpoints.restore(state, batches)
+            state = checkpoints.restore(state, batches, check=lambda facts: runs.check_facts(facts, config))
         with MetricsLog(config.path / f"{name}.jsonl", resume_step=int(state.step)) as log:
             return fit(
                 state,

@@ -24,6 +24,7 @@ from ulx.data.source import Dataset
 from ulx.data.split import Item
 from ulx.models import UnifiedLatents
 from ulx.posterior import Posterior
+from ulx.sharding import on_own_devices
 
 __all__ = ["encoded", "posterior", "weights_hash"]
 
@@ -48,11 +49,12 @@ def encoded(
     mirror image of a latent is none. The `first` frames of a clip are kept too, in the field `first` (uint8
     `f h w c`): what a base model is given. The held-out split stays one of images.
 
-    What is in the directory already is not encoded again, and an interrupted encoding goes on from its last shard. The
-    fingerprint is that of the data and the encoder, so a run is not continued on another encoder's latents.
-    Raises `ValueError` for a directory with the latents of another encoder or of other data, `OSError` if it cannot be
-    written.
+    What is in the directory already is not encoded again, and an interrupted encoding goes on from its last shard.
+    Several processes encode some shards each. The fingerprint is that of the data and the encoder, so a run is not
+    continued on another encoder's latents. Raises `ValueError` for a directory with the latents of another encoder or
+    of other data, `OSError` if it cannot be written.
     """
+    model = on_own_devices(model)
     images, encoder = dataset.train, weights_hash(model.encoder)
     items = [Item(name, label) for name, label in zip(images.names, images.labels.tolist(), strict=True)]
     index = {name: i for i, name in enumerate(images.names)}
@@ -88,7 +90,7 @@ def encoded(
         example_bytes=4 * math.prod(model.latent_shape) + first * math.prod(model.shape[1:]),
         attribution=dataset.attribution,
     )
-    train = prepare_in(directory, recipe).dataset.train
+    train = prepare_in(directory, recipe, together=True).dataset.train
     both = f"{dataset.fingerprint} {encoder} {1 + flip}"
     return dataclasses.replace(dataset, train=train, fingerprint=hashlib.sha256(both.encode()).hexdigest())
 

@@ -1,10 +1,13 @@
 """Training metrics as JSON lines, and as TensorBoard scalars where `tensorboardX` is installed."""
 
+import contextlib
 import importlib.util
 import json
 import time
 from pathlib import Path
 from types import TracebackType
+
+from ulx.processes import is_first
 
 __all__ = ["MetricsLog", "read_metrics"]
 
@@ -13,27 +16,46 @@ class MetricsLog:
     """Appends `{"step": …, "time": …, name: value, …}` lines to `path`.
 
     A resumed run passes the step it starts from: later lines, of steps that are about to be taken again, are dropped.
+    Of several processes the first alone writes.
     """
 
     def __init__(self, path: Path, resume_step: int = 0):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if path.exists() else []
-        aside = path.with_suffix(".tmp")
+        self.path = path
+        self.board = self.file = None
+        if is_first():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._open(resume_step)
+
+    def _open(self, resume_step: int) -> None:
+        kept = [line for line in read_metrics(self.path) if line["step"] <= resume_step] if self.path.exists() else []
+        aside = self.path.with_suffix(".tmp")
         aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        aside.replace(path)
-        self.file = path.open("a")
+        aside.replace(self.path)
+        self.file = self.path.open("a")
         self.elapsed = kept[-1]["time"] if kept else 0.0
         self.began = time.monotonic()
-        self.board = None
         if importlib.util.find_spec("tensorboardX"):
             from tensorboardX import SummaryWriter
 
-            self.board = SummaryWriter(str(path.parent / "tensorboard" / path.stem), purge_step=resume_step + 1)
+            folder = self.path.parent / "tensorboard" / self.path.stem
+            self.board = SummaryWriter(str(folder), purge_step=resume_step + 1)
+
+    def back_to(self, step: int) -> None:
+        """Drop the lines of later steps, which are about to be taken again."""
+        if self.file is not None:
+            self._close()
+            self._open(step)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Raises OSError, naming the file, if the line cannot be written."""
+        if self.file is None:
+            return
         seconds = round(self.elapsed + time.monotonic() - self.began, 3)
-        self.file.write(json.dumps({"step": step, "time": seconds, **metrics}) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps({"step": step, "time": seconds, **metrics}) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise OSError(f"cannot write {self.path}: {error}. Make room, then go on with --resume") from error
         if self.board is not None:
             for name, value in metrics.items():
                 self.board.add_scalar(name, value, step)
@@ -44,9 +66,13 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.file.close()
-        if self.board is not None:
-            self.board.close()
+        self._close()
+
+    def _close(self) -> None:
+        for open_file in (self.file, self.board):
+            if open_file is not None:
+                with contextlib.suppress(OSError):  # what is in a buffer after a write that failed, fails again
+                    open_file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -4,6 +4,8 @@ import sys
 import time
 from types import TracebackType
 
+from ulx.processes import is_first
+
 __all__ = ["Progress", "duration"]
 
 
@@ -29,7 +31,8 @@ class Progress:
 
     On a terminal one line is redrawn a few times a second; otherwise (a log file, CI) a line is printed
     every `every` seconds and one at the end, so that a log stays readable.
-    `start` is the number of units that an earlier, interrupted run has done already.
+    `start` is the number of units that an earlier, interrupted run has done already. Of several processes the first
+    alone shows anything.
     """
 
     def __init__(self, description: str, total: int, unit: str = "it", start: int = 0, every: float = 15.0):
@@ -61,6 +64,8 @@ class Progress:
             self._show(now)
 
     def _show(self, now: float, end: str | None = None) -> None:
+        if not is_first():
+            return
         elapsed = max(now - self.began, 1e-9)
         rate = (self.count - self.start) / elapsed
         left = duration((self.total - self.count) / rate) if rate > 0 else "?"

@@ -11,6 +11,7 @@ runs/NAME/
 """
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import warnings
@@ -21,13 +22,14 @@ from typing import Any, Literal
 
 import equinox as eqx
 
-from ulx.checkpoint import Checkpoints
+from ulx.checkpoint import Checkpoints, versions
 from ulx.config import Config, TrainConfig, differences, from_json, to_json
 from ulx.data.source import Dataset
 from ulx.decoders import DiffusionDecoder
 from ulx.denoiser import Denoiser
 from ulx.ema import gamma_of
 from ulx.models import UnifiedLatents
+from ulx.processes import first
 from ulx.rate_control import Control
 from ulx.seeding import root_key
 from ulx.sharding import make_mesh, place
@@ -40,9 +42,11 @@ __all__ = [
     "Stage",
     "adopt",
     "autoencoder",
+    "check_facts",
     "class_names",
     "copy_autoencoder",
     "decoder_state",
+    "facts",
     "load",
     "open_folder",
     "read_config",
@@ -68,7 +72,16 @@ HARMLESS = (
     *(
         f"{stage}.{field}"
         for stage in ("train", "train_decoder", "train_base")
-        for field in ("accumulate", "log_every", "save_every", "posthoc_snapshots")
+        for field in (
+            "accumulate",
+            "log_every",
+            "save_every",
+            "keep_best",
+            "posthoc_snapshots",
+            "spike",
+            "rollbacks",
+            "hang_minutes",
+        )
     ),
 )
 """Fields that may change between the parts of an interrupted run: they do not touch what is trained."""
@@ -88,6 +101,11 @@ def open_folder(config: Config) -> Path:
         OSError: the folder cannot be written.
     """
     path = config.path
+    first(lambda: _open_folder(path, config))
+    return path
+
+
+def _open_folder(path: Path, config: Config) -> None:
     for part in (path, *path.parents):
         if part.exists() and not part.is_dir():
             raise NotADirectoryError(f"{part} is a file; runs need a folder there: choose another --name or --runs")
@@ -106,7 +124,29 @@ def open_folder(config: Config) -> Path:
     aside = path / "config.tmp"
     aside.write_text(to_json(config))
     aside.replace(written)
-    return path
+
+
+def facts(config: Config) -> dict[str, Any]:
+    """What a checkpoint says of the run that it is of."""
+    text = to_json(config)
+    return {"config": json.loads(text), "config_sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def check_facts(saved: Mapping[str, Any], config: Config) -> None:
+    """Refuses a checkpoint of another configuration with ValueError, naming the fields that differ; warns where other
+    versions of packages go on with it than began."""
+    before = from_json(json.dumps(saved["config"]))
+    changed = differences(before, config, ignore=HARMLESS)
+    if changed:
+        raise ValueError(
+            "the checkpoint was saved with other settings:\n  "
+            + "\n  ".join(changed)
+            + "\nPass the old values to go on with it, or choose another --name"
+        )
+    was, now = saved["versions"], versions()
+    others = [f"{name} {was.get(name)} -> {version}" for name, version in now.items() if was.get(name) != version]
+    if others:
+        warnings.warn(f"numbers may differ in rounding from here on: {', '.join(others)}", stacklevel=2)
 
 
 def read_config(path: Path) -> Config:
@@ -124,6 +164,10 @@ def class_names(path: Path) -> tuple[str, ...]:
 
 def remember_data(path: Path, dataset: Dataset) -> None:
     """Write `dataset.json`; a run that is resumed on other data is refused with ValueError."""
+    first(lambda: _remember_data(path, dataset))
+
+
+def _remember_data(path: Path, dataset: Dataset) -> None:
     facts = {
         "name": dataset.name,
         "resolution": dataset.resolution,
@@ -204,12 +248,14 @@ _STAGE_1 = ("loss_factor", "sigmoid_bias", "prior_warmup", "prior_gradient", "kl
 
 def copy_autoencoder(config: Config) -> None:
     """Stage 1 of the run that `config.autoencoder` names, copied into this one's folder: the run stands on its own."""
-    if config.autoencoder is None:
-        return
+    if config.autoencoder is not None:
+        first(lambda: _copy_autoencoder(config, Path(config.autoencoder or "")))
+
+
+def _copy_autoencoder(config: Config, source: Path) -> None:
     for stage in config.stages:
         target = config.path / "checkpoints" / stage
         if stage != "stage2" and not target.exists():
-            source = Path(config.autoencoder)
             shutil.copy(source / f"{stage}.jsonl", config.path / f"{stage}.jsonl")
             aside = target.with_name(f"{stage}.aside")
             shutil.rmtree(aside, ignore_errors=True)
@@ -300,7 +346,7 @@ def _averaged(
     """What a stage trained, with one of its averages, whole on every device, and the step it ends at."""
     if not (path / "checkpoints" / stage).is_dir():
         raise FileNotFoundError(f"{path} has no checkpoint of {stage} yet: finish it first (--resume)")
-    with Checkpoints(path / "checkpoints" / stage) as checkpoints:
+    with Checkpoints(path / "checkpoints" / stage, read_only=True) as checkpoints:
         state = checkpoints.restore(place(state, make_mesh()))
     if stage in width:
         return _synthesised(path, stage, config.train_configs[stage], state, width[stage])
@@ -310,7 +356,7 @@ def _averaged(
 def _latest(path: Path, stage: str) -> int | None:
     if not (path / "checkpoints" / stage).is_dir():
         return None
-    with Checkpoints(path / "checkpoints" / stage) as checkpoints:
+    with Checkpoints(path / "checkpoints" / stage, read_only=True) as checkpoints:
         return checkpoints.latest
 
 

@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
@@ -28,9 +30,12 @@ __all__ = [
     "constrained",
     "make_mesh",
     "mean_gradients",
+    "on_host",
+    "on_own_devices",
     "parts",
     "place",
     "place_batch",
+    "place_rows",
     "specs",
 ]
 
@@ -118,11 +123,38 @@ def check_batch(size: int, mesh: Mesh, *, pieces: int = 1, of: str) -> None:
 
 def place_batch(batch: Tree, mesh: Mesh) -> Tree:
     """A batch's arrays on the mesh, an equal number of examples on each device (see `check_batch`). Of several
-    processes each gives its own rows."""
+    processes each gives its own rows, which `place_rows` does not."""
     sharding = NamedSharding(mesh, BATCH)
     if mesh.is_multi_process:
         return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), batch)
     return jax.device_put(batch, sharding)
+
+
+def place_rows(rows: Tree, mesh: Mesh) -> Tree:
+    """Arrays that every process has whole, on the mesh, an equal number of rows on each device."""
+    sharding = NamedSharding(mesh, BATCH)
+    if mesh.is_multi_process:
+        return jax.tree.map(lambda array: _own_rows(array, sharding), rows)
+    return jax.device_put(rows, sharding)
+
+
+def _own_rows(array: Any, sharding: NamedSharding) -> Array:
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def on_host(tree: PyTree) -> PyTree:
+    """Arrays on a mesh as NumPy arrays, whole, on every process."""
+    if jax.process_count() == 1:
+        return jax.tree.map(np.asarray, tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def on_own_devices(tree: Tree) -> Tree:
+    """The tree with whole arrays that a process can use without the others. One alone uses them as they are."""
+    if jax.process_count() == 1:
+        return tree
+    arrays, rest = eqx.partition(tree, eqx.is_array)
+    return eqx.combine(jax.tree.map(jnp.asarray, on_host(arrays)), rest)
 
 
 def parts(tree: Tree, tree_specs: PyTree) -> Tree:

@@ -9,6 +9,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ulx import ema
+from ulx.processes import is_first
+from ulx.sharding import on_host
 
 __all__ = ["Snapshots"]
 
@@ -26,12 +28,15 @@ class Snapshots:
         return sorted(int(file.stem) for file in self.directory.glob("*.npz"))
 
     def save(self, step: int, averages: Sequence[PyTree]) -> None:
-        """Store the averages after a step, one for each σ_rel. A file of that step is replaced; none is ever half."""
+        """Store the averages after a step, one for each σ_rel. A file of that step is replaced; none is ever half. Of
+        several processes the first alone writes."""
         arrays = {
-            name: np.asarray(leaf)
+            name: on_host(leaf)
             for sigma_rel, average in zip(self.sigma_rels, averages, strict=True)
             for name, leaf in zip(_names(sigma_rel, average), jax.tree.leaves(average), strict=True)
         }
+        if not is_first():
+            return
         self.directory.mkdir(parents=True, exist_ok=True)
         aside = self.directory / "snapshot.tmp"
         with aside.open("wb") as file:

@@ -5,9 +5,10 @@ Read top to bottom: `TrainState` → `make_step` → `fit`.
 
 import dataclasses
 import signal
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -18,17 +19,19 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from ulx import diffusion, losses, sharding
-from ulx.checkpoint import Checkpoints
+from ulx.checkpoint import Checkpoints, Position
 from ulx.config import TrainConfig
 from ulx.ema import gamma_of, power_average
-from ulx.guard import NORMS, Guard, layer_names, layer_norms
+from ulx.guard import NORMS, DivergedError, Guard, SpikeError, layer_names, layer_norms
 from ulx.metrics_log import MetricsLog
 from ulx.nn.split import WEIGHTS, whole
 from ulx.nn.transformer import Stack
 from ulx.precision import cast
+from ulx.processes import Vote, are_connected
 from ulx.progress import Progress
 from ulx.snapshots import Snapshots
 from ulx.typing import PerExample
+from ulx.watchdog import Watchdog
 
 __all__ = ["Draws", "Interrupted", "TrainState", "fit", "make_optimizer", "make_step", "pace"]
 
@@ -240,6 +243,13 @@ def _parts(grads: PyTree) -> list[tuple[str, PyTree]]:
     return [(name, value) for name, value in fields if jax.tree.leaves(value)]
 
 
+@runtime_checkable
+class Batches(Position, Protocol):
+    """`ulx.data.pipeline.TrainBatches`, say."""
+
+    def __next__(self) -> dict[str, np.ndarray]: ...
+
+
 class Interrupted(KeyboardInterrupt):
     """The run was asked to stop, by this signal; its state has been saved."""
 
@@ -252,7 +262,7 @@ def fit(
     state: TrainState,
     step: Any,
     frozen: Any,
-    batches: Iterator[dict[str, np.ndarray]],
+    batches: Batches,
     config: TrainConfig,
     *,
     mesh: Mesh,
@@ -266,67 +276,112 @@ def fit(
     """Train from `state.step` to `config.steps`; checkpoint, store averages, log and show progress on the way.
 
     `step` is `make_step`'s, and the state and what is frozen are on its `mesh`; `batches` is a checkpointable iterator
-    standing where `state` left it. On Ctrl-C or SIGTERM the step in progress is finished and saved.
+    standing where `state` left it. On Ctrl-C or SIGTERM the step in progress is finished and saved. Where training
+    diverges it goes back to a checkpoint, if `config.rollbacks` lets it, and on with the batches that follow.
+
+    Of several processes all must call it, with what is theirs of the batches.
 
     Raises:
         NonFiniteError: names the terms and parts that are not finite, and the step. Nothing is saved then.
+        OSError: an example cannot be read (of a single process the state is saved then); the log, the last checkpoint
+            or that of an interrupt cannot be written.
         Interrupted: after saving.
     """
-    first = int(state.step)
-    guard = Guard(layer_names(state.model), config.skip_nonfinite)
+    guard = Guard(layer_names(state.model), config.skip_nonfinite, config.spike)
     compiled = None
-    previous: tuple[int, dict[str, Array]] | None = None
+    vote, going_back = Vote(), config.rollbacks
+    number = int(state.step)
+    unseen: tuple[int, dict[str, Array]] | None = None
+    losses: list[float] = []
+    """Since the last checkpoint."""
+
+    def look() -> None:
+        """At the metrics of a step that has not been looked at: waits for it."""
+        nonlocal unseen
+        if unseen is None:
+            return
+        (at, metrics), unseen = unseen, None
+        watchdog.expect(f"step {at} of {name}")
+        host = jax.device_get(metrics)
+        watchdog.rest()
+        norms = host.pop(NORMS)
+        values = {name: float(value) for name, value in host.items()}
+        try:
+            if not guard.passes(at, values, norms):
+                return
+        except SpikeError as error:
+            if going_back > 0 and checkpoints.before(error.step) is not None:
+                raise
+            warnings.warn(str(error), stacklevel=2)
+        losses.append(values["loss"])
+        if guard.skipped:
+            values["skipped"] = guard.skipped
+        if at % config.log_every == 0 or at in (1, config.steps):
+            log.write(at, values)
+            on_log(at, values)
+            progress.fields.update({key: value for key, value in values.items() if "/" not in key})
+
     with (
         _stop_on_signal() as stop,
-        Progress(name, total=config.steps, unit="steps", start=first) as progress,
+        Watchdog(60 * config.hang_minutes) as watchdog,
+        Progress(name, total=config.steps, unit="steps", start=number) as progress,
     ):
-        for number in range(first + 1, config.steps + 1):
-            batch = sharding.place_batch(next(batches), mesh)
+        while number < config.steps:
+            number += 1
+            watchdog.expect(f"reading the batch for step {number} of {name}")
+            try:
+                batch = sharding.place_batch(next(batches), mesh)
+            except OSError:
+                # What has been trained is good. One of several processes cannot save without the others.
+                watchdog.rest()
+                if compiled is not None and not are_connected():
+                    look()
+                    checkpoints.save(number - 1, state, batches, wait=True)
+                raise
+            watchdog.rest()
             if compiled is None:
                 # Compiled ahead for these very shapes: a step can be refused from now on, but never recompiled.
                 compiled = step.lower((frozen, batch), state).compile()
                 progress.restart()
+            watchdog.expect(f"step {number} of {name}")
             state, metrics = compiled((frozen, batch), state)
+            watchdog.rest()
             if controller is not None and state.control is not None:
                 control = controller(number, lambda now=state: now.ema_model, state.control)
                 control = sharding.place(control, mesh)
                 state = eqx.tree_at(lambda s: s.control, state, control)
-            # Look at the step before, so that this one is under way while the host waits.
-            if previous is not None:
-                _check_and_log(*previous, config, guard, log, progress, on_log)
-            previous = (number, metrics)
             progress.advance()
-            stopping = bool(stop)  # read once: a signal may come at any moment
+            stopping = vote(bool(stop))  # once: a signal may come at any moment, and to one process alone
             saving = number == config.steps or number % config.save_every == 0 or stopping
             storing = config.stores_averages(number)
-            if saving or storing:
-                _check_and_log(*previous, config, guard, log, progress, on_log)
-                previous = None
+            try:
+                look()  # at the step before, so that this one is under way while the host waits
+                unseen = number, metrics
+                if saving or storing:
+                    look()
+            except DivergedError as error:
+                good = checkpoints.before(error.step)
+                if going_back == 0 or good is None:
+                    raise
+                warnings.warn(f"{error} Back to step {good}, and on with other batches", stacklevel=2)
+                going_back -= 1
+                state = checkpoints.back_to(good, state)
+                log.back_to(good)
+                guard.forget()
+                number, progress.count, unseen = good, good, None
+                losses.clear()
+                continue
             if storing:  # before the checkpoint, after which a resumed run would not come by again
                 snapshots.save(number, state.posthoc)
             if saving:
-                checkpoints.save(number, state, batches, wait=stopping or number == config.steps)
+                loss = sum(losses) / len(losses) if losses else None
+                checkpoints.save(number, state, batches, wait=stopping or number == config.steps, loss=loss)
+                losses.clear()
             if stopping:
                 raise Interrupted(
                     f"stopped after step {number}, which is saved; --resume continues from it", stop.number
                 )
     return state
-
-
-def _check_and_log(
-    number: int, metrics: dict[str, Array], config: TrainConfig, guard: Guard, log: MetricsLog, progress, on_log
-):
-    host = jax.device_get(metrics)
-    norms = host.pop(NORMS)
-    values = {name: float(value) for name, value in host.items()}
-    if not guard.passes(number, values, norms):
-        return
-    if guard.skipped:
-        values["skipped"] = guard.skipped
-    if number % config.log_every == 0 or number in (1, config.steps):
-        log.write(number, values)
-        on_log(number, values)
-        progress.fields.update({key: value for key, value in values.items() if "/" not in key})
 
 
 class _stop_on_signal:

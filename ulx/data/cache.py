@@ -21,7 +21,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from ulx.data import record
 from ulx.data.extras import optional
 from ulx.data.source import Dataset, Records, Split, check_resolution
 from ulx.data.split import Item
+from ulx.processes import all_agree, share
 from ulx.progress import Progress
 
 __all__ = ["Made", "Prepared", "Recipe", "UnreadableError", "cache_root", "each", "open_in", "prepare", "prepare_in"]
@@ -143,15 +144,19 @@ def prepare(recipe: Recipe, cache_dir: str | os.PathLike[str] | None = None) -> 
     return prepare_in(cache_root(cache_dir) / f"{recipe.name}-{recipe.resolution}px-{recipe.key[:16]}", recipe)
 
 
-def prepare_in(directory: Path, recipe: Recipe) -> Prepared:
-    """What `recipe` makes, in this directory; whatever of it is missing or damaged is made first.
+def prepare_in(directory: Path, recipe: Recipe, *, together: bool = False) -> Prepared:
+    """What `recipe` makes, in this directory; whatever of it is missing or damaged is made first, and if `together`
+    each process of a run makes some of the shards, in a directory that all of them see.
 
     Raises `ValueError` for a directory in which another recipe is followed, `OSError` (no space, no permission;
     finished shards stay) and whatever `recipe.items` raises.
     """
     manifest = _read_json(directory / "manifest.json")
-    if manifest is None or _any_problem(directory, manifest["shards"]):
-        manifest = _build(recipe, directory, manifest)
+    good = manifest is not None and not _any_problem(directory, manifest["shards"])
+    if together:
+        good = all_agree(good)
+    if manifest is None or not good:
+        manifest = _build(recipe, directory, manifest, together)
     else:
         _check_recipe(recipe, directory)
     return _open(directory, manifest)
@@ -220,7 +225,7 @@ def _open(directory: Path, manifest: dict[str, Any]) -> Prepared:
     )
 
 
-def _build(recipe: Recipe, directory: Path, manifest: dict[str, Any] | None) -> dict[str, Any]:
+def _build(recipe: Recipe, directory: Path, manifest: dict[str, Any] | None, together: bool) -> dict[str, Any]:
     """Make the shards that are missing or damaged, then the manifest."""
     with _writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -241,13 +246,17 @@ def _build(recipe: Recipe, directory: Path, manifest: dict[str, Any] | None) -> 
         else:
             warnings.warn(f"{directory / file} {problem}: making it anew", stacklevel=4)
 
-    total = sum(len(items) for _, items in plan.values())
-    start = sum(len(plan[file][1]) for file in finished)
+    mine = share(list(plan)) if together else list(plan)
+    total = sum(len(plan[file][1]) for file in mine)
+    start = sum(len(plan[file][1]) for file in mine if file in finished)
     description = f"prepare {recipe.name} {recipe.resolution}px"
     with Progress(description, total, unit=recipe.unit, start=start) as progress:
-        for file, (split, items) in plan.items():
+        for file in mine:
             if file not in finished:
-                finished[file] = _write_shard(recipe, directory / file, split, items, progress)
+                finished[file] = _write_shard(recipe, directory / file, *plan[file], progress)
+    if together:
+        all_agree(True)  # all are done
+        finished |= {file: _made_elsewhere(directory / file) for file in plan if file not in finished}
 
     shards = [finished[file] for file in plan]
     manifest = {
@@ -268,6 +277,13 @@ def _build(recipe: Recipe, directory: Path, manifest: dict[str, Any] | None) -> 
     with _writing(directory):
         _write_json(directory / "manifest.json", manifest)
     return manifest
+
+
+def _made_elsewhere(path: Path) -> dict[str, Any]:
+    shard = _read_json(path.with_suffix(".json"))
+    if shard is None:
+        raise FileNotFoundError(f"{path} was made by another process, and is not here: let all see the same folder")
+    return shard
 
 
 def _plan(recipe: Recipe) -> dict[str, tuple[str, Sequence[Item]]]:
@@ -360,8 +376,9 @@ def _writing(directory: Path) -> Iterator[None]:
 
 def _remove_stale(directory: Path) -> None:
     for path in directory.glob("*.tmp"):
-        if time.time() - path.stat().st_mtime > STALE_SECONDS:
-            path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another process has just renamed it
+            if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                path.unlink()
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

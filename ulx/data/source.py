@@ -128,7 +128,8 @@ class InMemory:
 class Records:
     """Examples in ArrayRecord files, shard after shard; `counts` are the records of each file.
 
-    The arrays it gives are read-only views of the record's bytes: copying is left to whoever batches them.
+    The arrays it gives are read-only views of the record's bytes: copying is left to whoever batches them. Raises
+    OSError, naming the file, for a record that is no longer what was written: each has a hash.
     """
 
     def __init__(self, paths: Sequence[str], counts: Sequence[int]):
@@ -137,12 +138,24 @@ class Records:
         # With the range in the name the reader need not open every file to count it. Empty files have no range.
         ranges = [f"{path}[0:{count}]" for path, count in zip(paths, counts, strict=True) if count]
         self.records = ArrayRecordDataSource(ranges) if ranges else []
+        self.paths, self.ends = list(paths), np.cumsum(counts)
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Example:
-        return record.unpack(self.records[index])
+        try:
+            return record.unpack(self.records[index])
+        except IndexError:
+            raise
+        except Exception as error:
+            shard = int(np.searchsorted(self.ends, index, side="right"))
+            number = index - (int(self.ends[shard - 1]) if shard else 0)
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise OSError(
+                f"record {number} of {self.paths[shard]} cannot be read ({reason}): give the command that prepared it "
+                "again (a cache is mended whenever it is opened), and go on with --resume"
+            ) from error
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """A network's features of many images or videos, on the host, in batches of one fixed shape (one compilation).
 
-Each of this process's devices takes an equal part of every batch, by itself: the number of devices changes nothing
-beyond rounding.
+Each device takes an equal part of every batch, by itself: the number of devices changes nothing beyond rounding. Of
+several processes each goes through all images and gets all features.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -10,10 +10,11 @@ from typing import Any, Protocol, runtime_checkable
 import equinox as eqx
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Num
 
 from ulx.progress import Progress
+from ulx.sharding import BATCH, WHOLE, make_mesh, on_host, place, place_rows
 
 __all__ = ["FeatureNetwork", "Network", "feature_batches", "features"]
 
@@ -89,22 +90,20 @@ def feature_batches(
     if total is None:
         raise ValueError("an iterable of images needs total=, the number of images it will give")
 
-    devices = jax.local_devices()
-    mesh = jax.make_mesh((len(devices),), ("batch",), axis_types=(AxisType.Auto,), devices=devices)
-    split = NamedSharding(mesh, PartitionSpec("batch"))
-    network = eqx.filter_shard(network, NamedSharding(mesh, PartitionSpec()))
-    padded_size = -(-batch_size // len(devices)) * len(devices)
+    mesh = make_mesh()
+    network = place(network, mesh)
+    padded_size = -(-batch_size // mesh.size) * mesh.size
     with Progress(description, total, unit=unit) as progress:
         for batch in _rebatched(images, batch_size):
             padded = np.pad(batch, [(0, padded_size - len(batch))] + [(0, 0)] * (batch.ndim - 1))
-            # asarray waits for the devices, so progress counts finished images.
-            found = np.asarray(_apply(network, jax.device_put(padded, split), mesh))[: len(batch)]
+            # On the host when the devices are done, so progress counts finished images.
+            found = on_host(_apply(network, place_rows(padded, mesh), mesh))[: len(batch)]
             progress.advance(len(batch))
             yield found
 
 
 @eqx.filter_jit
-def _apply(network: Network, images: Float[Array, " b *shape"], mesh: Mesh) -> Float[Array, "b d"]:
+def _apply(network: Network, images: Any, mesh: Mesh) -> Float[Array, "b d"]:
     """The network on each device by itself: left to the compiler, a network that takes a few images at a time (a loop
     over the batch) would have every device do all of them."""
     arrays, static = eqx.partition(network, eqx.is_array)
@@ -112,11 +111,8 @@ def _apply(network: Network, images: Float[Array, " b *shape"], mesh: Mesh) -> F
     def each(arrays: Any, images: Float[Array, " b *shape"]) -> Float[Array, "b d"]:
         return eqx.combine(arrays, static)(images)
 
-    everywhere, batch = PartitionSpec(), PartitionSpec("batch")
     # Any network is let in: one with a loop does not say how its state varies over devices, so JAX cannot check it.
-    return jax.shard_map(each, mesh=mesh, in_specs=(everywhere, batch), out_specs=batch, check_vma=False)(
-        arrays, images
-    )
+    return jax.shard_map(each, mesh=mesh, in_specs=(WHOLE, BATCH), out_specs=BATCH, check_vma=False)(arrays, images)
 
 
 def _rebatched(parts: Iterable[Images], size: int) -> Iterator[Float[np.ndarray, "..."]]:

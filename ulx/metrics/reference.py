@@ -6,6 +6,7 @@ from ulx.data.cache import cache_root
 from ulx.data.source import Dataset
 from ulx.metrics.features import FeatureNetwork, feature_batches
 from ulx.metrics.frechet import Moments
+from ulx.processes import all_agree
 
 __all__ = ["training_moments"]
 
@@ -20,9 +21,11 @@ def training_moments(
     key = f"{dataset.fingerprint} train {network.definition}"
     path = cache_root(cache_dir) / "moments" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
     try:
-        return Moments.load(path, key)
+        kept = Moments.load(path, key)
     except (FileNotFoundError, ValueError):
-        pass
+        kept = None
+    if all_agree(kept is not None) and kept is not None:
+        return kept
     moments = None
     images = (example["image"][None] for example in dataset.train)
     total = len(dataset.train)
