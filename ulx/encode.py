@@ -71,7 +71,7 @@ def encode(options: Options) -> Path:
     run = runs.load(options.run, ema=options.ema, stage="stage1")
     run.refuse_clips("python -m ulx.encode")
     folder = ImageFolder(options.folder, run.config.data.resolution)
-    out = options.out or options.run / "latents.npz"
+    out = options.out or run.folder / "latents.npz"
     if out.exists() and (out.is_dir() or not options.overwrite):
         raise FileExistsError(
             f"{out} exists already: choose another --out" + ("" if out.is_dir() else ", or --overwrite")

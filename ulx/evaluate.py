@@ -37,6 +37,8 @@ class Options:
 
 def evaluate(options: Options) -> Path:
     """Evaluate with the run's own settings, and more if asked; returns the path of the report."""
+    if options.run.is_file():
+        raise ValueError(f"{options.run} is a file, and an evaluation goes into a run's folder: give that")
     run = runs.load(options.run, ema=options.ema)
     if run.base is None:
         raise ValueError(f"{options.run} has no base model yet: finish stage 2 first (--resume)")

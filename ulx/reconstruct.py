@@ -64,7 +64,7 @@ def reconstruct(options: Options) -> float:
     run.refuse_clips("python -m ulx.reconstruct")
     folder = ImageFolder(options.folder, run.config.data.resolution)
     config = options.sample.over(run.config.sample)
-    out = options.out or options.run / "reconstructions"
+    out = options.out or run.folder / "reconstructions"
     if out.resolve().is_relative_to(options.folder.resolve()):
         raise ValueError(f"--out {out} lies inside {options.folder}: choose one outside, beside the originals' folder")
     *files, sheet = png_names([*folder.names, "contact_sheet.png"])

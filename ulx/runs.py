@@ -36,6 +36,7 @@ from ulx.sharding import make_mesh, place
 from ulx.snapshots import Snapshots
 from ulx.stages import make_base, make_decoder
 from ulx.training import TrainState, make_optimizer
+from ulx.weights_file import WeightsFile
 
 __all__ = [
     "Run",
@@ -49,6 +50,7 @@ __all__ = [
     "facts",
     "load",
     "open_folder",
+    "parts",
     "read_config",
     "remember_data",
     "stage1_state",
@@ -57,6 +59,9 @@ __all__ = [
 ]
 
 Stage = Literal["stage1", "decoder", "stage2"]
+Widths = Mapping[Stage, float | Literal["best"]]
+
+_OPTION = {"stage1": "--train", "decoder": "--train-decoder", "stage2": "--train-base"}
 
 HARMLESS = (
     "variant",  # a name for what other fields say
@@ -278,26 +283,43 @@ class Run:
     weights: str = "EMA"
     """Which average they are, in words."""
 
+    @property
+    def folder(self) -> Path:
+        """Where what is made of the run goes: its own folder, or that of its file."""
+        return self.path if self.path.is_dir() else self.path.parent
+
     def refuse_clips(self, what: str) -> None:
         """Raises ValueError for a run on clips, which `what` does not know."""
         if self.config.data.clips:
             raise ValueError(f"{self.path} was trained on clips, and {what} takes images alone")
 
 
-def load(path: str | Path, *, ema: float | None = None, stage: Stage = "stage2") -> Run:
+def load(path: str | Path, *, ema: float | None = None, stage: Stage = "stage2", best: bool = False) -> Run:
     """Load a run's newest weights: the moving average of training or, with `ema`, one that its snapshots make.
 
     Args:
+        path: the folder of a run, or the file that `python -m ulx.export` made of one.
         ema: σ_rel of an average up to the newest snapshot of `stage`, in place of that stage's moving average; needs a
             run that was trained with `posthoc_ema`. Warns if the snapshots cannot make it well (`ema.Synthesis`).
         stage: "stage2" is the base model. "stage1" is encoder, prior and decoder; then the base model, which knows the
             latents of the moving average's encoder, is left out.
+        best: the moving average at the checkpoint of `stage` with the lowest loss, in place of the newest; needs a run
+            that was trained with `keep_best`.
 
     Raises:
         FileNotFoundError: naming what is missing, for a folder that is no run or has no checkpoint or snapshot yet.
-        ValueError: `ema` is out of range, or the stage was trained without `posthoc_ema`.
+        ValueError: `ema` is out of range, the stage was trained without `posthoc_ema` or `keep_best`, both are asked
+            for, or one of a file; or as `weights_file.WeightsFile`.
     """
     path = Path(path)
+    if ema is not None and best:
+        raise ValueError("ema and best are two choices of weights: give one of them")
+    if path.is_file():
+        if ema is not None or best:
+            raise ValueError(
+                f"{path} holds the one average that it was exported with: ask the run's folder for another"
+            )
+        return _from_file(path)
     if ema is not None:
         gamma_of(ema)  # refused before anything is read
     for file in ("config.json", "dataset.json"):
@@ -305,30 +327,55 @@ def load(path: str | Path, *, ema: float | None = None, stage: Stage = "stage2")
             raise FileNotFoundError(f"{path} is not a run: it has no {file}")
     config = read_config(path)
     classes = class_names(path)
-    if ema is not None and stage not in config.stages:
-        raise ValueError(f"{path} has no {stage} to average: it trained {', '.join(config.stages)}")
+    if (ema is not None or best) and stage not in config.stages:
+        raise ValueError(f"{path} has no {stage} to choose weights of: it trained {', '.join(config.stages)}")
     weights = "EMA" if ema is None else f"EMA; {stage}: sigma_rel {ema:g}"
-    width: dict[Stage, float] = {} if ema is None else {stage: ema}
+    width: Widths = {} if ema is None and not best else {stage: "best" if ema is None else float(ema)}
+    if best:
+        weights = f"EMA; {stage}: lowest loss"
     model, steps = autoencoder(path, config, len(classes), width)
     if config.single_stage:
         assert isinstance(model.prior, Denoiser)
         return Run(path, config, classes, model, model.prior, (steps, 0), weights)
-    if ema is not None and stage == "stage1":
+    if width and stage == "stage1":
         return Run(path, config, classes, model, None, (steps, 0), weights)
     base, base_steps = None, 0
     if _latest(path, "stage2") is not None:
         base, base_steps = _averaged(path, "stage2", stage2_state(config, model, len(classes)), config, width)
     elif stage in width:
-        raise FileNotFoundError(f"{path} has no base model to average yet: finish stage 2 first (--resume)")
+        raise FileNotFoundError(f"{path} has no base model yet: finish stage 2 first (--resume)")
     return Run(path, config, classes, model, base, (steps, base_steps), weights)
 
 
+def parts(model: UnifiedLatents, base: Denoiser | None) -> dict[str, Any]:
+    """The models of a run by name, each once."""
+    found = {"encoder": model.encoder, "prior": model.prior, "decoder": model.decoder, "base": base}
+    return {
+        name: part for name, part in found.items() if part is not None and (name != "base" or part is not model.prior)
+    }
+
+
+def _from_file(path: Path) -> Run:
+    file = WeightsFile(path)
+    config = from_json(json.dumps(file.facts["config"]))
+    classes, (steps, base_steps) = tuple(file.facts["dataset"]["class_names"]), file.facts["steps"]
+    model = stage1_state(config, len(classes)).model
+    if "decoder" in config.stages:
+        model = with_decoder(model, decoder_state(config, model).model)
+    base = stage2_state(config, model, len(classes)).model if base_steps else None
+    filled = file.filled(parts(model, base))
+    where = lambda m: (m.encoder, m.prior, m.decoder)  # noqa: E731
+    model = eqx.tree_at(where, model, tuple(filled[name] for name in ("encoder", "prior", "decoder")))
+    base = model.prior if config.single_stage else filled.get("base")
+    return Run(path, config, classes, model, base, (steps, base_steps), file.facts["weights"])
+
+
 def autoencoder(
-    path: Path, config: Config, num_classes: int, width: Mapping[Stage, float] = MappingProxyType({})
+    path: Path, config: Config, num_classes: int, width: Widths = MappingProxyType({})
 ) -> tuple[UnifiedLatents, int]:
     """The newest encoder, prior and decoder of a run, and the steps of its stage 1. Raises as `load`.
 
-    `width` holds σ_rel for a stage that is not to have its moving average.
+    `width` holds σ_rel, or "best", for a stage that is not to have the newest of its moving average.
     """
     state = stage1_state(config, num_classes)
     model, steps = state.model, 0
@@ -340,16 +387,18 @@ def autoencoder(
     return model, steps
 
 
-def _averaged(
-    path: Path, stage: Stage, state: TrainState, config: Config, width: Mapping[Stage, float]
-) -> tuple[Any, int]:
+def _averaged(path: Path, stage: Stage, state: TrainState, config: Config, width: Widths) -> tuple[Any, int]:
     """What a stage trained, with one of its averages, whole on every device, and the step it ends at."""
     if not (path / "checkpoints" / stage).is_dir():
         raise FileNotFoundError(f"{path} has no checkpoint of {stage} yet: finish it first (--resume)")
-    with Checkpoints(path / "checkpoints" / stage, read_only=True) as checkpoints:
-        state = checkpoints.restore(place(state, make_mesh()))
-    if stage in width:
-        return _synthesised(path, stage, config.train_configs[stage], state, width[stage])
+    chosen, train = width.get(stage), config.train_configs[stage]
+    if chosen == "best" and not train.keep_best:
+        raise ValueError(f"{path} kept no best checkpoint of {stage}: train with {_OPTION[stage]}.keep-best")
+    with Checkpoints(path / "checkpoints" / stage, keep_best=chosen == "best", read_only=True) as checkpoints:
+        step = checkpoints.best if chosen == "best" else None
+        state = checkpoints.restore(place(state, make_mesh()), step=step)
+    if isinstance(chosen, float):
+        return _synthesised(path, stage, train, state, chosen)
     return state.ema_model, int(state.step)
 
 
@@ -362,7 +411,7 @@ def _latest(path: Path, stage: str) -> int | None:
 
 def _synthesised(path: Path, stage: Stage, train: TrainConfig, state: TrainState, sigma_rel: float) -> tuple[Any, int]:
     """The model of a stage with the average of width `sigma_rel`, and the step it ends at."""
-    option = {"stage1": "--train", "decoder": "--train-decoder", "stage2": "--train-base"}[stage]
+    option = _OPTION[stage]
     if not train.posthoc_ema:
         raise ValueError(
             f"{path} kept no snapshots of {stage}, so it has the one average it was trained with: train with "

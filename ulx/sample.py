@@ -126,7 +126,7 @@ def sample(options: Options) -> Path:
     kind = "prior" if options.prior else "base"
     stem = f"{kind}-seed{options.seed}"
     files = [f"{stem}-{index:06d}.png" for index in range(options.num)]
-    out = options.out or options.run / "samples"
+    out = options.out or run.folder / "samples"
     claim(out, [*files, f"{stem}-sheet.png", f"{stem}.json"], options.overwrite)
 
     def images(
