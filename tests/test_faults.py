@@ -282,7 +282,7 @@ def test_disk_full_while_saving(quiet, tmp_path):
             if step == 25:
                 full.close()
 
-        with pytest.warns(UserWarning, match=r"an earlier checkpoint .* was not written: File too large"):
+        with pytest.warns(UserWarning, match=r"checkpoint of step 20 in .* was not written \(File too large\): make"):
             state = trained(folder, on_log=on_log)
     assert steps_of(folder) == [30, 40]
     assert bits(state) == bits(quiet[1])
@@ -353,16 +353,26 @@ def test_divergence_without_rollbacks_ends_the_run(tmp_path):
         trained(tmp_path / "twice", batches, rollbacks=1)
 
 
+def test_going_back_deletes_what_came_later(quiet):
+    folder, state = quiet
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        assert (checkpoints.before(40), checkpoints.before(30)) == (30, None)
+        assert int(checkpoints.back_to(30, state).step) == 30
+        assert checkpoints.latest == 30
+    assert steps_of(folder) == [30]
+
+
 def test_a_spike_is_warned_of_or_gone_back_from(tmp_path):
-    bad = {number: 20.0 for number in range(75, 80)}
+    """It begins with the 80th step, whose checkpoint is therefore no good."""
+    bad = {number: 20.0 for number in range(79, 84)}
     batches = Points()
     batches.bad = dict(bad)
-    with pytest.warns(UserWarning, match=r"^the loss leapt at step 76: .* after .* before$"):
+    with pytest.warns(UserWarning, match=r"^the loss leapt at step 80: .* after .* before$"):
         state = trained(tmp_path / "warned", batches, steps=100)
     assert (int(state.step), batches.given) == (100, 100)
     batches = Points()
     batches.bad = dict(bad)
-    with pytest.warns(UserWarning, match=r"the loss leapt at step 76: .* Back to step 70, and on with other batches"):
+    with pytest.warns(UserWarning, match=r"the loss leapt at step 80: .* Back to step 70, and on with other batches"):
         state = trained(tmp_path / "back", batches, steps=100, rollbacks=1)
     assert int(state.step) == 100
     highest = [max(loss for _, loss in logged(tmp_path / name)[10:]) for name in ("back", "warned")]

@@ -89,6 +89,7 @@ class Checkpoints:
         )
         self.manager = ocp.CheckpointManager(self.directory, options=options)
         self._hashing: threading.Thread | None = None
+        self._saving: int | None = None
 
     @property
     def latest(self) -> int | None:
@@ -136,9 +137,11 @@ class Checkpoints:
         """Starts to save; returns what went wrong so far, and with the save before."""
         before = self._finish()
         if before is not None:
-            warnings.warn(f"an earlier checkpoint in {self.directory} was not written: {before}", stacklevel=3)
+            said = f"the checkpoint of step {self._saving} in {self.directory} was not written ({before})"
+            warnings.warn(f"{said}: make room there; training goes on", stacklevel=3)
         if step in self.manager.all_steps():
             return None
+        self._saving = step
         facts = self.about | {"versions": versions(), "data": batches.get_state()}
         try:
             self.manager.save(

@@ -149,8 +149,10 @@ class _errors_in_one_line:
     def __enter__(self) -> None:
         # One line per warning, without the source line that raised it.
         warnings.formatwarning = lambda message, category, *_, **__: f"warning: {message}\n"
-        # Orbax and absl report every step of a save; the progress line says what a user wants to know.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # Orbax reports every step of a save, and of one that fails all calls that led there, several times over. The
+        # progress line, and what `ulx.checkpoint` says of it, are what a user wants to know.
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is None or isinstance(error, SystemExit):
