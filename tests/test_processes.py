@@ -149,6 +149,13 @@ def test_the_launcher_ends_with_the_first_bad_status(capfd):
     killed = script.format("import os; os.kill(os.getpid(), 9) if index == 0 else sys.exit(0)")
     assert launch.launch(2, ["-c", killed], grace=0.5) == 137
     assert "process 0 of 2 was killed by signal 9. The same command" in capfd.readouterr().err
+    # The first to be seen is not always the cause.
+    both = script.format("import os, time; os.kill(os.getpid(), 6 if index == 0 else 9)")
+    assert launch.launch(2, ["-c", both], grace=5) == 137
+    assert "process 1 of 2 was killed by signal 9. The same command" in capfd.readouterr().err
+    follows = script.format("(time.sleep(1), sys.exit(4)) if index == 1 else sys.exit(75)")
+    assert launch.launch(2, ["-c", follows], grace=5) == 4
+    assert "process 1 of 2 ended with status 4. The same command" in capfd.readouterr().err
     again = script.format("sys.exit(75)")
     assert launch.launch(2, ["-c", again], grace=0.5) == processes.PREEMPTED
     assert capfd.readouterr().err == ""

@@ -27,7 +27,10 @@ LOOK = 0.2
 
 
 def launch(count: int, command: Sequence[str], *, grace: float = GRACE) -> int:
-    """Run `python COMMAND` in so many processes; returns the status of all: 0, or that of the first to fail."""
+    """Run `python COMMAND` in so many processes; returns 0, or the status of one that failed.
+
+    Of several that is the one that did so by itself: others end, or are ended, because it is gone.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
@@ -52,14 +55,18 @@ def launch(count: int, command: Sequence[str], *, grace: float = GRACE) -> int:
             if None not in ended:
                 return 0
             time.sleep(LOOK)
-        # Others that fail for the same reason say so themselves meanwhile.
         stopped = _end(children, grace)
-        status = ended[failed[0]] or 0
-        if status in (INTERRUPTED, PREEMPTED) and not stopped:
+        left = {index: child.returncode for index, child in enumerate(children) if index not in stopped}
+        by_itself = [index for index, status in left.items() if status not in (0, INTERRUPTED, PREEMPTED)]
+        # The runtime aborts a process from which another is gone.
+        by_itself.sort(key=lambda index: left[index] == -signal.SIGABRT)
+        culprit = (by_itself or failed)[0]
+        status = left[culprit]
+        if not by_itself and not stopped:
             return status
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         rest = f"; process{'es' * (len(stopped) > 1)} {', '.join(map(str, stopped))} stopped" if stopped else ""
-        print(f"process {failed[0]} of {count} {how}{rest}. The same command with --resume goes on", file=sys.stderr)
+        print(f"process {culprit} of {count} {how}{rest}. The same command with --resume goes on", file=sys.stderr)
         return 128 - status if status < 0 else status
     finally:
         _end(children, 0)
@@ -68,7 +75,7 @@ def launch(count: int, command: Sequence[str], *, grace: float = GRACE) -> int:
 
 
 def _end(children: Sequence[subprocess.Popen[bytes]], grace: float) -> list[int]:
-    """Asks those that still run to end, and ends what does not in time; returns which had to be."""
+    """Ends those that have not ended in time; returns which they were."""
     deadline = time.monotonic() + grace
     while time.monotonic() < deadline and any(child.poll() is None for child in children):
         time.sleep(LOOK)
