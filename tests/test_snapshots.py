@@ -133,7 +133,7 @@ class TestRun:
             checkpoints.save(6, runs.stage1_state(config), batches, wait=True)
         with pytest.raises(ValueError, match=r"kept no snapshots of stage1, .* --train\.posthoc-ema 0\.05 0\.10"):
             runs.load(path, ema=0.07, stage="stage1")
-        with pytest.raises(FileNotFoundError, match="no base model to average yet"):
+        with pytest.raises(FileNotFoundError, match="has no base model yet: finish stage 2"):
             runs.load(path, ema=0.07)
 
     def test_a_run_whose_first_snapshot_is_yet_to_come(self, trained_run, tmp_path):
