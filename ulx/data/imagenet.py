@@ -93,18 +93,19 @@ def _of_tar_files(root: Path) -> Images:
                 f"{root} has {TRAIN} and no {name}: all of {TRAIN}, {VALIDATION}, {DEVKIT} are wanted"
             )
     members: dict[str, Member] = {}
-    with _open_tar(root / TRAIN) as outer:
-        for of_class in _files(outer):
-            with outer.extractfile(of_class) as file, _open_tar(root / TRAIN, of_class.name, file) as inner:  # pyright: ignore[reportOptionalContextManager]
-                for image in _files(inner):
+    with _open_tar(f"{root / TRAIN}") as outer:
+        for of_class in _files(outer, f"{root / TRAIN}"):
+            what = f"{of_class.name} in {root / TRAIN}"
+            with outer.extractfile(of_class) as file, _open_tar(what, file) as inner:  # pyright: ignore[reportOptionalContextManager]
+                for image in _files(inner, what):
                     offset = of_class.offset_data + image.offset_data
                     name = f"train/{Path(of_class.name).stem}/{Path(image.name).name}"
                     members[name] = Member(root / TRAIN, offset, image.size)
     if not members:
         raise ValueError(f"{root / TRAIN} holds no tar files of classes")
     classes = _validation_classes(root / DEVKIT)
-    with _open_tar(root / VALIDATION) as tar:
-        images = sorted(_files(tar), key=lambda image: image.name)
+    with _open_tar(f"{root / VALIDATION}") as tar:
+        images = sorted(_files(tar, f"{root / VALIDATION}"), key=lambda image: image.name)
         if len(images) != len(classes):
             raise ValueError(
                 f"{root / VALIDATION} holds {len(images)} images, and {DEVKIT} has the classes of {len(classes)}"
@@ -122,20 +123,20 @@ def _of_tar_files(root: Path) -> Images:
     return Images(train, validation, class_names, lambda name: members[name].read(), content)
 
 
-def _open_tar(path: Path, inside: str | None = None, file: Any = None) -> tarfile.TarFile:
-    what = path if inside is None else f"{inside} in {path}"
+def _open_tar(what: str, file: Any = None) -> tarfile.TarFile:
+    """`what` is the path, or of a `file` within another its name."""
     try:
-        return tarfile.open(path if file is None else None, "r:", file)  # "r:": not compressed, to be read anywhere
+        return tarfile.open(what if file is None else None, "r:", file)  # "r:": not compressed, to be read anywhere
     except tarfile.TarError as error:
         raise ValueError(f"{what} is no tar file, or a damaged one ({error}): copy it again") from error
 
 
-def _files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+def _files(tar: tarfile.TarFile, what: str) -> Iterator[tarfile.TarInfo]:
     """Raises `ValueError` where the tar file breaks off."""
     try:
         yield from (member for member in tar if member.isfile())
     except tarfile.TarError as error:
-        raise ValueError(f"{tar.name} is damaged ({error}): copy it again") from error
+        raise ValueError(f"{what} is damaged ({error}): copy it again") from error
 
 
 def _validation_classes(devkit: Path) -> Sequence[str]:
