@@ -85,7 +85,7 @@ def trained_run(tmp_path_factory, small_config, small_dataset) -> Path:
     stage2 = _drawn(runs.stage2_state(config, stage1.ema_model, len(dataset.class_names)), seed=2, step=4)
     for name, state in (("stage1", stage1), ("stage2", stage2)):
         with Checkpoints(path / "checkpoints" / name) as checkpoints:
-            checkpoints.save(int(state.step), state, train_batches(dataset, batch_size=4, seed=0), wait=True)
+            checkpoints.save(int(state.step), state, {"data": train_batches(dataset, batch_size=4, seed=0)}, wait=True)
         for step in (2, 3, 4):
             averages = [_moved(state.ema, seed=1000 * step + width) for width in (5, 10)]
             Snapshots(path / "snapshots" / name, train.posthoc_ema).save(step, averages)

@@ -90,7 +90,7 @@ def trained(stage: str, *legs: tuple[int, int, int]) -> dict[str, Any]:
             )
             state, frozen = sharding.place((new(), None if stage == "stage1" else model), mesh)
             if checkpoints.latest is not None:
-                state = checkpoints.restore(state, batches)
+                state = checkpoints.restore(state, {"data": batches})
             step = make_step(loss, make_optimizer(train), train, key=jax.random.key(1), mesh=mesh)
             compiled = None
             for _ in range(STEPS // len(legs)):
@@ -101,7 +101,7 @@ def trained(stage: str, *legs: tuple[int, int, int]) -> dict[str, Any]:
             assert compiled is not None
             text = compiled.compiled.as_text()
             if len(legs) > 1:
-                checkpoints.save(int(state.step), state, batches, wait=True)
+                checkpoints.save(int(state.step), state, {"data": batches}, wait=True)
     ema = jax.tree.leaves(whole(state.posthoc[0], mesh))
     return {
         "logged": logged,

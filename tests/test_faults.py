@@ -1,4 +1,4 @@
-"""Every fault we can cause: what happens, and that nothing is lost. The table of ulx/README.md names these tests."""
+"""Every fault we can cause in a training: what happens, and that nothing is lost (`test_kills` for the whole job)."""
 
 import contextlib
 import dataclasses
@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,16 @@ import pytest
 
 from ulx import runs
 from ulx.checkpoint import Checkpoints
-from ulx.config import TrainConfig, from_json, to_json
+from ulx.config import TrainConfig, to_json
 from ulx.data.cache import Recipe, each, prepare_in
 from ulx.data.source import Records
 from ulx.data.split import Item
 from ulx.guard import Guard, NonFiniteError, SpikeError
 from ulx.metrics_log import MetricsLog, read_metrics
-from ulx.processes import PREEMPTED
+from ulx.processes import INTERRUPTED, PREEMPTED
 from ulx.sharding import make_mesh, place
 from ulx.snapshots import Snapshots
-from ulx.training import TrainState, fit, make_optimizer, make_step
+from ulx.training import Interrupted, TrainState, fit, make_optimizer, make_step
 
 ROOT = Path(__file__).parents[1]
 FULL = 100_000
@@ -95,9 +94,10 @@ def trained(
     batches = batches or Points()
     weight = np.random.default_rng(0).standard_normal((256, 256)).astype(np.float32)
     state = place(TrainState(Line(jnp.asarray(weight)), optimizer), mesh)
+    guard = Guard.of(state.model, config)
     with Checkpoints(folder / "checkpoints", facts, keep_best=config.keep_best) as checkpoints:
         if checkpoints.latest is not None:
-            state = checkpoints.restore(state, batches)
+            state = checkpoints.restore(state, {"data": batches, "guard": guard})
         with MetricsLog(folder / "toy.jsonl", resume_step=int(state.step)) as log:
             return fit(
                 state,
@@ -105,6 +105,7 @@ def trained(
                 None,
                 batches,
                 config,
+                guard=guard,
                 mesh=mesh,
                 checkpoints=checkpoints,
                 snapshots=Snapshots(folder / "snapshots", ()),
@@ -143,6 +144,19 @@ def no_file_above(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.fixture
+def saves_at_once(monkeypatch) -> None:
+    """What is saved is written, or refused, before the next step, so that a test knows which it was."""
+    save = Checkpoints.save
+
+    def at_once(self, *args, **options) -> None:
+        save(self, *args, **options)
+        if self._hashing is not None:  # another thread waits for it: this one would be told what is wrong but once
+            self._hashing.join()
+
+    monkeypatch.setattr(Checkpoints, "save", at_once)
+
+
 def raise_at(step: int, error: Exception) -> Callable[[int, dict[str, float]], None]:
     def on_log(number: int, metrics: dict[str, float]) -> None:
         if number == step:
@@ -173,13 +187,12 @@ def largest(folder: Path) -> Path:
     return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 
 
-@pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
-@pytest.mark.parametrize("hashed", [True, False])
+@pytest.mark.parametrize(
+    ("damage", "hashed"), [(cut, True), (flip, True), (Path.unlink, True), (cut, False), (Path.unlink, False)]
+)
 def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_taken(quiet, tmp_path, damage, hashed):
     """A cut file, a single bit, a missing file. Without the hashes, which a crash may have left out, a bit within an
-    array would go unnoticed, and is not tried."""
-    if damage is flip and not hashed:
-        return
+    array goes unnoticed."""
     folder, hurt = quiet[0], tmp_path / "hurt"
     with pytest.raises(CrashError):
         trained(hurt, on_log=raise_at(35, CrashError()))
@@ -193,17 +206,30 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_taken(quiet, tm
     assert bits(state) == bits(quiet[1])
     assert logged(hurt) == logged(folder)
     assert (hurt / "checkpoints" / "30.damaged").is_dir()
+    # And again: the name is taken.
+    cut(largest(hurt / "checkpoints" / "40"))
+    (hurt / "checkpoints" / "40.damaged").mkdir()
+    with pytest.warns(UserWarning, match="step 40 .* is damaged"):
+        assert bits(trained(hurt)) == bits(quiet[1])
+    assert (hurt / "checkpoints" / "40.damaged.2" / "state").is_dir()
+
+
+def test_hashes_that_were_not_written_to_their_end_condemn_nothing(quiet, tmp_path):
+    (quiet[0] / "checkpoints" / "40" / "sha256.json").write_text("")
+    assert bits(trained(quiet[0])) == bits(quiet[1])
 
 
 def test_all_checkpoints_damaged(quiet):
     folder, _ = quiet
     for step in steps_of(folder):
         cut(largest(folder / "checkpoints" / str(step)))
+    before = sorted((folder / "checkpoints").rglob("*"))
     with (
         pytest.warns(UserWarning, match="step 40 .* is damaged"),
-        pytest.raises(ValueError, match=r"step 30 in .* is damaged: .*\. There is no other: train anew"),
+        pytest.raises(ValueError, match=r"step 30 in .* is damaged: .*\. So are those of 40\. Nothing was changed"),
     ):
         trained(folder, steps=50)
+    assert sorted((folder / "checkpoints").rglob("*")) == before
 
 
 def test_looking_at_a_damaged_checkpoint_changes_nothing(quiet):
@@ -235,11 +261,12 @@ def test_a_checkpoint_of_other_settings_is_refused(quiet, small_config):
     with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
         seen: list[dict] = []
         state = TrainState(Line(jnp.zeros((256, 256))), make_optimizer(TrainConfig(steps=41)))
-        checkpoints.restore(state, Points(), check=seen.append)
+        checkpoints.restore(state, {"data": Points()}, check=seen.append)
     (facts,) = seen
     assert facts["config"] == json.loads(to_json(small_config))
     assert facts["versions"]["jax"] == jax.__version__
-    assert facts["data"] == {"given": 41}
+    assert facts["positions"]["data"] == {"given": 41}
+    assert len(facts["positions"]["guard"]["losses"]) == 41
     runs.check_facts(facts, dataclasses.replace(small_config, resume=True, fsdp=1))
     with pytest.raises(ValueError, match=r"other settings:\n  seed: 0 -> 1\n  loss_factor: 1.5 -> 1.7\n"):
         runs.check_facts(facts, dataclasses.replace(small_config, seed=1, loss_factor=1.7))
@@ -271,7 +298,7 @@ def test_the_best_checkpoint_is_kept(tmp_path):
         assert (checkpoints.best, checkpoints.latest) == (20, 60)
 
 
-def test_disk_full_while_saving(quiet, tmp_path):
+def test_disk_full_while_saving(quiet, tmp_path, saves_at_once):
     """Of a training that goes on meanwhile. Room is made before the next checkpoint."""
     folder = tmp_path / "full"
     with contextlib.ExitStack() as full:
@@ -288,7 +315,7 @@ def test_disk_full_while_saving(quiet, tmp_path):
     assert bits(state) == bits(quiet[1])
 
 
-def test_disk_full_at_the_last_checkpoint(quiet, tmp_path):
+def test_disk_full_at_the_last_checkpoint(quiet, tmp_path, saves_at_once):
     folder = tmp_path / "full"
     with contextlib.ExitStack() as full:
         fill = lambda step, metrics: full.enter_context(no_file_above(FULL)) if step == 35 else None  # noqa: E731
@@ -353,13 +380,23 @@ def test_divergence_without_rollbacks_ends_the_run(tmp_path):
         trained(tmp_path / "twice", batches, rollbacks=1)
 
 
-def test_going_back_deletes_what_came_later(quiet):
+def test_going_back_deletes_what_came_later_and_passes_over_what_is_damaged(quiet):
     folder, state = quiet
+    trained(folder, steps=50, save_every=5)
+    trained(folder, steps=60, save_every=60)
     with Checkpoints(folder / "checkpoints") as checkpoints:
-        assert (checkpoints.before(40), checkpoints.before(30)) == (30, None)
-        assert int(checkpoints.back_to(30, state).step) == 30
-        assert checkpoints.latest == 30
-    assert steps_of(folder) == [30]
+        assert not checkpoints.has_before(50)
+        assert checkpoints.has_before(51)
+        found, good = checkpoints.back_before(60, state)
+        assert (int(found.step), good, checkpoints.latest) == (50, 50, 50)
+    trained(folder, steps=60, save_every=60)
+    cut(largest(folder / "checkpoints" / "60"))
+    with (
+        Checkpoints(folder / "checkpoints") as checkpoints,
+        pytest.warns(UserWarning, match="step 60 .* is damaged"),
+    ):
+        assert checkpoints.back_before(99, state)[1] == 50
+    assert steps_of(folder) == [50]
 
 
 def test_a_spike_is_warned_of_or_gone_back_from(tmp_path):
@@ -377,6 +414,54 @@ def test_a_spike_is_warned_of_or_gone_back_from(tmp_path):
     assert int(state.step) == 100
     highest = [max(loss for _, loss in logged(tmp_path / name)[10:]) for name in ("back", "warned")]
     assert highest[0] < 20 < highest[1]
+
+
+def test_a_run_that_is_resumed_within_a_spike_judges_as_if_it_was_not(tmp_path):
+    """It crashes at the spike's fourth step, after the checkpoint of its first. What the guard has seen is in that."""
+
+    def run(folder: Path, **options: Any) -> TrainState:
+        batches = Points()
+        batches.bad = {number: 20.0 for number in range(79, 84)}
+        return trained(folder, batches, steps=100, rollbacks=1, **options)
+
+    with pytest.warns(UserWarning, match="Back to step 70"):
+        whole = run(tmp_path / "whole")
+    with pytest.raises(CrashError):
+        run(tmp_path / "parts", on_log=raise_at(83, CrashError()))
+    assert steps_of(tmp_path / "parts") == [70, 80]
+    with pytest.warns(UserWarning, match="leapt at step 80: .* Back to step 70"):
+        parts = run(tmp_path / "parts")
+    assert bits(parts) == bits(whole)
+    with Checkpoints(tmp_path / "parts" / "checkpoints") as checkpoints:
+        spent = Guard([], 0, 10.0, 1)
+        checkpoints.restore(whole, {"data": Points(), "guard": spent})
+        assert spent.rollbacks == 0  # it has gone back once, and may not again
+
+
+def test_a_signal_in_the_last_step_stops_the_run(quiet, tmp_path):
+    stop = lambda step, metrics: os.kill(os.getpid(), signal.SIGTERM) if step == 40 else None  # noqa: E731
+    with pytest.raises(Interrupted, match="stopped after step 40, which is saved") as stopped:
+        trained(tmp_path / "stopped", on_log=stop)
+    assert stopped.value.number == signal.SIGTERM
+    assert bits(trained(tmp_path / "stopped")) == bits(quiet[1])
+
+
+@pytest.mark.parametrize(("number", "status"), [("SIGTERM", PREEMPTED), ("SIGINT", INTERRUPTED)])
+def test_sigterm_outside_training_asks_to_be_started_again(number, status):
+    script = f"""
+        import os, signal, time
+        from ulx.command_line import run_together
+
+        def work():
+            os.kill(os.getpid(), signal.{number})
+            time.sleep(30)
+
+        run_together(work)
+    """
+    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == status
+    assert "Traceback" not in ended.stderr
+    assert "stopped" in ended.stderr
 
 
 def test_what_is_a_spike():
@@ -488,257 +573,6 @@ def test_a_corrupt_record_is_named_and_the_state_saved(quiet, tmp_path):
     batches = Points()
     batches.bad = {24: None}
     assert bits(trained(folder, batches)) == bits(quiet[1])
-
-
-STEPS = 40
-"""Of each stage of a job."""
-
-
-# The whole job, killed and started again; alone, and as two processes.
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    image = pytest.importorskip("PIL.Image")
-    folder = tmp_path_factory.mktemp("images")
-    for i in range(12):
-        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        path = folder / str(i % 2)
-        path.mkdir(exist_ok=True)
-        image.fromarray(pixels).save(path / f"{i}.png")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def settings(images, small_config, tmp_path_factory) -> Callable[[str], Path]:
-    """The file of a configuration of that name: some steps of each stage, a checkpoint every 5, and an evaluation."""
-    folder = tmp_path_factory.mktemp("jobs")
-
-    def file(name: str) -> Path:
-        train = dataclasses.replace(small_config.train, steps=STEPS, save_every=5, posthoc_ema=(0.05, 0.10))
-        data = dataclasses.replace(
-            small_config.data, source="folder", path=str(images), cache_dir=str(folder / "cache")
-        )
-        config = dataclasses.replace(
-            small_config,
-            name=name,
-            runs=str(folder),
-            resume=True,
-            data=data,
-            train=train,
-            train_base=train,
-            evaluate=dataclasses.replace(small_config.evaluate, flow_images=0),
-        )
-        path = folder / f"{name}.json"
-        path.write_text(to_json(config))
-        return path
-
-    return file
-
-
-def environment(folder: Path) -> dict[str, str]:
-    """Programs are compiled badly, quickly and once."""
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-    }
-
-
-def started(config: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    command = [sys.executable, *launcher, str(ROOT / "tests" / "job_worker.py"), str(config), *arguments]
-    return subprocess.Popen(
-        command,
-        env=environment(config.parent),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finished(process: subprocess.Popen[str]) -> str:
-    out, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, out[-3000:]
-    return out
-
-
-def lines(folder: Path, stage: str) -> int:
-    file = folder / f"{stage}.jsonl"
-    return file.read_text().count("\n") if file.exists() else 0
-
-
-def outcome(config: Path) -> dict[str, Any]:
-    """All that a job leaves behind, without times."""
-    folder, settings = config.parent / config.stem, from_json(config.read_text())
-    stage1 = runs.stage1_state(settings)
-    stage2 = runs.stage2_state(settings, stage1.model, 2)
-    found: dict[str, Any] = {"arrays": {}, "logs": {}}
-    for stage, state in (("stage1", stage1), ("stage2", stage2)):
-        with Checkpoints(folder / "checkpoints" / stage, read_only=True) as checkpoints:
-            assert checkpoints.latest == STEPS
-            found["arrays"] |= {(stage, i): array for i, array in enumerate(bits(checkpoints.restore(state)))}
-        for file in (folder / "snapshots" / stage).iterdir():
-            with np.load(file) as arrays:
-                found["arrays"] |= {(stage, file.name, name): arrays[name].tobytes() for name in arrays}
-        found["logs"][stage] = [line | {"time": 0} for line in read_metrics(folder / f"{stage}.jsonl")]
-    metrics = json.loads((folder / "evaluation" / "metrics.json").read_text())
-    metrics["cost"] = {name: value for name, value in metrics["cost"].items() if "seconds" not in name}
-    with np.load(folder / "evaluation" / "pictures.npz") as pictures:
-        found["pictures"] = {name: pictures[name].tobytes() for name in pictures}
-    assert (folder / "report.html").exists()
-    return found | {"metrics": metrics}
-
-
-@pytest.fixture(scope="module")
-def undisturbed(settings) -> dict[str, Any]:
-    config = settings("undisturbed")
-    finished(started(config))
-    return outcome(config)
-
-
-def wait_for(process: subprocess.Popen[str], moment: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 300
-    while not moment():
-        assert process.poll() is None, f"ended before it could be killed: {process.communicate()[0][-3000:]}"
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
-def moment_of(kind: str, folder: Path, rng: np.random.Generator, begun: tuple[int, int]) -> Callable[[], bool]:
-    """When to kill a job that began with so many steps of its stages."""
-    done = sum(begun)
-    now = lambda: lines(folder, "stage1") + lines(folder, "stage2")  # noqa: E731
-    if kind == "data":
-        # Somewhere before its first step: opening the data, reading the first batch, compiling.
-        until = time.monotonic() + rng.uniform(2, 8)
-        return lambda: time.monotonic() > until
-    if kind in ("step", "sigterm"):
-        wanted = done + int(rng.integers(1, 12))
-        return lambda: now() >= wanted
-    if kind == "save":
-        half = lambda: any((folder / "checkpoints").glob("*/*orbax-checkpoint-tmp*"))  # noqa: E731
-        return lambda: now() > done and half()
-    until = []  # well within the shortest evaluation seen, of some 10 s
-
-    def in_evaluation() -> bool:
-        if lines(folder, "stage2") < STEPS:
-            return False
-        until.append(time.monotonic() + rng.uniform(0, 5))
-        return time.monotonic() > until[0]
-
-    return in_evaluation
-
-
-def killed_and_resumed(config: Path, kinds: list[str], rng: np.random.Generator) -> None:
-    folder = config.parent / config.stem
-    for kind in kinds:
-        process = started(config)
-        begun = lines(folder, "stage1"), lines(folder, "stage2")
-        wait_for(process, moment_of(kind, folder, rng, begun))
-        if kind == "sigterm":
-            process.terminate()
-            out, _ = process.communicate(timeout=60)
-            assert process.returncode == PREEMPTED, out
-            (step,) = re.findall(r"stopped after step (\d+), which is saved; --resume continues", out)
-            assert any((folder / "checkpoints" / stage / step).is_dir() for stage in ("stage1", "stage2"))
-        else:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            assert process.returncode == -signal.SIGKILL
-    finished(started(config))
-
-
-def differing(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    return [
-        f"{part}: {name}"
-        for part in expected
-        for name in expected[part]
-        if found[part].keys() != expected[part].keys() or found[part][name] != expected[part][name]
-    ]
-
-
-def test_killed_three_times_and_resumed_is_the_same(settings, undisturbed):
-    """SIGKILL in a step, in a save, in the evaluation, and once SIGTERM, which saves; then weights, averages, logs,
-    samples and numbers are the same bit for bit."""
-    config = settings("killed")
-    killed_and_resumed(config, ["step", "save", "sigterm", "evaluation"], np.random.default_rng())
-    assert differing(outcome(config), undisturbed) == []
-
-
-@pytest.mark.slow
-def test_killed_twenty_times_and_resumed_is_the_same(settings, undisturbed):
-    """At those moments, and before the first step, in a random order; the evaluation's at the end."""
-    rng, config = np.random.default_rng(), settings("often killed")
-    kinds = ["step"] * 6 + ["save"] * 6 + ["data"] * 4
-    rng.shuffle(kinds)
-    killed_and_resumed(config, [*kinds, *["evaluation"] * 4], rng)
-    assert differing(outcome(config), undisturbed) == []
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def launched(config: Path) -> subprocess.Popen[str]:
-    return started(config, launcher=("-m", "ulx.launch", "--processes", "2", "--grace", "20"))
-
-
-def losses(config: Path) -> np.ndarray:
-    folder = config.parent / config.stem
-    return np.array(
-        [line["loss"] for stage in ("stage1", "stage2") for line in read_metrics(folder / f"{stage}.jsonl")]
-    )
-
-
-def nearly(config: Path, undisturbed: dict[str, Any]) -> None:
-    """Those of the undisturbed job, but for sums taken in another order: float32's rounding, carried on by Adam."""
-    alone = [line["loss"] for stage in ("stage1", "stage2") for line in undisturbed["logs"][stage]]
-    np.testing.assert_allclose(losses(config), alone, rtol=1e-4)
-    found = outcome(config)["metrics"]
-    for name in ("bits_per_pixel", "bits_per_pixel_base", "psnr"):
-        assert found[name]["value"] == pytest.approx(undisturbed["metrics"][name]["value"], rel=1e-3)
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
-def test_one_of_two_processes_is_killed_or_stopped(settings, undisturbed):
-    """The launcher ends the other within its time and says so: of a second process killed in the first stage, and of
-    the first one in the second. SIGTERM to one of them stops both at the same step, which they save. One alone finishes
-    the job."""
-    config = settings("two")
-    folder = config.parent / "two"
-    for victim, stage in ((1, "stage1"), (0, "stage2")):
-        process = launched(config)
-        wait_for(process, lambda stage=stage: lines(folder, stage) > 8)
-        os.kill(children(process.pid)[victim], signal.SIGKILL)
-        died = time.monotonic()
-        out, _ = process.communicate(timeout=60)
-        assert time.monotonic() - died < 30
-        assert process.returncode not in (0, None)
-        assert re.search(r"process \d of 2 (was killed by signal|ended with status).* --resume goes on", out), out
-    process = launched(config)
-    begun = lines(folder, "stage2")
-    wait_for(process, lambda: lines(folder, "stage2") > begun)
-    os.kill(children(process.pid)[1], signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == PREEMPTED, out
-    assert len(re.findall("stopped after step", out)) == 1
-    finished(started(config))
-    nearly(config, undisturbed)
-
-
-@pytest.mark.slow
-def test_two_processes_do_the_whole_job(settings, undisturbed):
-    """Data, the rest of stage 1, which one began, stage 2, latents, evaluation and report."""
-    config = settings("both")
-    process = started(config)
-    wait_for(process, lambda: lines(config.parent / "both", "stage1") > 8)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    finished(launched(config))
-    nearly(config, undisturbed)
 
 
 def test_the_table_of_faults_names_tests():

@@ -153,6 +153,9 @@ def test_the_launcher_ends_with_the_first_bad_status(capfd):
     both = script.format("import os, time; os.kill(os.getpid(), 6 if index == 0 else 9)")
     assert launch.launch(2, ["-c", both], grace=5) == 137
     assert "process 1 of 2 was killed by signal 9. The same command" in capfd.readouterr().err
+    told = script.format("import os; os.kill(os.getpid(), 9) if index == 1 else sys.exit(1)")
+    assert launch.launch(2, ["-c", told], grace=5) == 137
+    assert "process 1 of 2 was killed by signal 9. The same command" in capfd.readouterr().err
     follows = script.format("(time.sleep(1), sys.exit(4)) if index == 1 else sys.exit(75)")
     assert launch.launch(2, ["-c", follows], grace=5) == 4
     assert "process 1 of 2 ended with status 4. The same command" in capfd.readouterr().err

@@ -130,7 +130,7 @@ class TestRun:
         runs.remember_data(path, small_dataset)
         with Checkpoints(path / "checkpoints" / "stage1") as checkpoints:
             batches = train_batches(small_dataset, batch_size=4, seed=0)
-            checkpoints.save(6, runs.stage1_state(config), batches, wait=True)
+            checkpoints.save(6, runs.stage1_state(config), {"data": batches}, wait=True)
         with pytest.raises(ValueError, match=r"kept no snapshots of stage1, .* --train\.posthoc-ema 0\.05 0\.10"):
             runs.load(path, ema=0.07, stage="stage1")
         with pytest.raises(FileNotFoundError, match="has no base model yet: finish stage 2"):

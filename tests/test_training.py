@@ -218,7 +218,7 @@ def test_a_checkpoint_from_before_a_field_was_there_still_fits(tmp_path, small_d
 
     batches = train_batches(small_dataset, batch_size=4, seed=0)
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(5, Before(jnp.asarray(5), jnp.arange(3.0)), batches, wait=True)
+        checkpoints.save(5, Before(jnp.asarray(5), jnp.arange(3.0)), {"data": batches}, wait=True)
         now = checkpoints.restore(Now(jnp.asarray(0), (), jnp.zeros(3)))
         assert (int(now.step), now.unused, now.weight.tolist()) == (5, (), [0.0, 1.0, 2.0])
         with pytest.raises(ValueError, match="does not fit this model"):
@@ -239,7 +239,7 @@ def test_a_checkpoint_from_before_a_module_had_an_empty_part_still_fits(tmp_path
     batches = train_batches(small_dataset, batch_size=4, seed=0)
     zeros = [jnp.zeros(3), jnp.zeros(2)]
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(5, State(Before([jnp.arange(3.0), jnp.ones(2)])), batches, wait=True)
+        checkpoints.save(5, State(Before([jnp.arange(3.0), jnp.ones(2)])), {"data": batches}, wait=True)
         now = checkpoints.restore(State(Now(zeros)))
         assert [layer.tolist() for layer in now.model.layers] == [[0.0, 1.0, 2.0], [1.0, 1.0]]
         with pytest.raises(ValueError, match=r"does not fit this model: 1 arrays .* such as model\.frames"):

@@ -9,13 +9,14 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
 import re
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -25,7 +26,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from ulx.processes import all_agree, first, is_first
+from ulx.processes import all_agree, are_connected, first, is_first
 
 __all__ = ["Checkpoints", "Position", "versions"]
 
@@ -48,7 +49,11 @@ class Position(Protocol):
 
 
 class _DamagedError(Exception):
-    """A checkpoint cannot be read, and why."""
+    """A checkpoint cannot be read, and why. All processes are told so, or this one alone has noticed."""
+
+    def __init__(self, reason: str, *, agreed: bool = False):
+        super().__init__(reason)
+        self.agreed = agreed
 
 
 def versions() -> dict[str, str]:
@@ -101,28 +106,38 @@ class Checkpoints:
         """The step with the lowest loss of those there, or None where it was not asked for (`keep_best`)."""
         return self.manager.best_step()
 
-    def before(self, step: int) -> int | None:
-        """The newest one of an earlier step, or None."""
-        return max((saved for saved in self.manager.all_steps() if saved < step), default=None)
+    def has_before(self, step: int) -> bool:
+        """Whether one of an earlier step is there, written to its end."""
+        self._finish_and_warn()
+        return any(saved < step for saved in self.manager.all_steps())
 
-    def back_to(self, step: int, state: State) -> State:
-        """`state` with the arrays of that checkpoint; later ones are deleted. Raises as `restore`."""
-        self._finish()
-        found = self.restore(state, step=step)
+    def back_before(self, step: int, state: State) -> tuple[State, int]:
+        """`state` with the arrays of the newest good checkpoint of an earlier step, and that step; later ones are
+        deleted. Raises as `restore`."""
+        self._finish_and_warn()
+        found, good = self._newest(state, [saved for saved in self.manager.all_steps() if saved < step])[:2]
         for later in self.manager.all_steps():
-            if later > step:
+            if later > good:
                 self.manager.delete(later)
-        return found
+        return found, good
 
     def save(
-        self, step: int, state: eqx.Module, batches: Position, *, wait: bool = False, loss: float | None = None
+        self,
+        step: int,
+        state: eqx.Module,
+        positions: Mapping[str, Position],
+        *,
+        wait: bool = False,
+        loss: float | None = None,
     ) -> None:
         """Save in the background; with `wait`, return when it is on disk. Does nothing if the step is saved already.
+
+        `positions` are what else must go on where it was, by name: the data, for one.
 
         What goes wrong in the background is a warning when the next one is saved. Raises OSError, naming the newest
         checkpoint that is good, if with `wait` it cannot be written.
         """
-        problem = self._begin(step, state, batches, loss)
+        problem = self._begin(step, state, positions, loss)
         if problem is None and wait:
             problem = self._finish()
         if problem is None:
@@ -133,16 +148,21 @@ class Checkpoints:
             raise OSError(f"{said}, then go on with --resume")
         warnings.warn(f"{said}: training goes on, and tries again at the next checkpoint", stacklevel=2)
 
-    def _begin(self, step: int, state: eqx.Module, batches: Position, loss: float | None) -> str | None:
-        """Starts to save; returns what went wrong so far, and with the save before."""
-        before = self._finish()
-        if before is not None:
-            said = f"the checkpoint of step {self._saving} in {self.directory} was not written ({before})"
-            warnings.warn(f"{said}: make room there; training goes on", stacklevel=3)
+    def _finish_and_warn(self) -> None:
+        """Waits for the save before; warns if it failed."""
+        problem = self._finish()
+        if problem is not None:
+            said = f"the checkpoint of step {self._saving} in {self.directory} was not written ({problem})"
+            warnings.warn(f"{said}: make room there; training goes on", stacklevel=4)
+
+    def _begin(self, step: int, state: eqx.Module, positions: Mapping[str, Position], loss: float | None) -> str | None:
+        """Starts to save; returns what went wrong so far."""
+        self._finish_and_warn()
         if step in self.manager.all_steps():
             return None
         self._saving = step
-        facts = self.about | {"versions": versions(), "data": batches.get_state()}
+        places = {name: position.get_state() for name, position in positions.items()}
+        facts = self.about | {"versions": versions(), "positions": places}
         try:
             self.manager.save(
                 step,
@@ -171,45 +191,59 @@ class Checkpoints:
     def restore(
         self,
         state: State,
-        batches: Position | None = None,
+        positions: Mapping[str, Position] | None = None,
         step: int | None = None,
         *,
         check: Callable[[dict[str, Any]], None] = lambda facts: None,
     ) -> State:
-        """`state` with the arrays of a checkpoint (by default the newest); `batches` is moved to where it was saved.
+        """`state` with the arrays of a checkpoint (by default the newest); `positions` are put where they were saved.
 
-        With `batches`, when training goes on, `check` is shown what was saved beside the arrays, and raises where they
-        must not be used. A checkpoint that is damaged is named in a warning and passed over; with `batches` it is put
-        aside as STEP.damaged.
+        With these, when training goes on, `check` is shown what was saved beside the arrays, and raises where they must
+        not be used. A checkpoint that is damaged is named in a warning and passed over; when training goes on, it is
+        put aside as STEP.damaged once another one was read.
 
         Raises:
             FileNotFoundError: there is no checkpoint.
             ValueError: the checkpoint's arrays are not those of `state`, another configuration's for example; or all
                 that there are, or the one that was asked for, are damaged.
+            OSError: one of several processes alone cannot read it.
         """
-        steps = sorted(self.manager.all_steps(), reverse=True) if step is None else [step]
+        steps = self.manager.all_steps() if step is None else [step]
+        found, number, facts, damaged = self._newest(state, steps)
+        if positions is not None:
+            if not facts:
+                raise ValueError(
+                    f"the checkpoint of step {number} in {self.directory} was saved by an older ulx: its weights can "
+                    "be used, but not trained on. Train anew under another --name"
+                )
+            check(facts)
+            for name, position in positions.items():
+                position.set_state(facts["positions"][name])
+            for bad in damaged:
+                self._put_aside(bad)
+        return found
+
+    def _newest(self, state: State, steps: Iterable[int]) -> tuple[State, int, dict[str, Any], list[int]]:
+        """Arrays, step and facts of the newest of these that can be read, and those that cannot before it."""
+        steps = sorted(steps, reverse=True)
         if not steps:
             raise FileNotFoundError(f"no checkpoint in {self.directory}")
+        damaged: list[int] = []
         for number in steps:
             try:
                 found, facts = self._read(number, state)
             except _DamagedError as error:
                 said = f"the checkpoint of step {number} in {self.directory} is damaged: {error}"
+                if are_connected() and not error.agreed:
+                    # The others may have read it. To go on without them would be to wait for each other for ever.
+                    raise OSError(f"{said}. If it stays so, remove it: the one before it is taken then") from error
+                damaged.append(number)
                 if number == steps[-1]:
-                    raise ValueError(f"{said}. There is no other: train anew under another --name") from error
-                warnings.warn(f"{said}. Taking the one before it", stacklevel=2)
-                if batches is not None:
-                    self._put_aside(number)
-                continue
-            if batches is not None:
-                if not facts:
-                    raise ValueError(
-                        f"the checkpoint of step {number} in {self.directory} was saved by an older ulx: its weights "
-                        "can be used, but not trained on. Train anew under another --name"
-                    )
-                check(facts)
-                batches.set_state(facts["data"])
-            return found
+                    others = f". So are those of {', '.join(map(str, damaged[:-1]))}" if len(damaged) > 1 else ""
+                    raise ValueError(f"{said}{others}. Nothing was changed; train anew under another --name") from error
+                warnings.warn(f"{said}. Taking the one before it", stacklevel=3)
+            else:
+                return found, number, facts, damaged
         raise AssertionError  # the last one was read, or raised
 
     def _facts(self, step: int) -> dict[str, Any]:
@@ -269,29 +303,39 @@ class Checkpoints:
             self.manager.wait_until_finished()
             folder = self.directory / str(step)
             aside = folder / f"{HASHES}.tmp"
-            aside.write_text(json.dumps(_hashes(folder)))
+            with aside.open("w") as file:
+                json.dump(_hashes(folder), file)
+                file.flush()
+                os.fsync(file.fileno())  # else a power cut could leave a whole name on an empty file
             aside.replace(folder / HASHES)
 
     def _check_hashes(self, step: int) -> None:
         """Raises _DamagedError, for all processes alike, if a file is not the one that was written. Those of a
         checkpoint that a crash left without hashes are taken as they are."""
-        folder, problem = self.directory / str(step), None
-        if is_first() and (folder / HASHES).exists():
-            try:
-                written = json.loads((folder / HASHES).read_text())
-                found = _hashes(folder)
-            except (OSError, ValueError) as error:
-                problem = _reason(error)
-            else:
-                changed = [name for name, digest in written.items() if found.get(name) != digest]
-                if changed:
-                    problem = f"{changed[0]} is {'changed' if changed[0] in found else 'gone'}"
+        problem = self._changed(self.directory / str(step)) if is_first() else None
         if not all_agree(problem is None):
-            raise _DamagedError(problem or "as the first process says")
+            raise _DamagedError(problem or "as the first process says", agreed=True)
+
+    def _changed(self, folder: Path) -> str | None:
+        """What is not as its hash says, or None."""
+        try:
+            written = json.loads((folder / HASHES).read_text())
+        except (OSError, ValueError):
+            return None
+        try:
+            found = _hashes(folder)
+        except OSError as error:
+            return _reason(error)
+        changed = [name for name, digest in written.items() if found.get(name) != digest]
+        return f"{changed[0]} is {'changed' if changed[0] in found else 'gone'}" if changed else None
 
     def _put_aside(self, step: int) -> None:
-        folder = self.directory / str(step)
-        first(lambda: folder.rename(folder.with_name(f"{step}.damaged")))
+        def rename() -> None:
+            names = itertools.chain([f"{step}.damaged"], (f"{step}.damaged.{i}" for i in itertools.count(2)))
+            free = next(name for name in names if not (self.directory / name).exists())
+            (self.directory / str(step)).rename(self.directory / free)
+
+        first(rename)
         self.manager.reload()
 
     def close(self) -> None:

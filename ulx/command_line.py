@@ -124,12 +124,16 @@ def run_command(command: Callable[[], object]) -> None:
 def run_together(command: Callable[[], object], address: Address | None = None) -> None:
     """The same for a command that may be one of several processes: those of an address, or that a scheduler started.
 
-    A call among them that fails, as it does when one is gone, ends in status 75.
+    A call among them that fails because one is gone ends in status 75, and so does SIGTERM at any time.
     """
 
     def connected() -> None:
-        connect(address)
-        command()
+        before = signal.signal(signal.SIGTERM, _stop)
+        try:
+            connect(address)
+            command()
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     run_command(connected)
 
@@ -143,6 +147,21 @@ def use_compilation_cache() -> None:
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache_root() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def _stop(number: int, frame: object) -> None:
+    """While training, `ulx.training.fit` takes the signal itself, and saves first."""
+    from ulx.training import Interrupted
+
+    raise Interrupted("stopped; what was finished is kept, and --resume goes on", number)
+
+
+LOST = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "Gloo", "onnection", "NCCL", "heartbeat")
+"""In the message of an error of JAX, which may be a ValueError, words that mean that a process cannot be reached."""
+
+
+def _tells_of_loss(error: BaseException) -> bool:
+    return any(word in str(error) for word in LOST)
 
 
 class _errors_in_one_line:
@@ -159,7 +178,7 @@ class _errors_in_one_line:
             return
         import jax
 
-        from ulx.guard import NonFiniteError
+        from ulx.guard import DivergedError
         from ulx.processes import FailedElsewhereError
         from ulx.training import Interrupted
 
@@ -168,14 +187,15 @@ class _errors_in_one_line:
             status = INTERRUPTED if error.number == signal.SIGINT else PREEMPTED
             if is_first():  # all of several say the same
                 print(f"\n{error}", file=sys.stderr)
+        elif isinstance(error, KeyboardInterrupt):
+            status = INTERRUPTED
+            print("\nstopped", file=sys.stderr)
         elif isinstance(error, FailedElsewhereError):
             status = 1
-        elif are_connected() and isinstance(error, jax.errors.JaxRuntimeError):
+        elif are_connected() and isinstance(error, (jax.errors.JaxRuntimeError, ValueError)) and _tells_of_loss(error):
             reason, status = str(error).splitlines()[0], PREEMPTED
             print(f"error: another process is gone, or cannot be reached ({reason}): --resume goes on", file=sys.stderr)
-        elif "ULX_TRACEBACK" not in os.environ and isinstance(
-            error, (ValueError, OSError, ImportError, NonFiniteError)
-        ):
+        elif "ULX_TRACEBACK" not in os.environ and isinstance(error, (ValueError, OSError, ImportError, DivergedError)):
             print(f"error: {error}", file=sys.stderr)
             status = 1
         if are_connected() and not isinstance(error, Interrupted):

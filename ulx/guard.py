@@ -6,12 +6,14 @@ It is named, and a step left out, or the run goes back to its last good checkpoi
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from ulx.config import TrainConfig
 from ulx.nn.transformer import Stack
 
 __all__ = ["NORMS", "DivergedError", "Guard", "NonFiniteError", "SpikeError", "layer_names", "layer_norms"]
@@ -26,6 +28,7 @@ REMEMBERED, FEWEST = 200, 50
 """Steps whose losses a new one is compared with, and how many there must be."""
 IN_A_ROW = 5
 """Steps that a leap lasts: single batches are hard now and then."""
+_REMEMBERED = ("high", "in_a_row", "skipped", "rollbacks")
 TO_DEVIATION = 1.4826
 """Of a normal distribution, the standard deviation over the median deviation from the median."""
 
@@ -83,16 +86,31 @@ class Guard:
     """Looks at every step's metrics. Up to `skip` bad steps in a row are let pass: the step has left itself out.
 
     A loss that lies more than `spike` robust standard deviations above the median of the last ones, for several steps
-    in a row, is a spike; 0: it does not look for them.
+    in a row, is a spike; 0: it does not look for them. `rollbacks` counts down how often the run may still go back.
+
+    What it remembers goes into checkpoints: a run that is resumed judges as one that was not interrupted.
     """
 
-    def __init__(self, names: list[str], skip: int, spike: float = 0):
-        self.names, self.skip, self.spike = names, skip, spike
+    def __init__(self, names: list[str], skip: int, spike: float = 0, rollbacks: int = 0):
+        self.names, self.skip, self.spike, self.rollbacks = names, skip, spike, rollbacks
         self.in_a_row = 0
         self.skipped = 0
-        """In all, since this process began."""
+        """In all."""
         self.losses: deque[float] = deque(maxlen=REMEMBERED)
         self.high: list[float] = []
+
+    @classmethod
+    def of(cls, model: PyTree, train: TrainConfig) -> "Guard":
+        return cls(layer_names(model), train.skip_nonfinite, train.spike, train.rollbacks)
+
+    def get_state(self) -> dict[str, Any]:
+        """What it remembers, as JSON values."""
+        return {"losses": list(self.losses)} | {name: getattr(self, name) for name in _REMEMBERED}
+
+    def set_state(self, state: dict[str, Any], /) -> None:
+        self.losses = deque(state["losses"], maxlen=REMEMBERED)
+        for name in _REMEMBERED:
+            setattr(self, name, state[name])
 
     def passes(self, step: int, metrics: Mapping[str, float], norms: Float[np.ndarray, " layers"]) -> bool:
         """Whether all is finite. Warns of a step that was left out.

@@ -17,6 +17,7 @@ from ulx.data.pipeline import train_batches
 from ulx.data.source import Dataset
 from ulx.denoiser import Denoiser
 from ulx.evaluation import evaluate, networks
+from ulx.guard import Guard
 from ulx.latents import encoded
 from ulx.metrics_log import MetricsLog, read_metrics
 from ulx.models import UnifiedLatents
@@ -156,10 +157,11 @@ def train_stage(
         flip=config.data.flip and are_images,
         workers=config.data.workers if are_images else 0,
     )
-    folder = config.path / "checkpoints" / name
+    folder, guard = config.path / "checkpoints" / name, Guard.of(state.model, train)
     with Checkpoints(folder, runs.facts(config), keep_best=train.keep_best) as checkpoints:
         if checkpoints.latest is not None:
-            state = checkpoints.restore(state, batches, check=lambda facts: runs.check_facts(facts, config))
+            positions = {"data": batches, "guard": guard}
+            state = checkpoints.restore(state, positions, check=lambda facts: runs.check_facts(facts, config))
         with MetricsLog(config.path / f"{name}.jsonl", resume_step=int(state.step)) as log:
             return fit(
                 state,
@@ -167,6 +169,7 @@ def train_stage(
                 frozen,
                 batches,
                 train,
+                guard=guard,
                 mesh=mesh,
                 checkpoints=checkpoints,
                 snapshots=Snapshots(config.path / "snapshots" / name, train.posthoc_ema),

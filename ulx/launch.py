@@ -34,11 +34,7 @@ def launch(count: int, command: Sequence[str], *, grace: float = GRACE) -> int:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
-    children = [
-        # In a group of its own, so that Ctrl-C reaches it once, by way of this process.
-        subprocess.Popen([sys.executable, *command, *Address(coordinator, count, index).arguments], process_group=0)
-        for index in range(count)
-    ]
+    children: list[subprocess.Popen[bytes]] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
         for child in children:
@@ -47,6 +43,10 @@ def launch(count: int, command: Sequence[str], *, grace: float = GRACE) -> int:
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        for index in range(count):
+            arguments = Address(coordinator, count, index).arguments
+            # In a group of its own, so that Ctrl-C reaches it once, by way of this process.
+            children.append(subprocess.Popen([sys.executable, *command, *arguments], process_group=0))
         while True:
             ended = [child.poll() for child in children]
             failed = [index for index, status in enumerate(ended) if status]
@@ -58,8 +58,7 @@ def launch(count: int, command: Sequence[str], *, grace: float = GRACE) -> int:
         stopped = _end(children, grace)
         left = {index: child.returncode for index, child in enumerate(children) if index not in stopped}
         by_itself = [index for index, status in left.items() if status not in (0, INTERRUPTED, PREEMPTED)]
-        # The runtime aborts a process from which another is gone.
-        by_itself.sort(key=lambda index: left[index] == -signal.SIGABRT)
+        by_itself.sort(key=lambda index: _likely_a_consequence(left[index]))
         culprit = (by_itself or failed)[0]
         status = left[culprit]
         if not by_itself and not stopped:
@@ -72,6 +71,12 @@ def launch(count: int, command: Sequence[str], *, grace: float = GRACE) -> int:
         _end(children, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _likely_a_consequence(status: int) -> int:
+    """Of a process that ended beside others: 0, not; 2, very. The runtime aborts a process from which another is gone,
+    and what it was told of that may look like an error of its own; nothing but a hand or the system kills it."""
+    return 2 if status == -signal.SIGABRT else 0 if status < 0 else 1
 
 
 def _end(children: Sequence[subprocess.Popen[bytes]], grace: float) -> list[int]:

@@ -148,11 +148,11 @@ def first(work: Callable[[], object]) -> None:
 
     Raises what it raises; in the others FailedElsewhereError.
     """
-    failed: BaseException | None = None
+    failed: Exception | None = None
     if is_first():
         try:
             work()
-        except BaseException as error:
+        except Exception as error:  # not an interruption: nobody is to wait then
             failed = error
     good = all_agree(failed is None)
     if failed is not None:

@@ -36,6 +36,7 @@ from ulx.data.pixels import to_float, to_uint8
 from ulx.data.source import Dataset, InMemory, Split
 from ulx.denoiser import Denoiser
 from ulx.generate import in_batches, sample_latents
+from ulx.guard import Guard
 from ulx.image_files import claim, contact_sheet, write_png
 from ulx.metrics import compare, efficientnet
 from ulx.metrics.entries import frechet, mean
@@ -229,12 +230,14 @@ def _generated(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         with Checkpoints(path / "checkpoints") as checkpoints, MetricsLog(path / "log.jsonl") as log:
+            state = place(TrainState(Denoiser(network), optimizer), mesh)
             base = fit(
-                place(TrainState(Denoiser(network), optimizer), mesh),
+                state,
                 step,
                 None,
                 batches,
                 recipe.train,
+                guard=Guard.of(state.model, recipe.train),
                 mesh=mesh,
                 checkpoints=checkpoints,
                 snapshots=Snapshots(path / "snapshots", ()),

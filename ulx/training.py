@@ -3,6 +3,7 @@
 Read top to bottom: `TrainState` → `make_step` → `fit`.
 """
 
+import contextlib
 import dataclasses
 import signal
 import warnings
@@ -22,12 +23,12 @@ from ulx import diffusion, losses, sharding
 from ulx.checkpoint import Checkpoints, Position
 from ulx.config import TrainConfig
 from ulx.ema import gamma_of, power_average
-from ulx.guard import NORMS, DivergedError, Guard, SpikeError, layer_names, layer_norms
+from ulx.guard import NORMS, DivergedError, Guard, SpikeError, layer_norms
 from ulx.metrics_log import MetricsLog
 from ulx.nn.split import WEIGHTS, whole
 from ulx.nn.transformer import Stack
 from ulx.precision import cast
-from ulx.processes import Vote, are_connected
+from ulx.processes import Vote, all_agree, are_connected
 from ulx.progress import Progress
 from ulx.snapshots import Snapshots
 from ulx.typing import PerExample
@@ -265,6 +266,7 @@ def fit(
     batches: Batches,
     config: TrainConfig,
     *,
+    guard: Guard,
     mesh: Mesh,
     checkpoints: Checkpoints,
     snapshots: Snapshots,
@@ -276,8 +278,8 @@ def fit(
     """Train from `state.step` to `config.steps`; checkpoint, store averages, log and show progress on the way.
 
     `step` is `make_step`'s, and the state and what is frozen are on its `mesh`; `batches` is a checkpointable iterator
-    standing where `state` left it. On Ctrl-C or SIGTERM the step in progress is finished and saved. Where training
-    diverges it goes back to a checkpoint, if `config.rollbacks` lets it, and on with the batches that follow.
+    standing where `state` left it, and so is `guard`. On Ctrl-C or SIGTERM the step in progress is finished and saved.
+    Where training diverges it goes back to a checkpoint, if the guard lets it, and on with the batches that follow.
 
     Of several processes all must call it, with what is theirs of the batches.
 
@@ -287,10 +289,9 @@ def fit(
             or that of an interrupt cannot be written.
         Interrupted: after saving.
     """
-    guard = Guard(layer_names(state.model), config.skip_nonfinite, config.spike)
     compiled = None
-    vote, going_back = Vote(), config.rollbacks
-    number = int(state.step)
+    vote, positions = Vote(), {"data": batches, "guard": guard}
+    number, stopping = int(state.step), False
     unseen: tuple[int, dict[str, Array]] | None = None
     losses: list[float] = []
     """Since the last checkpoint."""
@@ -310,7 +311,7 @@ def fit(
             if not guard.passes(at, values, norms):
                 return
         except SpikeError as error:
-            if going_back > 0 and checkpoints.before(error.step) is not None:
+            if guard.rollbacks > 0 and checkpoints.has_before(error.step):
                 raise
             warnings.warn(str(error), stacklevel=2)
         losses.append(values["loss"])
@@ -335,8 +336,9 @@ def fit(
                 # What has been trained is good. One of several processes cannot save without the others.
                 watchdog.rest()
                 if compiled is not None and not are_connected():
-                    look()
-                    checkpoints.save(number - 1, state, batches, wait=True)
+                    with contextlib.suppress(DivergedError):  # there is nothing good to save then
+                        look()
+                        checkpoints.save(number - 1, state, positions, wait=True)
                 raise
             watchdog.rest()
             if compiled is None:
@@ -345,13 +347,14 @@ def fit(
                 progress.restart()
             watchdog.expect(f"step {number} of {name}")
             state, metrics = compiled((frozen, batch), state)
+            # Here, since several processes wait for the step before. Once: a signal may come at any moment.
+            stopping = vote(bool(stop))
             watchdog.rest()
             if controller is not None and state.control is not None:
                 control = controller(number, lambda now=state: now.ema_model, state.control)
                 control = sharding.place(control, mesh)
                 state = eqx.tree_at(lambda s: s.control, state, control)
             progress.advance()
-            stopping = vote(bool(stop))  # once: a signal may come at any moment, and to one process alone
             saving = number == config.steps or number % config.save_every == 0 or stopping
             storing = config.stores_averages(number)
             try:
@@ -360,14 +363,13 @@ def fit(
                 if saving or storing:
                     look()
             except DivergedError as error:
-                good = checkpoints.before(error.step)
-                if going_back == 0 or good is None:
+                if guard.rollbacks == 0 or not checkpoints.has_before(error.step):
                     raise
+                state, good = checkpoints.back_before(error.step, state)
                 warnings.warn(f"{error} Back to step {good}, and on with other batches", stacklevel=2)
-                going_back -= 1
-                state = checkpoints.back_to(good, state)
                 log.back_to(good)
                 guard.forget()
+                guard.rollbacks -= 1
                 number, progress.count, unseen = good, good, None
                 losses.clear()
                 continue
@@ -375,12 +377,13 @@ def fit(
                 snapshots.save(number, state.posthoc)
             if saving:
                 loss = sum(losses) / len(losses) if losses else None
-                checkpoints.save(number, state, batches, wait=stopping or number == config.steps, loss=loss)
+                checkpoints.save(number, state, positions, wait=stopping or number == config.steps, loss=loss)
                 losses.clear()
             if stopping:
-                raise Interrupted(
-                    f"stopped after step {number}, which is saved; --resume continues from it", stop.number
-                )
+                break
+        if stopping or not all_agree(not stop):  # a signal in the last step, or to another process meanwhile
+            said = f"stopped after step {number}, which is saved; --resume continues from it"
+            raise Interrupted(said, stop.number)
     return state
 
 

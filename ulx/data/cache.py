@@ -43,6 +43,7 @@ WRITER_OPTIONS = "group_size:1,zstd:3"  # one record a chunk: Grain reads them i
 SHARD_BYTES = 64 * 2**20  # of examples, before compression: what an interruption may cost, and what is held in memory
 SHARD_EXAMPLES = range(16, 1025)  # how many a shard may hold
 HASHED_BYTES = 2 * 2**30  # caches up to this size are hashed when opened (seconds); larger ones by size alone
+SIGHT_SECONDS = 60  # until what another process wrote is seen, on a network drive
 STALE_SECONDS = 3600.0  # a temporary file untouched for so long was left by a process that was killed
 
 
@@ -280,10 +281,13 @@ def _build(recipe: Recipe, directory: Path, manifest: dict[str, Any] | None, tog
 
 
 def _made_elsewhere(path: Path) -> dict[str, Any]:
-    shard = _read_json(path.with_suffix(".json"))
-    if shard is None:
-        raise FileNotFoundError(f"{path} was made by another process, and is not here: let all see the same folder")
-    return shard
+    """What another process made. On a network drive it may take a while to be seen here."""
+    for _ in range(SIGHT_SECONDS):
+        shard = _read_json(path.with_suffix(".json"))
+        if shard is not None:
+            return shard
+        time.sleep(1)
+    raise FileNotFoundError(f"{path} was made by another process, and is not here: let all see the same folder")
 
 
 def _plan(recipe: Recipe) -> dict[str, tuple[str, Sequence[Item]]]:
