@@ -14,6 +14,7 @@ import latent_shape
 import points
 import pytest
 import sampling
+import speed
 from stand_ins import Corner
 
 from ulx import evaluation, runs
@@ -243,3 +244,21 @@ def test_sampling_refuses_a_run_that_goes_on(trained_run, tmp_path):
         next(sampling.measured(settings, tmp_path / "sampling.jsonl"))
     with pytest.raises(FileNotFoundError, match="nothing is not a run"):
         sampling.trained(dataclasses.replace(settings, run=str(tmp_path / "nothing")))
+
+
+def test_speed_measures_what_is_asked(monkeypatch, capsys, tmp_path):
+    out = tmp_path / "speed.json"
+    small = ("--preset", "smoke", "--batch-size", "4", "--repeats", "1", "--rounds-before", "0", "--out", str(out))
+    monkeypatch.setattr(sys, "argv", ["speed", *small, "--work", "stage2", "encode"])
+    speed.main()
+    found, shown = json.loads(out.read_text()), capsys.readouterr().out
+    assert list(found["work"]) == ["stage2", "encode"]
+    for name, one in found["work"].items():
+        ours = one["ulx"]
+        assert ours["examples_per_s"] * ours["seconds"] == pytest.approx(4)
+        rate = ours["examples_per_s"] * one["gflops_per_example"]
+        assert ours["share_of_matmul"] == pytest.approx(rate / found["matmul_gflop_per_s"])
+        assert ours["time_over_ulx"] == {"median": 1, "low": 1, "high": 1}
+        assert ours["compile_s"] > 0 < ours["memory_mib"]
+        assert f"| {name} | ulx | {ours['examples_per_s']:.3g} |" in shown
+    assert 0 < found["work"]["stage2"]["input_share"] < 1

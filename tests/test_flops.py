@@ -87,7 +87,7 @@ def test_transformer_block_forward_and_backward():
 
 
 def test_stack_counts_its_depth_and_recomputation():
-    """Through `scan`, whose body XLA counts once, and `checkpoint`, whose recomputation is another forward pass."""
+    """Through a loop, whose body XLA counts once, and recomputation, which is another forward pass."""
     depth = 3
     make = lambda remat: Stack(depth, WIDTH, BlockConfig(head_size=32, remat=remat), cond_size=COND, key=KEY)  # noqa: E731
     forward = depth * BATCH * block_flops(TOKENS, WIDTH, COND)
@@ -96,7 +96,9 @@ def test_stack_counts_its_depth_and_recomputation():
         assert forward_flops(stack, *TOKEN_BATCH) == forward
         assert forward_flops(gradients, stack, *TOKEN_BATCH) == passes * forward
     call = lambda stack, x, cond: stack(x, cond)  # noqa: E731
-    assert 1 < depth * xla_flops(call, make("none"), *TOKEN_BATCH) / forward < 1.06
+    assert 1 < depth * xla_flops(call, make("block"), *TOKEN_BATCH) / forward < 1.06
+    # Without recomputation there is no loop.
+    assert 1 < xla_flops(call, make("none"), *TOKEN_BATCH) / forward < 1.06
 
 
 def test_the_dearer_branch_counts_and_endless_loops_are_refused():

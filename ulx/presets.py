@@ -24,15 +24,15 @@ def _plain(width: int, blocks: int, patch: PerAxis = 1, **block) -> UViTConfig:
 
 
 def _base(
-    width: int, blocks: tuple[int, int] = (6, 16), down: PerStep = 2, dropout: float = 0.1, rotary: bool = False
+    width: int, blocks: tuple[int, int] = (6, 16), down: PerStep = 2, dropout: float = 0.1, **block
 ) -> UViTConfig:
     """The paper's two-level ViT: the inner level is twice as wide on a coarser grid."""
-    block = BlockConfig(dropout=dropout, rotary=rotary)
-    return UViTConfig(patch=1, channels=(width, 2 * width), blocks=blocks, down=down, block=block)
+    config = BlockConfig(dropout=dropout, **block)
+    return UViTConfig(patch=1, channels=(width, 2 * width), blocks=blocks, down=down, block=config)
 
 
 MODELS: dict[str, ModelConfig] = {
-    # 32 px: 8×8×8 latents, 64 tokens everywhere.
+    # 32 px: 8×8×8 latents, 64 tokens everywhere. Those that are trained for long keep activations.
     "smoke": ModelConfig(
         encoder=EncoderConfig(channels=(32, 64), blocks=1, last_blocks=1, chroma_gain=4.0),
         prior=_plain(64, 2),
@@ -42,9 +42,9 @@ MODELS: dict[str, ModelConfig] = {
     ),
     "tiny": ModelConfig(
         encoder=EncoderConfig(channels=(64, 128), blocks=1, last_blocks=1, chroma_gain=4.0),
-        prior=_plain(192, 2),
-        decoder=_plain(192, 6, patch=4),
-        base=_plain(192, 4),
+        prior=_plain(192, 2, remat="none"),
+        decoder=_plain(192, 6, patch=4, remat="none"),
+        base=_plain(192, 4, remat="none"),
         logsnr_1=-7.0,
     ),
     # Clips of 16 frames of 32×32: 8×8×8×8 latents, as many tokens in the decoder. The paper's 4×8×8 would leave 4×4
@@ -60,9 +60,9 @@ MODELS: dict[str, ModelConfig] = {
     ),
     "video-tiny": ModelConfig(
         encoder=EncoderConfig(patch=(2, 4, 4), channels=(96,), last_blocks=1, chroma_gain=4.0),
-        prior=_plain(128, 2, rotary=True),
-        decoder=_plain(192, 5, patch=(2, 4, 4), rotary=True),
-        base=_base(128, (4, 3), down=((1, 2, 2),), dropout=0.0, rotary=True),
+        prior=_plain(128, 2, rotary=True, remat="none"),
+        decoder=_plain(192, 5, patch=(2, 4, 4), rotary=True, remat="none"),
+        base=_base(128, (4, 3), down=((1, 2, 2),), dropout=0.0, rotary=True, remat="none"),
         logsnr_1=-7.0,
         given_frames=5,
     ),

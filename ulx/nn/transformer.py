@@ -30,7 +30,9 @@ class BlockConfig:
     """Turn queries and keys by their tokens' places on the grid, beside the learned positions: attention then sees how
     tokens lie to each other, which is what motion is (`ulx.nn.rotary`)."""
     remat: Remat = "block"
-    """Recompute each block's activations in the backward pass ("block": less memory), or keep them ("none")."""
+    """Recompute each block's activations in the backward pass, so that memory holds one block's at a time ("block"); or
+    keep them, and compile each block by itself ("none"): on a CPU a step takes 0.8 to 0.9 times as long, with up to
+    three times the memory and half again the compile time (benchmarks/README.md)."""
 
 
 class Attention(eqx.Module):
@@ -102,9 +104,10 @@ class Block(eqx.Module):
 class Stack(eqx.Module):
     """`depth` blocks with one set of stacked weights (leading axis `depth`), run by `lax.scan`.
 
-    Scanning compiles one block however deep the stack. `remat="block"` recomputes a block's activations in the
-    backward pass, so that memory holds one residual stream per block, and weights that are split over devices
-    (`ulx.nn.split`) are whole for one block at a time.
+    `remat="block"` compiles one block however deep the stack, and recomputes its activations in the backward pass, so
+    that memory holds one residual stream per block, and weights that are split over devices (`ulx.nn.split`) are whole
+    for one block at a time. `remat="none"` is for stacks of a few blocks: the loop is unrolled, since a loop would copy
+    every activation that is kept into an array of all blocks' and out of it again.
     """
 
     blocks: Block
@@ -137,4 +140,4 @@ class Stack(eqx.Module):
         if self.remat == "block":
             step = jax.checkpoint(step)
         tokens = x.reshape(x.shape[0], -1, x.shape[-1])
-        return jax.lax.scan(step, tokens, (weights, keys))[0].reshape(x.shape)
+        return jax.lax.scan(step, tokens, (weights, keys), unroll=self.remat == "none")[0].reshape(x.shape)
