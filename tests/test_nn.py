@@ -10,6 +10,7 @@ import pytest
 
 from ulx import diffusion
 from ulx.nn import grid, layers, rotary
+from ulx.nn.attention import attend
 from ulx.nn.encoder import Encoder, EncoderConfig
 from ulx.nn.resnet import ResBlock
 from ulx.nn.transformer import Attention, BlockConfig, Stack
@@ -131,6 +132,28 @@ def test_stack_is_its_blocks_one_after_another(remat):
         block = jax.tree.map(lambda leaf: leaf[i], stack.blocks)  # noqa: B023
         expected = block(expected, jax.nn.silu(cond))
     np.testing.assert_allclose(stack(x, cond), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 40.0])
+def test_attention_on_a_cpu_is_the_library_s(scale):
+    """Output and gradients, of another number of keys too; at scale 40 the scores reach some thousands, whose
+    exponential is infinite."""
+    query, key, value = scale * normal(2, 5, 3, 8), scale * normal(2, 7, 3, 8, seed=1), normal(2, 7, 3, 8, seed=2)
+
+    def found(function):
+        return jax.value_and_grad(lambda *inputs: jnp.sum(jnp.sin(function(*inputs))), (0, 1, 2))(query, key, value)
+
+    (ours, own), (theirs, other) = found(attend), found(jax.nn.dot_product_attention)
+    np.testing.assert_allclose(attend(query, key, value), jax.nn.dot_product_attention(query, key, value), atol=1e-5)
+    assert ours == pytest.approx(float(theirs), abs=1e-4)
+    for a, b in zip(own, other, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * scale)  # a gradient of a query is a sum of keys
+    low = [x.astype(jnp.bfloat16) for x in (query / scale, key / scale, value)]
+    assert attend(*low).dtype == jnp.bfloat16
+    # bfloat16 has 8 bits.
+    np.testing.assert_allclose(
+        np.asarray(attend(*low), np.float32), attend(query / scale, key / scale, value), atol=0.03
+    )
 
 
 def test_new_blocks_are_the_identity():

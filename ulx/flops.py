@@ -25,15 +25,15 @@ def _count(jaxpr: Any) -> int:
     total = 0
     for equation in jaxpr.eqns:
         shapes: list[tuple[int, ...]] = [getattr(variable.aval, "shape", ()) for variable in equation.invars]
-        out = equation.outvars[0].aval
+        outs: list[tuple[int, ...]] = [getattr(variable.aval, "shape", ()) for variable in equation.outvars]
         match equation.primitive.name:
             case "dot_general":
                 (contracted, _), _ = equation.params["dimension_numbers"]
-                total += 2 * math.prod(out.shape) * math.prod(shapes[0][axis] for axis in contracted)
+                total += 2 * math.prod(outs[0]) * math.prod(shapes[0][axis] for axis in contracted)
             case "conv_general_dilated":
                 # The kernel's output axis does not multiply the work of one output element.
                 kernel, axis = shapes[1], equation.params["dimension_numbers"].rhs_spec[0]
-                total += 2 * math.prod(out.shape) * math.prod(kernel) // kernel[axis]
+                total += 2 * math.prod(outs[0]) * math.prod(kernel) // kernel[axis]
             case "scan":
                 total += equation.params["length"] * _count(equation.params["jaxpr"].jaxpr)
             case "cond":

@@ -106,7 +106,7 @@ def by_frames(x: Float[Array, "b t h w in"], weight: Float[Array, "k kh kw in ou
     """The same, as a convolution of images whose channels are those of a frame and its neighbours in time.
 
     XLA on a CPU takes two to three times as long, forward and backward, for one over three axes
-    (benchmarks/video_convolution.py).
+    (benchmarks/kernels.py).
     """
     batch, frames, height, width, channels = x.shape
     taps = weight.shape[0]

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Key
 
 from ulx.diffusion import split_keys
 from ulx.nn import rotary
+from ulx.nn.attention import attend
 from ulx.nn.layers import Dropout, Linear, layer_norm, rms_norm
 from ulx.nn.split import whole
 
@@ -64,7 +65,7 @@ class Attention(eqx.Module):
         query, key = rms_norm(query, self.query_scale), rms_norm(key, self.key_scale)
         if angles is not None:
             query, key = rotary.rotate(query, angles), rotary.rotate(key, angles)
-        return self.out(jax.nn.dot_product_attention(query, key, value).reshape(x.shape))
+        return self.out(attend(query, key, value).reshape(x.shape))
 
 
 class Block(eqx.Module):
