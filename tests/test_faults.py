@@ -438,6 +438,34 @@ def test_a_run_that_is_resumed_within_a_spike_judges_as_if_it_was_not(tmp_path):
         assert spent.rollbacks == 0  # it has gone back once, and may not again
 
 
+def test_what_is_saved_is_where_things_stood_then(tmp_path):
+    """Whoever gives its own list, and goes on while it is written."""
+
+    class Growing:
+        def __init__(self) -> None:
+            self.seen: list[int] = []
+
+        def get_state(self) -> dict[str, Any]:
+            return {"seen": self.seen}
+
+        def set_state(self, state: dict[str, Any], /) -> None:
+            self.seen = state["seen"]
+
+    growing, again, state = Growing(), Growing(), trained(tmp_path / "toy", steps=10)
+    growing.seen.append(1)
+    with Checkpoints(tmp_path / "saved") as checkpoints:
+        save = checkpoints.manager.save
+
+        def late(*args: Any, **options: Any) -> Any:
+            growing.seen.append(2)
+            return save(*args, **options)
+
+        checkpoints.manager.save = late
+        checkpoints.save(10, state, {"growing": growing}, wait=True)
+        checkpoints.restore(state, {"growing": again})
+    assert again.seen == [1]
+
+
 def test_a_signal_in_the_last_step_stops_the_run(quiet, tmp_path):
     stop = lambda step, metrics: os.kill(os.getpid(), signal.SIGTERM) if step == 40 else None  # noqa: E731
     with pytest.raises(Interrupted, match="stopped after step 40, which is saved") as stopped:

@@ -6,6 +6,7 @@ noticed, and the one before it is taken.
 """
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -161,7 +162,8 @@ class Checkpoints:
         if step in self.manager.all_steps():
             return None
         self._saving = step
-        places = {name: position.get_state() for name, position in positions.items()}
+        # Copied: they are written in the background, while the positions go on.
+        places = copy.deepcopy({name: position.get_state() for name, position in positions.items()})
         facts = self.about | {"versions": versions(), "positions": places}
         try:
             self.manager.save(
