@@ -22,7 +22,7 @@ def by_heads(
     """The same with the heads' axis before the tokens', and the weights' sum divided out of the output, which is
     smaller than they are.
 
-    XLA on a CPU takes 0.5 to 0.8 of the time of `jax.nn.dot_product_attention`, forward and backward
+    XLA on a CPU takes 0.65 to 0.9 of the time of `jax.nn.dot_product_attention`, forward and backward
     (benchmarks/kernels.py).
     """
     query, key, value = (x.transpose(0, 2, 1, 3) for x in (query / math.sqrt(query.shape[-1]), key, value))

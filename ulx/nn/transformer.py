@@ -32,7 +32,7 @@ class BlockConfig:
     tokens lie to each other, which is what motion is (`ulx.nn.rotary`)."""
     remat: Remat = "block"
     """Recompute each block's activations in the backward pass, so that memory holds one block's at a time ("block"); or
-    keep them, and compile each block by itself ("none"): on a CPU a step takes 0.8 to 0.9 times as long, with up to
+    keep them, and compile each block by itself ("none"): on a CPU a step takes 0.8 to 1.0 times as long, with up to
     three times the memory and half again the compile time (benchmarks/README.md)."""
 
 
