@@ -204,7 +204,7 @@ def torchs(setting: Setting, name: str, *, compiled: bool) -> Job:
     autoencoder, base = (torch_models.for_device(module, device) for module in (autoencoder, base))
     tensor = lambda values: torch.from_numpy(np.asarray(values)).to(device, non_blocking=True)  # noqa: E731
     noise = lambda shape: torch.randn(shape, device=device)  # noqa: E731
-    maybe = (lambda function: torch.compile(function)) if compiled else lambda function: function
+    maybe = (lambda function: torch.compile(function, dynamic=False)) if compiled else lambda function: function
     train = config.train if name == "stage1" else config.train_base
     autocast = torch.bfloat16 if train.dtype == "bfloat16" else None
 
