@@ -380,7 +380,10 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     import tyro
 
+    from ulx.memory import keep_freed_memory
+
     settings = tyro.cli(Settings, description=__doc__)
+    keep_freed_memory()  # as commands do, for both libraries: one process has one heap
     results = measure(settings)
     print(table(results))
     if "online_over_cached" in results:

@@ -58,14 +58,9 @@ def test_weights_are_counted_in_bytes(small_config):
 
 
 def test_memory_of_a_step_grows_with_the_batch(small_config):
-    from ulx.stages import autoencoder_loss
-
-    state = eqx.filter_eval_shape(lambda: runs.stage1_state(small_config, 3))
-
     def memory(size):
         train = dataclasses.replace(small_config.train, batch_size=size)
-        batch = dry_run.batch_shapes(small_config, state.model, "stage1", train)
-        return dry_run.step_memory(autoencoder_loss(small_config), state, None, batch, train)
+        return dry_run.planned(dataclasses.replace(small_config, train=train), 3).steps["stage1"].memory()
 
     one, two, four = memory(8), memory(16), memory(32)
     # Affine in the batch: activations grow with it, gradients do not. A fifth for what the compiler packs otherwise.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ulx.data.extras import optional
+from ulx.memory import keep_freed_memory
 from ulx.processes import INTERRUPTED, PREEMPTED, Address, are_connected, connect, is_first, split_arguments
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ def parse_arguments(kind: type[Settings], description: str, args: Sequence[str] 
 
 def run_command(command: Callable[[], object]) -> None:
     """Run `command`; what a user can mend (ValueError, OSError, a missing extra) ends in one line and status 1."""
+    keep_freed_memory()
     use_compilation_cache()
     with _errors_in_one_line():
         command()

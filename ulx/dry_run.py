@@ -5,9 +5,11 @@ is the compiler's own account for the device at hand, of one device that holds t
 (`ulx.flops`, the paper's convention) over this device's matrix-multiply speed, measured now, at an assumed share of it.
 """
 
+import dataclasses
 import math
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -18,31 +20,83 @@ from jaxtyping import PyTree
 from ulx import job, runs
 from ulx.config import Config, TrainConfig
 from ulx.data import num_classes
+from ulx.denoiser import Denoiser
+from ulx.models import UnifiedLatents
 from ulx.progress import duration
 from ulx.sharding import bytes_per_device, make_mesh
 from ulx.stages import autoencoder_loss, base_loss, decoder_loss
-from ulx.training import Loss, make_optimizer, make_step
+from ulx.training import Loss, TrainState, make_optimizer, make_step
 
-__all__ = ["SHARE", "batch_shapes", "describe", "matmul_speed", "step_memory"]
+__all__ = ["SHARE", "Plan", "PlannedStep", "describe", "matmul_speed", "planned"]
 
 SHARE = 0.4
 """Of the matrix-multiply speed that training is assumed to reach: assumed, not measured."""
 
 
+@dataclasses.dataclass(frozen=True)
+class PlannedStep:
+    """What a stage's training step is compiled from. Its arrays may be shapes alone."""
+
+    train: TrainConfig
+    loss: Loss
+    state: PyTree
+    frozen: PyTree
+    batch: PyTree
+
+    def lower(self) -> jax.stages.Lowered:
+        """The step on one device that holds the whole batch."""
+        mesh = make_mesh(devices=jax.devices()[:1])
+        optimizer = make_optimizer(self.train)
+        step = make_step(self.loss, optimizer, self.train, key=jax.random.key(0), mesh=mesh).__wrapped__
+        is_shape = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct) or eqx.is_array(leaf)  # noqa: E731
+        arrays, static = eqx.partition((self.state, self.frozen, self.batch), is_shape)
+
+        def on_arrays(state: PyTree, rest: PyTree):
+            state, frozen, batch = eqx.combine((state, *rest), static)
+            return eqx.filter(step((frozen, batch), state), eqx.is_array)
+
+        return jax.jit(on_arrays, donate_argnums=0).lower(arrays[0], arrays[1:])
+
+    def memory(self) -> int:
+        """Bytes that the step takes beside its arguments, by the compiler."""
+        analysis: Any = self.lower().compile().memory_analysis()
+        return analysis.temp_size_in_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Untrained networks, and the steps of the stages that train them."""
+
+    model: UnifiedLatents
+    base: Denoiser
+    steps: dict[str, PlannedStep]
+
+
+def planned(
+    config: Config, classes: int, make: Callable[[Callable[[], TrainState]], TrainState] = eqx.filter_eval_shape
+) -> Plan:
+    """What a run would train. Its arrays are shapes alone, or with `make` what that makes of the calls."""
+    states = {"stage1": make(lambda: runs.stage1_state(config, classes))}
+    model = states["stage1"].model
+    losses = {"stage1": autoencoder_loss(config)}
+    if "decoder" in config.stages:
+        states["decoder"] = make(lambda: runs.decoder_state(config, model))
+        losses["decoder"] = decoder_loss(config)
+    if not config.single_stage:
+        states["stage2"] = make(lambda: runs.stage2_state(config, model, classes))
+        losses["stage2"] = base_loss(config, math.prod(config.data.shape[:-1]))
+    steps = {}
+    for stage, train in config.train_configs.items():
+        frozen, batch = None if stage == "stage1" else model, _batch_shapes(config, model, stage, train)
+        steps[stage] = PlannedStep(train, losses[stage], states[stage], frozen, batch)
+    return Plan(model, model.prior if config.single_stage else states["stage2"].model, steps)
+
+
 def describe(config: Config, *, compiled: bool = True) -> str:
     """The networks and the stages of a run, as two tables. Compiling takes from seconds to minutes."""
     classes = num_classes(config.data)
-    state = eqx.filter_eval_shape(lambda: runs.stage1_state(config, classes))
-    model = state.model
-    states, frozen, losses = {"stage1": state}, {"stage1": None}, {"stage1": autoencoder_loss(config)}
-    if "decoder" in config.stages:
-        states["decoder"] = eqx.filter_eval_shape(lambda: runs.decoder_state(config, model))
-        frozen["decoder"], losses["decoder"] = model, decoder_loss(config)
-    base = model.prior
-    if not config.single_stage:
-        states["stage2"] = eqx.filter_eval_shape(lambda: runs.stage2_state(config, model, classes))
-        frozen["stage2"], losses["stage2"] = model, base_loss(config, math.prod(config.data.shape[:-1]))
-        base = states["stage2"].model
+    plan = planned(config, classes)
+    model, base = plan.model, plan.base
     cost = job.cost(model, base, config)
     kind = "clips" if config.data.clips else "images"
     lines = [
@@ -55,11 +109,10 @@ def describe(config: Config, *, compiled: bool = True) -> str:
         lines.append(f"{name:<10}{parameters / 1e6:>10.1f} M{cost['forward_flops_per_image'][name] / 1e9:>16,.1f}")
     speeds = {dtype: matmul_speed(dtype) for dtype in {train.dtype for train in config.train_configs.values()}}
     lines += ["", f"{'stage':<10}{'steps':>10}{'batch':>7}{'FLOPs':>10}{'weights':>11}{'the step':>11}{'time':>12}"]
-    for stage, train in config.train_configs.items():
-        flops = cost[f"training_flops_{stage}"]
-        held = bytes_per_device((states[stage], frozen[stage]), config.fsdp)
-        batch = batch_shapes(config, model, stage, train)
-        taken = step_memory(losses[stage], states[stage], frozen[stage], batch, train) if compiled else None
+    for stage, step in plan.steps.items():
+        train, flops = step.train, cost[f"training_flops_{stage}"]
+        held = bytes_per_device((step.state, step.frozen), config.fsdp)
+        taken = step.memory() if compiled else None
         lines.append(
             f"{stage:<10}{train.steps:>10,}{train.batch_size:>7}{flops:>10.2g}{_gib(held):>11}"
             f"{_gib(taken) if taken else 'not asked':>11}{duration(flops / (SHARE * speeds[train.dtype])):>12}"
@@ -77,22 +130,6 @@ def describe(config: Config, *, compiled: bool = True) -> str:
     return "\n".join(lines)
 
 
-def step_memory(loss: Loss, state: PyTree, frozen: PyTree, batch: PyTree, train: TrainConfig) -> int:
-    """Bytes that a training step takes beside its arguments, by the compiler; all of them may be shapes alone."""
-    mesh = make_mesh(devices=jax.devices()[:1])
-    step = make_step(loss, make_optimizer(train), train, key=jax.random.key(0), mesh=mesh).__wrapped__
-    is_shape = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct) or eqx.is_array(leaf)  # noqa: E731
-    arrays, static = eqx.partition((state, frozen, batch), is_shape)
-
-    def on_arrays(state: PyTree, rest: PyTree):
-        state, frozen, batch = eqx.combine((state, *rest), static)
-        return eqx.filter(step((frozen, batch), state), eqx.is_array)
-
-    lowered = jax.jit(on_arrays, donate_argnums=0).lower(arrays[0], arrays[1:])
-    analysis: Any = lowered.compile().memory_analysis()
-    return analysis.temp_size_in_bytes
-
-
 def matmul_speed(dtype: str, size: int = 2048, rounds: int = 5) -> float:
     """FLOP/s of size³ matrix products on the default device, the median of some."""
     a = jnp.ones((size, size), dtype)
@@ -107,7 +144,7 @@ def matmul_speed(dtype: str, size: int = 2048, rounds: int = 5) -> float:
     return statistics.median(once() for _ in range(rounds))
 
 
-def batch_shapes(config: Config, model: Any, stage: str, train: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
+def _batch_shapes(config: Config, model: Any, stage: str, train: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
     size, shape = train.batch_size, config.data.shape
     fields = {"label": ((size,), jnp.int32), "image": ((size, *shape), jnp.uint8)}
     if stage == "stage2" and config.cache_latents:
