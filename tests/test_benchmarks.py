@@ -15,6 +15,7 @@ import points
 import pytest
 import sampling
 import speed
+import tune_grid
 from stand_ins import Corner
 
 from ulx import evaluation, runs
@@ -262,3 +263,21 @@ def test_speed_measures_what_is_asked(monkeypatch, capsys, tmp_path):
         assert ours["compile_s"] > 0 < ours["memory_mib"]
         assert f"| {name} | ulx | {ours['examples_per_s']:.3g} |" in shown
     assert 0 < found["work"]["stage2"]["input_share"] < 1
+
+
+def test_a_spacing_is_tuned_against_the_fine_solution(finished_run, monkeypatch, capsys, tmp_path):
+    argv = ["--run", str(finished_run), "--solver", "heun", "--steps", "2", "6", "--inverse-rho", "0", "0.3"]
+    argv += ["--fine-steps", "6", "--count", "4", "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["tune_grid", *argv])
+    tune_grid.main()
+    results = json.loads((tmp_path / "tune_grid.json").read_text())
+    assert [(row["part"], row["steps"]) for row in results["rows"]] == [
+        (part, steps) for part in ("latents", "decoder") for steps in (2, 6)
+    ]
+    for row in results["rows"]:
+        even, bent = row["errors"]
+        if row["steps"] == 6:  # the fine solution itself
+            assert (even, row["best"]) == (0, 0)
+        assert bent > 0
+        assert row["best"] == (0 if even < bent else 0.3)
+    assert "| latents | 2 |" in capsys.readouterr().out

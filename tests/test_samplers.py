@@ -49,6 +49,21 @@ class TestGrid:
         grid = samplers.logsnr_grid(6, logsnr_min=-10.0, logsnr_max=5.0)
         np.testing.assert_allclose(grid, [-10.0, -7.5, -5.0, -2.5, 0.0, 2.5, 5.0], atol=1e-6)
 
+    @pytest.mark.parametrize("inverse_rho", [1 / 7, 1.0, -0.3, 1e-9])
+    def test_is_even_in_the_noise_to_that_power(self, inverse_rho):
+        """EDM, Eq. 5, in s = σ/α = exp(−λ/2), in float32."""
+        grid = samplers.logsnr_grid(6, logsnr_min=-10.0, logsnr_max=5.0, inverse_rho=inverse_rho)
+        begin, end = math.exp(5.0) ** inverse_rho, math.exp(-2.5) ** inverse_rho
+        s = [(begin + i / 6 * (end - begin)) ** (1 / inverse_rho) for i in range(7)]
+        expected = np.linspace(-10, 5, 7) if inverse_rho == 1e-9 else -2 * np.log(s)
+        np.testing.assert_allclose(grid, expected, rtol=1e-5, atol=1e-4)
+        assert (grid[0], grid[-1]) == (-10, 5)
+
+    @pytest.mark.parametrize("inverse_rho", [1.1, -2, math.nan])
+    def test_refuses_a_spacing_it_cannot_keep(self, inverse_rho):
+        with pytest.raises(ValueError, match="from -1 to 1"):
+            samplers.logsnr_grid(6, logsnr_min=-10.0, logsnr_max=5.0, inverse_rho=inverse_rho)
+
     @pytest.mark.parametrize("num_steps", [0, -3])
     def test_refuses_no_steps(self, num_steps):
         with pytest.raises(ValueError, match=f"num_steps={num_steps}"):

@@ -19,7 +19,7 @@ from ulx.guidance import check_interval
 from ulx.models import ModelConfig
 from ulx.precision import Dtype
 from ulx.rate_control import RateConfig, log_excess
-from ulx.samplers import Solver, check_solver
+from ulx.samplers import Solver, check_inverse_rho, check_solver
 
 __all__ = [
     "Config",
@@ -115,6 +115,9 @@ class SampleConfig:
     """Noise that "euler" and "heun" put back before each step, in steps: 0 is the ODE, 1 the reverse SDE."""
     tolerance: float = 1e-3
     """Error that "tsit5" allows itself in each step."""
+    inverse_rho: float = 0.0
+    """1/ρ of the steps' spacing (`ulx.samplers.logsnr_grid`): 0 is even in λ, EDM's ρ = 7 is 1/7; below 0 steps are
+    shorter where there is little noise. benchmarks/tune_grid.py finds it for a run."""
     guidance_scale: float = 2.0
     """Classifier-free guidance of the guided samples; 1 is off. Reported distances are without guidance."""
     guidance_interval: tuple[float, float] | None = None
@@ -127,6 +130,8 @@ class SampleConfig:
     """The decoder's churn."""
     decoder_tolerance: float = 1e-3
     """The decoder's tolerance, for "tsit5"."""
+    decoder_inverse_rho: float = 0.0
+    """The decoder's 1/ρ."""
 
     def __post_init__(self):
         for name in ("num_steps", "decoder_num_steps"):
@@ -134,6 +139,8 @@ class SampleConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         check_solver(self.solver, self.churn, self.tolerance)
         check_solver(self.decoder_solver, self.decoder_churn, self.decoder_tolerance)
+        check_inverse_rho(self.inverse_rho)
+        check_inverse_rho(self.decoder_inverse_rho)
         if self.guidance_interval is not None:
             check_interval(self.guidance_interval)
 

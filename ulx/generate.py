@@ -55,7 +55,8 @@ def sample_latents(
         guided = guidance.classifier_free(both, guidance_scale)
         interval = config.guidance_interval
         denoise = guided if interval is None else guidance.within(interval, guided, denoise)
-    grid = samplers.logsnr_grid(config.num_steps, logsnr_min=schedule.logsnr_min, logsnr_max=schedule.logsnr_max)
+    ends = {"logsnr_min": schedule.logsnr_min, "logsnr_max": schedule.logsnr_max}
+    grid = samplers.logsnr_grid(config.num_steps, **ends, inverse_rho=config.inverse_rho)
     return samplers.sample(
         denoise, noise, grid, config.solver, churn=config.churn, tolerance=config.tolerance, key=solver_keys
     )
@@ -73,8 +74,8 @@ def decode(
     """Images in [−1, 1] from z_0 at λ_z(0), and given frames, by the model's decoder (Alg. 2, second half)."""
 
     def solve(denoise: Denoise, noise: Float[Array, " b *dims"], schedule: Schedule, solver_keys: Keys):
-        num_steps = config.decoder_num_steps
-        grid = samplers.logsnr_grid(num_steps, logsnr_min=schedule.logsnr_min, logsnr_max=schedule.logsnr_max)
+        ends = {"logsnr_min": schedule.logsnr_min, "logsnr_max": schedule.logsnr_max}
+        grid = samplers.logsnr_grid(config.decoder_num_steps, **ends, inverse_rho=config.decoder_inverse_rho)
         return samplers.sample(
             denoise,
             noise,

@@ -47,6 +47,8 @@ class DecoderOptions:
     """The decoder's churn, for euler and heun; by default the run's."""
     decoder_tolerance: float | None = None
     """The decoder's tolerance, for tsit5; by default the run's."""
+    decoder_inverse_rho: float | None = None
+    """1/ρ of the spacing of the decoder's steps, 0 for even ones in λ; by default the run's."""
 
     def over(self, config: SampleConfig) -> SampleConfig:
         """`config` with the options that were given."""
@@ -64,6 +66,8 @@ class SamplerOptions(DecoderOptions):
     """Noise put back before each step of euler and heun, in steps: 0 is the ODE; by default the run's."""
     tolerance: float | None = None
     """Error that tsit5 allows itself in each step; by default the run's."""
+    inverse_rho: float | None = None
+    """1/ρ of the spacing of the latent sampler's steps, 0 for even ones in λ; by default the run's."""
     guidance_interval: tuple[float, float] | None = None
     """Guide only between these two log-SNRs; by default as in the run."""
 

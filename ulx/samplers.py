@@ -25,6 +25,7 @@ from typing import Literal, get_args
 
 import diffrax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
@@ -33,7 +34,7 @@ from ulx.guidance import network_calls
 from ulx.solvers import Ancestral, Churned, Counted, Multistep, Time, churned
 from ulx.typing import Batch, Denoise, Keys, pytree
 
-__all__ = ["Sample", "Solver", "check_solver", "logsnr_grid", "sample"]
+__all__ = ["Sample", "Solver", "check_inverse_rho", "check_solver", "logsnr_grid", "sample"]
 
 Solver = Literal["euler", "heun", "dpmpp_2m", "tsit5", "ancestral"]
 CHURNED = ("euler", "heun")
@@ -54,10 +55,16 @@ class Sample:
     """Network calls per sample: every call of the denoiser, rejected steps included, times the networks behind it."""
 
 
-def logsnr_grid(num_steps: int, *, logsnr_min: float, logsnr_max: float) -> Float[Array, " points"]:
-    """num_steps + 1 log-SNRs from the noisiest to the cleanest, evenly spaced (geometric in s = σ/α).
+def logsnr_grid(
+    num_steps: int, *, logsnr_min: float, logsnr_max: float, inverse_rho: float = 0.0
+) -> Float[Array, " points"]:
+    """num_steps + 1 log-SNRs from the noisiest to the cleanest, evenly spaced in s^(1/ρ), s = σ/α (Karras et al. 2022,
+    Eq. 5, whose ρ = 7 is inverse_rho = 1/7).
 
-    Raises ValueError if num_steps < 1 or the ends are not increasing.
+    0 is ρ = ∞, evenly spaced in λ. Above it steps in λ are shorter where there is much noise, below it where there is
+    little.
+
+    Raises ValueError if num_steps < 1, the ends are not increasing or inverse_rho is not within −1 to 1.
     """
     if num_steps < 1:
         raise ValueError(f"a sampler needs at least 1 step, got num_steps={num_steps}")
@@ -65,7 +72,19 @@ def logsnr_grid(num_steps: int, *, logsnr_min: float, logsnr_max: float) -> Floa
         raise ValueError(
             f"the grid runs from logsnr_min up to logsnr_max, both finite; got {logsnr_min} and {logsnr_max}"
         )
-    return jnp.linspace(logsnr_min, logsnr_max, num_steps + 1)
+    check_inverse_rho(inverse_rho)
+    if inverse_rho == 0:
+        return jnp.linspace(logsnr_min, logsnr_max, num_steps + 1)
+    # In float64 and from the cleaner end's s, so that both ends are met and no power overflows.
+    part = np.linspace(1, 0, num_steps + 1)
+    noisiest = math.expm1(inverse_rho * (logsnr_max - logsnr_min) / 2)
+    return jnp.asarray(logsnr_max - 2 / inverse_rho * np.log1p(part * noisiest))
+
+
+def check_inverse_rho(inverse_rho: float) -> None:
+    """Raises ValueError unless a grid can be spaced by it."""
+    if not -1 <= inverse_rho <= 1:
+        raise ValueError(f"inverse_rho must be from -1 to 1, 0 for even steps in λ; got {inverse_rho}")
 
 
 def check_solver(solver: Solver, churn: float = 0.0, tolerance: float = 1e-3, dtype: DTypeLike = jnp.float32) -> None:
