@@ -195,6 +195,7 @@ def torchs(setting: Setting, name: str, *, compiled: bool) -> Job:
     import numpy as np
     import torch  # pyright: ignore[reportMissingImports]
     import torch_models
+    import torch_training
 
     config, device = setting.config, "cuda" if torch.cuda.is_available() else "cpu"
     autoencoder = torch_models.Autoencoder(config)
@@ -214,12 +215,12 @@ def torchs(setting: Setting, name: str, *, compiled: bool) -> Job:
     size = setting.size[name]
     work: Callable[[Any], Any]
     if name == "stage1":
-        loss = maybe(torch_models.stage1_loss(config, autoencoder, noise))
-        trainer = torch_models.Trainer(autoencoder, loss, train, autocast=autocast)
+        loss = maybe(torch_training.stage1_loss(config, autoencoder, noise))
+        trainer = torch_training.Trainer(autoencoder, loss, train, autocast=autocast)
         work = lambda batch: trainer.step(tensor(batch["image"]), times(size), times(size), config.prior_gradient)  # noqa: E731
     elif name == "stage2":
-        loss = maybe(torch_models.base_loss(config, base, noise))
-        trainer = torch_models.Trainer(base, loss, train, autocast=autocast)
+        loss = maybe(torch_training.base_loss(config, base, noise))
+        trainer = torch_training.Trainer(base, loss, train, autocast=autocast)
         work = lambda batch: trainer.step(tensor(batch["mean"]), tensor(batch["label"]), times(size))  # noqa: E731
     else:
         infer = inference(setting, name, autoencoder, base, maybe, tensor)
@@ -249,7 +250,7 @@ def inference(
 ) -> Callable[[], Any]:
     import numpy as np
     import torch  # pyright: ignore[reportMissingImports]
-    import torch_models
+    import torch_training
 
     latents, images = tensor(setting.latents), tensor(setting.images)
     if name == "encode":
@@ -264,7 +265,7 @@ def inference(
         if setting.base.num_classes:
             told = {"label": torch.zeros(len(latents), dtype=torch.int64, device=latents.device)}
     grid = np.linspace(schedule.logsnr_min, schedule.logsnr_max, steps + 1).tolist()
-    return lambda: torch_models.euler(lambda z, level: network(z, level, **told), torch.randn_like(like), grid)
+    return lambda: torch_training.euler(lambda z, level: network(z, level, **told), torch.randn_like(like), grid)
 
 
 def torch_matmul_speed(dtype: str, size: int = 2048) -> float:

@@ -19,6 +19,7 @@ from ulx.training import Draws
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
 torch_models = pytest.importorskip("torch_models")
+torch_training = pytest.importorskip("torch_training")
 
 TOLERANCE = 2e-4
 """Relative, of float32 sums in another order through up to a dozen layers; a wrong formula is off by per cents."""
@@ -110,7 +111,7 @@ def test_losses_and_gradients_agree(pair):
 
     (loss, _), grads = gradient(stages.autoencoder_loss(no_dropout))(model, None, batch, draws, jnp.asarray(step))
     times = [torch.from_numpy(np.array(draws.times(term))) for term in (0, 1)]
-    their_loss = torch_models.stage1_loss(config, theirs, torch_noise)
+    their_loss = torch_training.stage1_loss(config, theirs, torch_noise)
     found = their_loss(torch.from_numpy(image), *times, config.prior_gradient)
     found.backward()
     assert found.item() == pytest.approx(float(loss), rel=TOLERANCE)
@@ -119,8 +120,8 @@ def test_losses_and_gradients_agree(pair):
     (loss, _), grads = gradient(stages.base_loss(no_dropout, config.data.resolution**2))(
         base, model, batch, draws, jnp.asarray(step)
     )
-    z_clean = theirs.encoder(torch_models.to_float(torch.from_numpy(image))).detach()
-    found = torch_models.base_loss(config, their_base, torch_noise)(z_clean, torch.from_numpy(labels), times[0])
+    z_clean = theirs.encoder(torch_training.to_float(torch.from_numpy(image))).detach()
+    found = torch_training.base_loss(config, their_base, torch_noise)(z_clean, torch.from_numpy(labels), times[0])
     found.backward()
     pixels = np.prod(config.data.shape[:-1]) / config.data.resolution**2
     assert found.item() * pixels == pytest.approx(float(loss), rel=TOLERANCE)
@@ -144,7 +145,7 @@ def test_samples_agree(pair):
     noise = numbers(2, *model.latent_shape)
     ours = samplers.sample(base.given(), jnp.asarray(noise), grid, "euler", key=jax.random.key(0)).z
     with torch.no_grad():
-        close(ours, torch_models.euler(their_base, torch.from_numpy(noise), grid.tolist()))
+        close(ours, torch_training.euler(their_base, torch.from_numpy(noise), grid.tolist()))
 
 
 def test_the_benchmark_runs_all_work_by_all_libraries():
