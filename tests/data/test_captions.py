@@ -15,7 +15,7 @@ def stems():
     ("stem", "expected"),
     [
         ("1F600", "grinning face"),
-        ("2764", "red heart"),  # named with the presentation selector
+        ("2764", "red heart"),  # without the presentation selector and with it
         ("2764-FE0F", "red heart"),
         ("1F3F3-FE0F-200D-1F308", "rainbow flag"),
         ("0034-20E3", "keycap 4"),

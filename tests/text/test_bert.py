@@ -111,7 +111,7 @@ def test_the_network_with_drawn_weights():
     ids = np.random.default_rng(1).integers(0, 17, (4, 9))
     found = eqx.filter_jit(network)(jnp.asarray(ids), jnp.asarray(mask))
     for row, length in enumerate(lengths):
-        # Three layers of float32 sums, on values of up to 4: measured at most 2e-6.
+        # Three layers of float32 sums, on values of up to 4: measured at most 1.5e-6.
         np.testing.assert_allclose(found[row, :length], reference(ids[row, :length]), atol=1e-5)
 
 
@@ -161,7 +161,7 @@ def test_the_packaged_network_on_sentences(network, real, length):
     found = np.asarray(outputs(network, jnp.asarray(ids), jnp.asarray(mask)))
     for row, sentence in enumerate(SENTENCES):
         expected = reference(ids[row][mask[row]])
-        # Six layers of float32 sums of up to 1,536 products, on values of up to 2.
+        # Six layers of float32 sums of up to 1,536 products, on values of up to 7: measured at most 3.1e-6.
         error = np.abs(found[row][mask[row]] - expected).max()
         print(f"{sentence[:40]!r}: {error:.1e} of {np.abs(expected).max():.1f}")
         assert error < 1e-5, sentence
@@ -182,7 +182,7 @@ def test_padding_changes_nothing(network):
         # What stands where the padding is cannot matter either.
         ids = jnp.where(mask, ids, 2417)
         results.append(outputs(network, ids, mask)[:, :16][np.asarray(mask[:, :16])])
-    # Sums over more zeros in another order: float32 rounding.
+    # Sums over more zeros in another order: float32 rounding, measured 2.8e-6.
     np.testing.assert_allclose(*results, atol=5e-6)
 
 
@@ -213,7 +213,7 @@ def test_every_layer_against_transformers(network):
     x = network.norm(network.tokens[ids] + network.positions[:128])
     found = [x] + [x := layer(x, jnp.asarray(mask)) for layer in network.layers]
     for name, ours, expected in zip(range(7), found, theirs, strict=True):
-        # float32 against float32.
+        # float32 against float32, on values of up to 11: measured at most 5.8e-6.
         error = np.abs(np.asarray(ours) - expected.numpy())[mask].max()
         print(f"after layer {name}: {error:.1e} of {np.abs(expected.numpy()[mask]).max():.1f}")
         assert error < 1e-5, name
@@ -225,7 +225,7 @@ def test_vectors_against_sentence_transformers(network):
     theirs = pytest.importorskip("sentence_transformers").SentenceTransformer(str(model_path()), device="cpu")
     ids, mask = map(jnp.asarray, WordPiece(theirs.max_seq_length)(SENTENCES))
     found = normalised(pooled(outputs(network, ids, mask), mask))
-    # With its own tokeniser, pooling and normalisation; entries of vectors of length 1.
+    # With its own tokeniser, pooling and normalisation; entries of vectors of length 1: 2.1e-7.
     error = np.abs(np.asarray(found) - theirs.encode(list(SENTENCES))).max()
     print(f"vectors: {error:.1e}")
     assert error < 1e-6

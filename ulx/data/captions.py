@@ -5,12 +5,11 @@ Of the 4,495 drawings 3,953 have a name; the others are OpenMoji's own, or seque
 
 from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 from ulx.data.extras import optional
 
 __all__ = ["caption"]
-
-PRESENTATION = "\ufe0f"
 
 
 def caption(stem: str, language: str = "en") -> str | None:
@@ -18,18 +17,16 @@ def caption(stem: str, language: str = "en") -> str | None:
 
     `language` is one of the package's. Raises ValueError for another, ModuleNotFoundError without the package.
     """
-    return _names(language).get("".join(chr(int(code, 16)) for code in stem.split("-")).replace(PRESENTATION, ""))
+    # The package has every emoji with its presentation selectors and without them.
+    emoji = "".join(chr(int(code, 16)) for code in stem.split("-"))
+    name = _emoji(language).get(emoji, {}).get(language)
+    return None if name is None else name.strip(":").replace("_", " ")
 
 
 @cache
-def _names(language: str) -> Mapping[str, str]:
-    """Emoji without presentation selectors, which OpenMoji's file names mostly lack -> name."""
-    emoji = optional("emoji", extra="text")
-    if language not in emoji.LANGUAGES:
-        raise ValueError(f"there are no captions in {language!r}: there are {', '.join(emoji.LANGUAGES)}")
-    emoji.config.load_language(language)
-    return {
-        sequence.replace(PRESENTATION, ""): data[language].strip(":").replace("_", " ")
-        for sequence, data in emoji.EMOJI_DATA.items()
-        if language in data
-    }
+def _emoji(language: str) -> Mapping[str, Mapping[str, Any]]:
+    package = optional("emoji", extra="text")
+    if language not in package.LANGUAGES:
+        raise ValueError(f"there are no captions in {language!r}: there are {', '.join(package.LANGUAGES)}")
+    package.config.load_language(language)
+    return package.EMOJI_DATA

@@ -130,7 +130,7 @@ def write(path: Path, embeddings: Mapping[str, Float32[np.ndarray, "_ c"]], defi
 def embed(
     encoder: TextEncoder, captions: Iterable[str], batch_size: int = BATCH
 ) -> dict[str, Float32[np.ndarray, "_ c"]]:
-    """The embeddings of the tokens of each distinct caption, without padding, in batches."""
+    """The embeddings of the tokens of each distinct caption, without padding, in batches. They are held in memory."""
     # Captions of like length meet, so that little padding is computed.
     distinct = sorted({readable(caption) for caption in captions}, key=lambda caption: (len(caption), caption))
     found: dict[str, np.ndarray] = {}
