@@ -9,19 +9,15 @@ lowering are done both times. Leaves benchmarks/results/compile_time.json.
 """
 
 import dataclasses
-import datetime
 import importlib
 import json
 import multiprocessing
-import os
-import platform
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
-from points import RESULTS, markdown
+from points import RESULTS, here, leave, markdown
 from random_step import Stage
 
 
@@ -83,11 +79,10 @@ def main() -> None:
 
     def work() -> None:
         results = {
-            "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, CPU",
-            "date": datetime.date.today().isoformat(),
+            **here(),
             "rows": measure(settings),
         }
-        (Path(settings.results) / "compile_time.json").write_text(json.dumps(results, indent=2) + "\n")
+        leave(results, settings.results, "compile_time")
         print(table(results["rows"]))
 
     run_command(work)

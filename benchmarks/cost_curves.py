@@ -12,16 +12,12 @@ weighs relative errors. Random pictures. Leaves cost_curves.json, .md and .png u
 """
 
 import dataclasses
-import datetime
-import json
 import math
-import os
-import platform
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from points import RESULTS
+from points import RESULTS, here, leave
 from random_step import Stage, Step
 
 if TYPE_CHECKING:
@@ -131,8 +127,7 @@ def measure(settings: Settings) -> dict[str, Any]:
             fits = {name: fitted(sizes, values, degree) for name, values in amounts.items()}
             results.append({"stage": stage, "curve": curve, "sizes": sizes, **amounts, "fits": fits})
     return {
-        "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, CPU",
-        "date": datetime.date.today().isoformat(),
+        **here(),
         "settings": {name: value for name, value in dataclasses.asdict(settings).items() if name != "results"},
         "curves": results,
     }
@@ -186,16 +181,14 @@ def main() -> None:
 
     def work() -> None:
         results = measure(settings)
-        folder = Path(settings.results)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "cost_curves.json").write_text(json.dumps(results, indent=2) + "\n")
         text = table(results)
-        (folder / "cost_curves.md").write_text(
+        page = (
             f"Measured by `python benchmarks/{Path(__file__).name}` on {results['date']}, {results['machine']}. Error: "
             "the largest of the fit, relative. The quadratic part is that of the smallest and of the largest size.\n\n"
             f"{text}\n"
         )
-        plot(results, folder / "cost_curves.png")
+        leave(results, settings.results, "cost_curves", page)
+        plot(results, Path(settings.results) / "cost_curves.png")
         print(text)
 
     run_command(work)

@@ -7,18 +7,13 @@ takes steps. Leaves benchmarks/results/kept_memory.json.
 """
 
 import dataclasses
-import datetime
 import importlib
-import json
 import multiprocessing
-import os
-import platform
 import statistics
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, Literal
 
-from points import RESULTS, markdown
+from points import RESULTS, here, leave, markdown
 from random_step import Stage
 
 STEPS = 2
@@ -106,12 +101,11 @@ def main() -> None:
             rows.append(compared(experiment, settings.preset, stage, settings.rounds))
             print(table(rows[-1:]).splitlines()[-1])
     results = {
-        "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, CPU",
-        "date": datetime.date.today().isoformat(),
+        **here(),
         "preset": settings.preset,
         "rows": rows,
     }
-    (Path(settings.results) / "kept_memory.json").write_text(json.dumps(results, indent=2) + "\n")
+    leave(results, settings.results, "kept_memory")
     print(table(rows))
 
 

@@ -7,6 +7,7 @@ options, their `main` and their tables.
 import dataclasses
 import datetime
 import json
+import os
 import platform
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +24,8 @@ __all__ = [
     "command",
     "distances",
     "find",
+    "here",
+    "leave",
     "markdown",
     "measured",
     "of_length",
@@ -149,6 +152,21 @@ def command(
         print(file.with_suffix(".md").read_text())
 
     run_command(work)
+
+
+def here() -> dict[str, str]:
+    """The machine and the day, for a results file."""
+    machine = f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, CPU"
+    return {"machine": machine, "date": datetime.date.today().isoformat()}
+
+
+def leave(results: dict[str, Any], folder: str, name: str, page: str | None = None) -> None:
+    """Write results, and a page that says what they are, as NAME.json and NAME.md."""
+    file = Path(folder) / f"{name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(results, indent=2) + "\n")
+    if page is not None:
+        file.with_suffix(".md").write_text(page)
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -10,12 +10,9 @@ if they ran at that speed and nothing else changed. Random examples. Leaves benc
 """
 
 import dataclasses
-import datetime
 import gzip
 import importlib
 import json
-import os
-import platform
 import re
 import statistics
 import tempfile
@@ -24,7 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from points import RESULTS, markdown
+from points import RESULTS, here, leave, markdown
 from random_step import Stage, Step
 
 Kind = Literal["products", "convolutions", "between devices", "the rest"]
@@ -136,8 +133,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     return {
         "experiment": settings.experiment,
         "preset": settings.preset,
-        "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, CPU",
-        "date": datetime.date.today().isoformat(),
+        **here(),
         "stages": stages,
     }
 
@@ -166,7 +162,7 @@ def main() -> None:
 
     def work() -> None:
         results = measure(settings)
-        (Path(settings.results) / "step_profile.json").write_text(json.dumps(results, indent=2) + "\n")
+        leave(results, settings.results, "step_profile")
         print(table(results))
 
     run_command(work)

@@ -10,10 +10,6 @@ another question, which `--distances` asks. Leaves benchmarks/results/tune_grid.
 """
 
 import dataclasses
-import datetime
-import json
-import os
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -110,8 +106,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         "inverse_rho": settings.inverse_rho,
         "fine_steps": settings.fine_steps,
         "count": settings.count,
-        "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, CPU",
-        "date": datetime.date.today().isoformat(),
+        **points.here(),
         "rows": found,
     }
 
@@ -152,15 +147,13 @@ def main() -> None:
 
     def work() -> None:
         results = measure(settings)
-        folder = Path(settings.results)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tune_grid.json").write_text(json.dumps(results, indent=2) + "\n")
         text = table(results)
-        (folder / "tune_grid.md").write_text(
+        page = (
             f"Measured by `python benchmarks/tune_grid.py` on the run `{results['run']}`, {results['date']}, "
             f"{results['machine']}: error of {results['count']} samples by {results['solver']}, relative to "
             f"{results['fine_steps']} steps of heun from the same noise.\n\n{text}\n"
         )
+        points.leave(results, settings.results, "tune_grid", page)
         print(text)
 
     run_command(work)
