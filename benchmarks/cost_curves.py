@@ -13,7 +13,9 @@ weighs relative errors. Random pictures. Leaves cost_curves.json, .md and .png u
 
 import dataclasses
 import math
+import shlex
 import statistics
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -183,7 +185,7 @@ def main() -> None:
         results = measure(settings)
         text = table(results)
         page = (
-            f"Measured by `python benchmarks/{Path(__file__).name}` on {results['date']}, {results['machine']}. Error: "
+            f"Measured by `python benchmarks/cost_curves.py {shlex.join(sys.argv[1:])}` on {results['date']}, {results['machine']}. Error: "
             "the largest of the fit, relative. The quadratic part is that of the smallest and of the largest size.\n\n"
             f"{text}\n"
         )
