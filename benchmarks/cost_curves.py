@@ -184,10 +184,10 @@ def main() -> None:
     def work() -> None:
         results = measure(settings)
         text = table(results)
+        command = f"python benchmarks/cost_curves.py {shlex.join(sys.argv[1:])}"
         page = (
-            f"Measured by `python benchmarks/cost_curves.py {shlex.join(sys.argv[1:])}` on {results['date']}, {results['machine']}. Error: "
-            "the largest of the fit, relative. The quadratic part is that of the smallest and of the largest size.\n\n"
-            f"{text}\n"
+            f"Measured by `{command}` on {results['date']}, {results['machine']}. Error: the largest of the fit, "
+            f"relative. The quadratic part is that of the smallest and of the largest size.\n\n{text}\n"
         )
         leave(results, settings.results, "cost_curves", page)
         plot(results, Path(settings.results) / "cost_curves.png")
