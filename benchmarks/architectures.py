@@ -37,6 +37,7 @@ def rows(name: str) -> list[str]:
 
     from ulx.cost import network_costs
     from ulx.models import UnifiedLatents
+    from ulx.nn.conditions import ConditionSpec
     from ulx.presets import PAPER
     from ulx.stages import make_base
 
@@ -44,7 +45,7 @@ def rows(name: str) -> list[str]:
 
     def build(key):
         model = UnifiedLatents(preset.shape, preset.model, key=key)
-        return model, make_base(model, preset.model, preset.num_classes, key=key)
+        return model, make_base(model, preset.model, ConditionSpec(preset.num_classes), key=key)
 
     model, base = eqx.filter_eval_shape(build, jax.random.key(0))
     lines = []

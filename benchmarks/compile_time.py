@@ -37,11 +37,12 @@ def compiled(preset: str, stage: str, cache: str) -> dict[str, float]:
     import jax
 
     from ulx.dry_run import planned
+    from ulx.nn.conditions import ConditionSpec
 
     jax.config.update("jax_compilation_cache_dir", cache)
     experiment, name = preset.split("/")
     config = importlib.import_module(experiment).PRESETS[name]
-    step = planned(config, 1000).steps[stage]
+    step = planned(config, ConditionSpec(num_classes=1000)).steps[stage]
     began = time.perf_counter()
     lowered = step.lower()
     between = time.perf_counter()

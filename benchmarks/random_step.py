@@ -22,10 +22,11 @@ class Step:
 
         from ulx import job
         from ulx.dry_run import planned
+        from ulx.nn.conditions import ConditionSpec
         from ulx.sharding import make_mesh
         from ulx.training import make_optimizer, make_step
 
-        plan = planned(config, 1, make=lambda build: build())
+        plan = planned(config, ConditionSpec(num_classes=1), make=lambda build: build())
         planned_step = plan.steps[stage]
         # A step gives its state away, and weights that are made equal may be one buffer.
         self.state, self.frozen = jax.tree.map(

@@ -133,7 +133,7 @@ class Subject:
 
     def of_latents(self, config: "Config") -> dict[str, Any]:
         """Samples of the base model by the settings in `config.sample`."""
-        from ulx.evaluation import SAMPLE, labels_like
+        from ulx.evaluation import SAMPLE, rows_like, told_of
         from ulx.metrics.entries import frechet
         from ulx.progress import Progress
         from ulx.runner import Runner
@@ -141,9 +141,10 @@ class Subject:
 
         assert self.run.base is not None
         count = config.evaluate.num_samples
-        labels = labels_like(self.dataset.train.labels, count, root_int(config.seed, "evaluation labels"))
+        rows = rows_like(self.dataset.train, count, root_int(config.seed, "evaluation labels"))
+        told = told_of(self.dataset.train, rows, self.run.base.conditions, None)
         with Progress("sample", total=count, unit="images") as progress:
-            z_0, nfe = Runner(self.run.model, config, progress).latents(self.run.base, labels, count, SAMPLE)
+            z_0, nfe = Runner(self.run.model, config, progress).latents(self.run.base, count, SAMPLE, told)
             # By the run's own settings, which decode the same: so the decoder is compiled once for all points.
             images, _ = Runner(self.run.model, self.config, progress).decode(z_0, SAMPLE)
         return {"nfe": nfe, "fd_efflite0": frechet(self.seen(images, "samples"), self.training)}

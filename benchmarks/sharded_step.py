@@ -78,19 +78,20 @@ def measure(settings: Settings) -> dict:
     import openmoji
 
     from ulx import runs, stages
+    from ulx.nn.conditions import ConditionSpec
     from ulx.sharding import make_mesh, place, place_batch
     from ulx.training import make_optimizer, make_step
 
     config = openmoji.PRESETS[settings.preset]
-    classes, key = 3, jax.random.key(0)
-    model = runs.stage1_state(config, classes).model
+    told, key = ConditionSpec(num_classes=3), jax.random.key(0)
+    model = runs.stage1_state(config, told).model
     # Steps donate their state: each gets one of its own.
     fresh = lambda tree: jax.tree.map(lambda leaf: jnp.array(leaf) if eqx.is_array(leaf) else leaf, tree)  # noqa: E731
     pixels = config.data.resolution**2
     stages_of = {
-        "stage1": (lambda: runs.stage1_state(config, classes), None, stages.autoencoder_loss(config), config.train),
+        "stage1": (lambda: runs.stage1_state(config, told), None, stages.autoencoder_loss(config), config.train),
         "stage2": (
-            lambda: runs.stage2_state(config, model, classes),
+            lambda: runs.stage2_state(config, model, told),
             model,
             stages.base_loss(config, pixels),
             config.train_base,

@@ -98,10 +98,10 @@ class Setting:
         self.config = config
         limit = 4 * max(config.train.batch_size, config.train_base.batch_size)
         dataset = open_dataset(dataclasses.replace(config.data, limit=limit))
-        self.classes = len(dataset.class_names)
-        state = runs.stage1_state(config, self.classes)
+        self.told = runs.told(dataset.class_names)
+        state = runs.stage1_state(config, self.told)
         self.model = jax.tree.map(lambda leaf: jnp.array(leaf) if hasattr(leaf, "shape") else leaf, state.model)
-        self.base = runs.stage2_state(config, self.model, self.classes).model
+        self.base = runs.stage2_state(config, self.model, self.told).model
         self.folder = tempfile.TemporaryDirectory()
         cached = dataset
         if "stage2" in settings.work:
@@ -142,6 +142,7 @@ def ours(setting: Setting, name: str) -> Job:
     import jax.numpy as jnp
 
     from ulx import generate, runs, stages
+    from ulx.nn.conditions import Conditions
     from ulx.sharding import make_mesh
     from ulx.training import make_optimizer, make_step
 
@@ -149,10 +150,10 @@ def ours(setting: Setting, name: str) -> Job:
     began = time.perf_counter()
     if name in TRAINS:
         if name == "stage1":
-            state, frozen, train = runs.stage1_state(config, setting.classes), None, config.train
+            state, frozen, train = runs.stage1_state(config, setting.told), None, config.train
             loss = stages.autoencoder_loss(config)
         else:
-            state, frozen, train = runs.stage2_state(config, model, setting.classes), model, config.train_base
+            state, frozen, train = runs.stage2_state(config, model, setting.told), model, config.train_base
             loss = stages.base_loss(config, math.prod(model.shape[:-1]))
         mesh = make_mesh(devices=jax.devices()[:1])
         began = time.perf_counter()
@@ -165,19 +166,23 @@ def ours(setting: Setting, name: str) -> Job:
 
     else:
         keys = generate.example_keys(key, 0, setting.size[name])
-        label = jnp.zeros(setting.size[name], jnp.int32) if setting.base.num_classes else None
         frames = None
         if config.model.given_frames:
             from ulx.frames import given_frames
 
             frames = given_frames(jnp.asarray(setting.images), 0)
+        conditions = Conditions(label=jnp.zeros(setting.size[name], jnp.int32), frames=frames)
         function, inputs, told = {
             "encode": (eqx.filter_jit(lambda model, x: model.posterior(x).mean), (model, setting.images), {}),
-            "decode": (generate.decode, (model, setting.latents, config.sample), {"keys": keys, "frames": frames}),
+            "decode": (
+                generate.decode,
+                (model, setting.latents, config.sample),
+                {"keys": keys, "conditions": conditions},
+            ),
             "sample": (
                 generate.sample_latents,
                 (setting.base, model.latent_schedule, config.sample),
-                {"keys": keys, "label": label, "frames": frames},
+                {"keys": keys, "conditions": conditions.known_to(setting.base.conditions)},
             ),
         }[name]
         compiled = function.lower(*inputs, **told).compile()
@@ -199,7 +204,7 @@ def torchs(setting: Setting, name: str, *, compiled: bool) -> Job:
 
     config, device = setting.config, "cuda" if torch.cuda.is_available() else "cpu"
     autoencoder = torch_models.Autoencoder(config)
-    base = torch_models.base_of(config, setting.model.latent_shape, setting.base.num_classes)
+    base = torch_models.base_of(config, setting.model.latent_shape, setting.base.conditions.num_classes)
     torch_models.copy_autoencoder(autoencoder, setting.model)
     torch_models.copy_weights(base, setting.base.network)
     autoencoder, base = (torch_models.for_device(module, device) for module in (autoencoder, base))
@@ -262,7 +267,7 @@ def inference(
         like, told = images, {"context": latents}
     else:
         network, steps, schedule, like = maybe(base), sample.num_steps, setting.model.latent_schedule, latents
-        if setting.base.num_classes:
+        if setting.base.conditions.num_classes:
             told = {"label": torch.zeros(len(latents), dtype=torch.int64, device=latents.device)}
     grid = np.linspace(schedule.logsnr_min, schedule.logsnr_max, steps + 1).tolist()
     return lambda: torch_training.euler(lambda z, level: network(z, level, **told), torch.randn_like(like), grid)

@@ -17,12 +17,12 @@ from torch import Tensor, nn  # pyright: ignore[reportMissingImports]
 from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
 
 from ulx.config import Config
+from ulx.frames import given_shape
 from ulx.nn import rotary
 from ulx.nn.encoder import EncoderConfig
 from ulx.nn.grid import factors, per_axis, shrunk
 from ulx.nn.transformer import BlockConfig
 from ulx.nn.uvit import UViTConfig
-from ulx.stages import given_shape
 
 __all__ = ["Autoencoder", "UViT", "base_of", "copy_autoencoder", "copy_weights", "for_device"]
 

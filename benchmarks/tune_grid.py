@@ -47,8 +47,11 @@ def parts_of(run: Any, count: int) -> dict[Part, tuple[Callable[..., Any], Any, 
     import jax
     import jax.numpy as jnp
 
+    from ulx.nn.conditions import Conditions
+
     keys = jax.random.split(jax.random.key(run.config.seed), 2)
-    label = jnp.arange(count) % run.base.num_classes if run.base.num_classes else None
+    classes = run.base.conditions.num_classes
+    told = Conditions(jnp.arange(count) % classes if classes else None)
     latents, images = (
         jax.random.normal(key, (count, *shape))
         for key, shape in zip(keys, (run.base.shape, run.model.shape), strict=True)
@@ -58,7 +61,7 @@ def parts_of(run: Any, count: int) -> dict[Part, tuple[Callable[..., Any], Any, 
         return run.model.decoder.given(z_0, run.model.decoder_logsnr_0(count))
 
     return {
-        "latents": (lambda z_0: run.base.given(label=label), run.model.latent_schedule, latents),
+        "latents": (lambda z_0: run.base.given(told), run.model.latent_schedule, latents),
         "decoder": (decoder, run.model.decoder.schedule, images),
     }
 

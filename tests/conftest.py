@@ -82,7 +82,7 @@ def trained_run(tmp_path_factory, small_config, small_dataset) -> Path:
     path = runs.open_folder(config)
     runs.remember_data(path, dataset)
     stage1 = _drawn(runs.stage1_state(config), seed=1, step=6)
-    stage2 = _drawn(runs.stage2_state(config, stage1.ema_model, len(dataset.class_names)), seed=2, step=4)
+    stage2 = _drawn(runs.stage2_state(config, stage1.ema_model, runs.told(dataset.class_names)), seed=2, step=4)
     for name, state in (("stage1", stage1), ("stage2", stage2)):
         with Checkpoints(path / "checkpoints" / name) as checkpoints:
             checkpoints.save(int(state.step), state, {"data": train_batches(dataset, batch_size=4, seed=0)}, wait=True)

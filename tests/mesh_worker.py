@@ -22,14 +22,16 @@ from ulx.data import DataConfig
 from ulx.data.pipeline import train_batches
 from ulx.data.source import Dataset, InMemory, Split
 from ulx.models import ModelConfig
+from ulx.nn.conditions import ConditionSpec
 from ulx.nn.encoder import EncoderConfig
 from ulx.nn.transformer import BlockConfig
 from ulx.nn.uvit import UViTConfig
 from ulx.progress import Progress
-from ulx.runner import Runner
+from ulx.runner import Runner, Told
 from ulx.training import make_optimizer, make_step
 
 STEPS, BATCH, CLASSES = 20, 8, 3
+TOLD = ConditionSpec(num_classes=CLASSES)
 
 
 def settings() -> Config:
@@ -79,7 +81,7 @@ def trained(stage: str, *legs: tuple[int, int, int]) -> dict[str, Any]:
     """
     config, logged, text = settings(), [], ""
     model = runs.stage1_state(config).model
-    new = lambda: runs.stage1_state(config) if stage == "stage1" else runs.stage2_state(config, model, CLASSES)  # noqa: E731
+    new = lambda: runs.stage1_state(config) if stage == "stage1" else runs.stage2_state(config, model, TOLD)  # noqa: E731
     with tempfile.TemporaryDirectory() as folder, Checkpoints(Path(folder)) as checkpoints:
         for data, fsdp, accumulate in legs:
             mesh = sharding.make_mesh(fsdp, jax.devices()[: data * fsdp])
@@ -121,13 +123,13 @@ def made() -> dict[str, Any]:
     sample = SampleConfig(num_steps=3, decoder_num_steps=3, decoder_solver="ancestral")
     config = dataclasses.replace(settings(), evaluate=options, sample=sample)
     state = runs.stage1_state(config)
-    stage2 = runs.stage2_state(config, state.model, CLASSES)
+    stage2 = runs.stage2_state(config, state.model, TOLD)
     model, base = sharding.place(moved((state.model, stage2.model)), sharding.make_mesh())
     images = np.stack([dataset().train[i]["image"] for i in range(5)])
     with Progress("made", total=20) as progress:
         run = Runner(model, config, progress)
         latents = run.encode(images)
-        samples, nfe = run.latents(base, np.arange(5, dtype=np.int32) % CLASSES, 5, "sample", guidance=2.0)
+        samples, nfe = run.latents(base, 5, "sample", Told(np.arange(5, dtype=np.int32) % CLASSES), guidance=2.0)
         return {
             "latents": latents.tolist(),
             "rate": np.asarray(run.rate(images, model.prior).rate).tolist(),

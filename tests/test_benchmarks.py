@@ -23,6 +23,7 @@ from ulx.config import Config, differences, to_json
 from ulx.cost import network_costs
 from ulx.denoiser import Denoiser
 from ulx.models import UnifiedLatents
+from ulx.nn.conditions import ConditionSpec
 from ulx.nn.uvit import UViT
 
 
@@ -163,7 +164,9 @@ def test_latents_have_their_shapes_at_comparable_compute():
         model = eqx.filter_eval_shape(UnifiedLatents, config.data.shape, config.model, key=jax.random.key(0))
         assert model.latent_shape == (shape[0], shape[0], shape[1])
         base = eqx.filter_eval_shape(
-            lambda key, c=config, m=model: Denoiser(UViT(m.latent_shape, c.model.base, num_classes=10, key=key)),
+            lambda key, c=config, m=model: Denoiser(
+                UViT(m.latent_shape, c.model.base, conditions=ConditionSpec(num_classes=10), key=key)
+            ),
             jax.random.key(0),
         )
         flops[shape] = {name: cost.forward_flops for name, cost in network_costs(model, base).items()}

@@ -16,6 +16,7 @@ from ulx import encode, reconstruct, runs, sample
 from ulx.config import from_json
 from ulx.decoders import DiffusionDecoder
 from ulx.image_files import ImageFolder, contact_sheet, png_names
+from ulx.nn.conditions import NO_LABEL, Conditions
 from ulx.seeding import root_key
 
 LEVEL = 1  # of 255: another batch shape rounds differently, and a value between two levels may go either way
@@ -117,7 +118,7 @@ class TestSample:
         latent_key, decoder_key = jax.random.split(jax.random.fold_in(root_key(3, "sample"), 5))
 
         def denoise(z, logsnr):
-            x_label, x_none = (call(run.base, z, logsnr, label=jnp.array([index])) for index in (0, 3))
+            x_label, x_none = (call(run.base, z, logsnr, Conditions(jnp.array([index]))) for index in (0, NO_LABEL))
             return x_none + 1.5 * (x_label - x_none)
 
         z_0 = ddim(denoise, first_noise(latent_key, (1, 8, 8, 4)), [-10.0, -2.5, 5.0])

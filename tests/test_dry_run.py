@@ -13,6 +13,7 @@ import pytest
 from ulx import dry_run, job, runs
 from ulx.command_line import experiment
 from ulx.cost import num_parameters
+from ulx.nn.conditions import ConditionSpec
 from ulx.sharding import bytes_per_device
 from ulx.variants import VARIANTS
 
@@ -30,8 +31,8 @@ def smoke():
 
 def test_sizes_are_those_of_the_networks_that_are_trained(smoke):
     config = openmoji.PRESETS["smoke"]
-    state = runs.stage1_state(config, 10)
-    base = runs.stage2_state(config, state.model, 10)
+    state = runs.stage1_state(config, ConditionSpec(num_classes=10))
+    base = runs.stage2_state(config, state.model, ConditionSpec(num_classes=10))
     for name, network in {"encoder": state.model.encoder, "decoder": state.model.decoder, "base": base.model}.items():
         assert re.search(rf"^{name} +{num_parameters(network) / 1e6:.1f} M ", smoke, re.M)
     flops = job.cost(state.model, base.model, config)
@@ -52,20 +53,24 @@ def test_every_variant_is_described(variant):
 
 def test_weights_are_counted_in_bytes(small_config):
     """Parameters, two moments and the average in float32, the frozen autoencoder of stage 2, and counters."""
-    state = eqx.filter_eval_shape(lambda: runs.stage1_state(small_config, 3))
-    parameters = num_parameters(eqx.filter(runs.stage1_state(small_config, 3).model, eqx.is_inexact_array))
+    state = eqx.filter_eval_shape(lambda: runs.stage1_state(small_config))
+    parameters = num_parameters(eqx.filter(runs.stage1_state(small_config).model, eqx.is_inexact_array))
     assert 4 * 4 * parameters <= bytes_per_device(state) < 4 * 4 * parameters + 100
 
 
 def test_memory_of_a_step_grows_with_the_batch(small_config):
     def memory(size):
         train = dataclasses.replace(small_config.train, batch_size=size)
-        return dry_run.planned(dataclasses.replace(small_config, train=train), 3).steps["stage1"].memory()
+        return (
+            dry_run.planned(dataclasses.replace(small_config, train=train), ConditionSpec(num_classes=3))
+            .steps["stage1"]
+            .memory()
+        )
 
     one, two, four = memory(8), memory(16), memory(32)
     # Affine in the batch: activations grow with it, gradients do not. A fifth for what the compiler packs otherwise.
     assert four - two == pytest.approx(2 * (two - one), rel=0.2)
-    assert two > one > 4 * num_parameters(runs.stage1_state(small_config, 3).model)
+    assert two > one > 4 * num_parameters(runs.stage1_state(small_config).model)
 
 
 def test_speed_is_one_that_a_machine_can_have():

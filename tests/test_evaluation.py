@@ -17,8 +17,9 @@ from ulx.diffusion import split_keys
 from ulx.generate import example_keys
 from ulx.metrics.frechet import Moments, frechet_distance
 from ulx.metrics.reference import training_moments
+from ulx.nn.conditions import NO_LABEL, Conditions
 from ulx.progress import Progress
-from ulx.runner import Runner
+from ulx.runner import Runner, Told
 from ulx.seeding import root_key
 
 
@@ -39,20 +40,20 @@ def runner(run, images) -> Runner:
 
 
 def test_rate_under_the_base_model_is_without_a_label(run, runner, images):
-    """The null label is the one after the three classes; five images come in batches of four."""
+    """Five images come in batches of four."""
 
     @eqx.filter_jit
     def by_hand(model, base, x, keys, label):
-        denoise = lambda z_t, logsnr, *, key=None: base(z_t, logsnr, label=jnp.full(len(z_t), label))  # noqa: E731
+        denoise = lambda z_t, logsnr, *, key=None: base(z_t, logsnr, Conditions(jnp.full(len(z_t), label)))  # noqa: E731
         return estimate_rate(denoise, model.encoder(x), model.latent_schedule, key=keys, levels=4).rate
 
     x, keys = jnp.asarray(images) / 127.5 - 1, split_keys(example_keys(root_key(0, "evaluation rate"), 0, 5), 2)[1]
-    none, first = (by_hand(run.model, run.base, x, keys, jnp.asarray(label)) for label in (3, 0))
+    none, first = (by_hand(run.model, run.base, x, keys, jnp.asarray(label)) for label in (NO_LABEL, 0))
     found = runner.rate(images, run.base)
     np.testing.assert_allclose(found.rate, none, rtol=1e-4)  # another batch shape rounds differently
     assert np.abs(found.rate / np.asarray(first) - 1).max() > 1e-3
     # Trained without a null label, it is asked about each image as one of its class.
-    labelled = runner.rate(images, run.base, np.zeros(5, np.int32))
+    labelled = runner.rate(images, run.base, Told(np.zeros(5, np.int32)))
     np.testing.assert_allclose(labelled.rate, first, rtol=1e-4)
     assert found.diffusion.samples.shape == (5, 1, 4)
     np.testing.assert_allclose(found.logsnr_edges, [5.0, 1.25, -2.5, -6.25, -10.0], atol=1e-5)

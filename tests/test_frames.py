@@ -24,6 +24,7 @@ from ulx.generate import decode, extend, sample_latents
 from ulx.latents import encoded
 from ulx.metrics import i3d
 from ulx.metrics.frechet import Moments, frechet_distance
+from ulx.nn.conditions import Conditions, ConditionSpec
 from ulx.nn.encoder import EncoderConfig
 from ulx.nn.transformer import BlockConfig
 from ulx.nn.uvit import UViT, UViTConfig
@@ -65,7 +66,7 @@ def model(config):
 
 @pytest.fixture(scope="module")
 def base(config, model):
-    return moved(runs.stage2_state(config, model, 1).model, seed=1)
+    return moved(runs.stage2_state(config, model, ConditionSpec(num_classes=1)).model, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +93,12 @@ def test_the_first_frames_as_they_are_and_a_mask(clips):
 
 def test_no_frames_are_a_mask_of_zeros():
     """What a network does without frames is what it was trained to do when they were dropped."""
-    network = moved(UViT((2, 4, 4, 3), NETWORK, frames_shape=(4, 8, 8, 4), key=KEY))
+    network = moved(UViT((2, 4, 4, 3), NETWORK, conditions=ConditionSpec(frames_shape=(4, 8, 8, 4)), key=KEY))
     z, level = jax.random.normal(KEY, (2, 2, 4, 4, 3)), jnp.zeros(2)
     none = network(z, level)
-    np.testing.assert_allclose(network(z, level, frames=jnp.zeros((2, 4, 8, 8, 4))), none, atol=1e-6)
+    np.testing.assert_allclose(network(z, level, Conditions(frames=jnp.zeros((2, 4, 8, 8, 4)))), none, atol=1e-6)
     some = given_frames(jax.random.normal(jax.random.key(2), (2, 4, 8, 8, 3)), jnp.asarray([2, 0]))
-    change = np.abs(network(z, level, frames=some) - none).max((1, 2, 3, 4))
+    change = np.abs(network(z, level, Conditions(frames=some)) - none).max((1, 2, 3, 4))
     assert change[0] > 1e-2
     assert change[1] < 1e-5
 
@@ -105,7 +106,7 @@ def test_no_frames_are_a_mask_of_zeros():
 def test_a_network_without_frames_refuses_them():
     network = UViT((2, 4, 4, 3), NETWORK, key=KEY)
     with pytest.raises(ValueError, match="built to be given no frames"):
-        network(jnp.zeros((1, 2, 4, 4, 3)), jnp.zeros(1), frames=jnp.zeros((1, 4, 8, 8, 4)))
+        network(jnp.zeros((1, 2, 4, 4, 3)), jnp.zeros(1), Conditions(frames=jnp.zeros((1, 4, 8, 8, 4))))
 
 
 def test_frames_are_dropped_at_the_rate_asked_for():
@@ -161,9 +162,9 @@ def test_samples_follow_the_given_frames_alone(config, model, base, clips):
     keys = per_example_keys(KEY, 2)
 
     def sampled(clip):
-        frames = given_frames(clip, 2)
-        z_0 = sample_latents(base, model.latent_schedule, config.sample, keys=keys, frames=frames).z
-        return decode(model, z_0, config.sample, keys=keys, frames=frames).z
+        told = Conditions(frames=given_frames(clip, 2))
+        z_0 = sample_latents(base, model.latent_schedule, config.sample, keys=keys, conditions=told).z
+        return decode(model, z_0, config.sample, keys=keys, conditions=told).z
 
     np.testing.assert_array_equal(sampled(x), sampled(later))
     assert np.abs(sampled(x) - sampled(x.at[:, 1].set(0.0))).max() > 1e-3
@@ -180,9 +181,9 @@ def test_a_rolled_window_is_given_the_last_frames(config, model, base, clips):
         pairs = jax.vmap(lambda key, i=window: jax.random.split(jax.random.fold_in(key, i)))(keys)
         frames = jnp.concatenate([by_hand[:, -2:], jnp.zeros((2, 2, 16, 16, 3))], axis=1)
         mask = jnp.zeros((2, 4, 16, 16, 1)).at[:, :2].set(1)
-        frames = jnp.concatenate([frames, mask], axis=-1)
-        z_0 = sample_latents(base, model.latent_schedule, config.sample, keys=pairs[:, 0], frames=frames).z
-        clip = decode(model, z_0, config.sample, keys=pairs[:, 1], frames=frames).z
+        told = Conditions(frames=jnp.concatenate([frames, mask], axis=-1))
+        z_0 = sample_latents(base, model.latent_schedule, config.sample, keys=pairs[:, 0], conditions=told).z
+        clip = decode(model, z_0, config.sample, keys=pairs[:, 1], conditions=told).z
         by_hand = jnp.concatenate([by_hand, clip[:, 2:]], axis=1)
     np.testing.assert_allclose(found, by_hand[:, :7], atol=1e-6)
     np.testing.assert_array_equal(extend(model, base, x, 3, config.sample, given=2, keys=keys), x[:, :3])

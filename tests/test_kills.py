@@ -21,6 +21,7 @@ from ulx import runs
 from ulx.checkpoint import Checkpoints
 from ulx.config import from_json, to_json
 from ulx.metrics_log import read_metrics
+from ulx.nn.conditions import ConditionSpec
 from ulx.processes import PREEMPTED
 
 WORKER = Path(__file__).parent / "job_worker.py"
@@ -110,7 +111,7 @@ def outcome(config: Path) -> dict[str, Any]:
     """All that a job leaves behind, without times."""
     folder, settings = config.parent / config.stem, from_json(config.read_text())
     stage1 = runs.stage1_state(settings)
-    stage2 = runs.stage2_state(settings, stage1.model, 2)
+    stage2 = runs.stage2_state(settings, stage1.model, ConditionSpec(num_classes=2))
     found: dict[str, Any] = {"arrays": {}, "logs": {}}
     for stage, state in (("stage1", stage1), ("stage2", stage2)):
         with Checkpoints(folder / "checkpoints" / stage, read_only=True) as checkpoints:

@@ -12,6 +12,7 @@ from ulx import runs
 from ulx.data import cache
 from ulx.data.pixels import to_float
 from ulx.latents import encoded
+from ulx.nn.conditions import ConditionSpec
 from ulx.stages import base_loss, make_base
 from ulx.training import Draws
 
@@ -29,7 +30,7 @@ def latents(model, small_dataset, tmp_path_factory):
 def test_loss_and_gradient_are_those_of_encoding_the_batch(small_config, small_dataset, model, latents):
     rng = np.random.default_rng(0)
     move = lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape).astype(np.float32)  # noqa: E731
-    base = jax.tree.map(move, make_base(model, small_config.model, 3, key=jax.random.key(1)))
+    base = jax.tree.map(move, make_base(model, small_config.model, ConditionSpec(num_classes=3), key=jax.random.key(1)))
     rows = [3, 11, 0, 7]
     examples = [
         {name: np.stack([data.train[i][name] for i in rows]) for name in data.train[0]}

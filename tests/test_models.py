@@ -15,9 +15,11 @@ from ulx import diffusion, losses, runs, schedules, weightings
 from ulx.config import Config, SampleConfig
 from ulx.generate import decode, example_keys, in_batches, sample_latents
 from ulx.models import UnifiedLatents
-from ulx.stages import CollapseWatch, autoencoder_loss, base_loss, drop_labels, make_base
+from ulx.nn.conditions import NO_LABEL, Conditions, ConditionSpec
+from ulx.stages import CollapseWatch, autoencoder_loss, base_loss, dropped_conditions, make_base
 from ulx.training import Draws
 
+CLASSES = ConditionSpec(num_classes=3)
 KEY = jax.random.key(0)
 
 
@@ -138,7 +140,7 @@ def test_training_minimises_bits_per_pixel_of_the_sum(small_config, model, image
 def test_stage_2_is_the_sigmoid_weighted_loss_between_the_prior_s_ends(small_config, model, images):
     """By hand: λ from 5 to −10 by a cosine around b = 1, w = sigmoid(1 − λ), bits per pixel of 16·16 pixels."""
     config = dataclasses.replace(small_config, base_bias=1.0, label_dropout=0.0)
-    base = shaken(make_base(model, config.model, 3, key=jax.random.key(1)))
+    base = shaken(make_base(model, config.model, CLASSES, key=jax.random.key(1)))
     label = jnp.asarray([0, 1, 2, 0])
     z_clean = eqx.filter_jit(model.encoder)(images)
     value, _ = eqx.filter_jit(base_loss(config, 16 * 16))(
@@ -152,7 +154,7 @@ def test_stage_2_is_the_sigmoid_weighted_loss_between_the_prior_s_ends(small_con
     loss_keys = diffusion.split_keys(diffusion.split_keys(draws().keys, 3)[1], 2)
     alpha, sigma = (np.sqrt(1 / (1 + np.exp(sign * logsnr)))[:, None, None, None] for sign in (-1, 1))
     z_t = jnp.asarray(alpha * z_clean + sigma * diffusion.normal(loss_keys[0], z_clean), jnp.float32)
-    z_hat = eqx.filter_jit(base)(z_t, jnp.asarray(logsnr, jnp.float32), label=label)
+    z_hat = eqx.filter_jit(base)(z_t, jnp.asarray(logsnr, jnp.float32), Conditions(label))
     error = np.sum((np.asarray(z_clean, np.float64) - np.asarray(z_hat)) ** 2, axis=(1, 2, 3))
     nats = slope * np.exp(logsnr) / 2 / (1 + np.exp(logsnr - 1)) * error
     # float32 rounds z_t near 1e-7, which the error of the least noisy example feels at 1e-3 at most.
@@ -160,7 +162,7 @@ def test_stage_2_is_the_sigmoid_weighted_loss_between_the_prior_s_ends(small_con
 
 
 def test_stage_2_leaves_the_encoder_alone_and_drops_labels(small_config, model, images):
-    base = make_base(model, small_config.model, 3, key=jax.random.key(1))
+    base = make_base(model, small_config.model, CLASSES, key=jax.random.key(1))
     batch = {"image": jnp.asarray((images + 1) * 127.5, jnp.uint8), "label": jnp.asarray([0, 1, 2, 0])}
 
     def objective(pair):
@@ -169,13 +171,13 @@ def test_stage_2_leaves_the_encoder_alone_and_drops_labels(small_config, model, 
     to_base, to_encoder = eqx.filter_jit(eqx.filter_grad(objective))((base, model))
     assert float(optax.tree.norm(eqx.filter(to_base, eqx.is_array))) > 0
     assert float(optax.tree.norm(eqx.filter(to_encoder, eqx.is_array))) == 0
-    labels = jnp.zeros(4000, jnp.int32)
-    dropped = drop_labels(labels, keys(4000), 0.1, 3)
+    labels = {"label": jnp.zeros(4000, jnp.int32)}
+    dropped = dropped_conditions(labels, keys(4000), 0.1, CLASSES).label
     assert dropped is not None
     # The share has a standard error of 0.005.
-    assert abs(float((dropped == 3).mean()) - 0.1) < 0.02
-    assert set(np.unique(dropped)) == {0, 3}
-    assert drop_labels(labels, keys(4000), 0.1, 0) is None
+    assert abs(float((dropped == NO_LABEL).mean()) - 0.1) < 0.02
+    assert set(np.unique(dropped)) == {0, NO_LABEL}
+    assert dropped_conditions(labels, keys(4000), 0.1, ConditionSpec()).label is None
 
 
 def test_an_example_is_the_same_in_any_batch(model):
@@ -198,16 +200,20 @@ def test_an_example_is_the_same_in_any_batch(model):
 
 
 def test_guidance_needs_a_label_and_counts_twice(small_config, model):
-    base = make_base(model, small_config.model, 3, key=jax.random.key(1))
+    base = make_base(model, small_config.model, CLASSES, key=jax.random.key(1))
     config = SampleConfig(num_steps=3, solver="heun")
     with pytest.raises(ValueError, match="towards a label"):
         sample_latents(base, model.latent_schedule, config, keys=keys(), guidance_scale=2.0)
     label = jnp.asarray([0, 1, 2, 0])
-    guided = sample_latents(base, model.latent_schedule, config, keys=keys(), label=label, guidance_scale=2.0)
+    guided = sample_latents(
+        base, model.latent_schedule, config, keys=keys(), conditions=Conditions(label), guidance_scale=2.0
+    )
     assert int(guided.nfe) == 3 * 2 * 2
     # Within [−1, 5] of a grid −10, −5, 0, 5: at 0 from both sides and at 5.
     limited = dataclasses.replace(config, guidance_interval=(-1.0, 5.0))
-    part = sample_latents(base, model.latent_schedule, limited, keys=keys(), label=label, guidance_scale=2.0)
+    part = sample_latents(
+        base, model.latent_schedule, limited, keys=keys(), conditions=Conditions(label), guidance_scale=2.0
+    )
     assert int(part.nfe) == 3 * 2 + 3
     assert example_keys(KEY, 2, 1)[0] == example_keys(KEY, 0, 3)[2]
 

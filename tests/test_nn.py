@@ -11,11 +11,13 @@ import pytest
 from ulx import diffusion
 from ulx.nn import grid, layers, rotary
 from ulx.nn.attention import attend
+from ulx.nn.conditions import NO_LABEL, Conditions, ConditionSpec
 from ulx.nn.encoder import Encoder, EncoderConfig
 from ulx.nn.resnet import ResBlock
 from ulx.nn.transformer import Attention, BlockConfig, Stack
 from ulx.nn.uvit import UViT, UViTConfig
 
+CLASSES = ConditionSpec(num_classes=3)
 KEY = jax.random.key(0)
 SMALL = BlockConfig(head_size=8)
 
@@ -192,12 +194,12 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_network_uses_every_input_and_parameter(name):
     shape, config, context_shape = CONFIGS[name]
-    network = shaken(UViT(shape, config, context_shape=context_shape, num_classes=3, key=KEY))
+    network = shaken(UViT(shape, config, context_shape=context_shape, conditions=CLASSES, key=KEY))
     z, logsnr, label = normal(3, *shape), jnp.asarray([-8.0, 0.0, 4.0]), jnp.asarray([0, 1, 3])
     context = None if context_shape is None else normal(3, *context_shape)
 
     def total(network, z, context):
-        return jnp.sum(network(z, logsnr, context=context, label=label) * normal(3, *shape, seed=5))
+        return jnp.sum(network(z, logsnr, Conditions(label), context=context) * normal(3, *shape, seed=5))
 
     grads = eqx.filter_jit(jax.grad(total, argnums=(0, 1) if context is None else (0, 1, 2)))(network, z, context)
     dead = [
@@ -208,23 +210,23 @@ def test_network_uses_every_input_and_parameter(name):
     ]
     assert not dead
     call = eqx.filter_jit(network)
-    out = call(z, logsnr, context=context, label=label)
+    out = call(z, logsnr, Conditions(label), context=context)
     assert out.shape == z.shape
     # The examples of a batch do not see each other.
-    alone = call(z[1:2], logsnr[1:2], context=None if context is None else context[1:2], label=label[1:2])
+    alone = call(z[1:2], logsnr[1:2], Conditions(label[1:2]), context=None if context is None else context[1:2])
     np.testing.assert_allclose(out[1:2], alone, atol=1e-4)
     # The level and the label matter.
-    assert np.abs(call(z, logsnr + 1, context=context, label=label) - out).max() > 1e-4
-    assert np.abs(call(z, logsnr, context=context, label=label * 0) - out).max() > 1e-4
+    assert np.abs(call(z, logsnr + 1, Conditions(label), context=context) - out).max() > 1e-4
+    assert np.abs(call(z, logsnr, Conditions(label * 0), context=context) - out).max() > 1e-4
 
 
 def test_no_label_is_the_null_label_and_a_new_network_predicts_zero():
     shape, config, _ = CONFIGS["vit"]
-    network = UViT(shape, config, num_classes=3, key=KEY)
+    network = UViT(shape, config, conditions=CLASSES, key=KEY)
     z, logsnr = normal(2, *shape), jnp.zeros(2)
     np.testing.assert_array_equal(network(z, logsnr), jnp.zeros_like(z))
     network = shaken(network)
-    np.testing.assert_array_equal(network(z, logsnr), network(z, logsnr, label=jnp.asarray([3, 3])))
+    np.testing.assert_array_equal(network(z, logsnr), network(z, logsnr, Conditions(jnp.full(2, NO_LABEL))))
 
 
 def test_grids_are_fitted():
@@ -260,7 +262,7 @@ def test_mistakes_are_caught_at_the_call():
     with pytest.raises(ValueError, match="takes no context"):
         network(normal(1, *shape), jnp.zeros(1), context=normal(1, 4, 4, 2))
     with pytest.raises(ValueError, match="built without classes"):
-        network(normal(1, *shape), jnp.zeros(1), label=jnp.zeros(1, jnp.int32))
+        network(normal(1, *shape), jnp.zeros(1), Conditions(jnp.zeros(1, jnp.int32)))
 
 
 def test_encoder_reduces_and_every_parameter_counts():

@@ -12,6 +12,7 @@ from scipy import stats
 from ulx import diffusion, losses, schedules
 from ulx.bound import estimate_rate
 from ulx.denoiser import StandardNormal
+from ulx.nn.conditions import Conditions
 from ulx.posterior import Posterior
 from ulx.weightings import TruncatedLogistic
 
@@ -90,8 +91,8 @@ class TestStandardNormal:
             assert_mean(example, exact)
 
     def test_refuses_what_it_does_not_know(self):
-        with pytest.raises(ValueError, match="no labels"):
-            self.prior.given(label=jnp.zeros(2, jnp.int32))
+        with pytest.raises(ValueError, match="without classes"):
+            self.prior.given(Conditions(jnp.zeros(2, jnp.int32)))
         with pytest.raises(ValueError, match="no weighting"):
             self.prior.prior_terms(drawn(0, 2, 3, 2), SCHEDULE, TruncatedLogistic(0.0, 5.0, -10.0), key=KEY)
 

@@ -12,6 +12,7 @@ from ulx.config import Config
 from ulx.cost import network_costs
 from ulx.data import DataConfig
 from ulx.models import ModelConfig, UnifiedLatents
+from ulx.nn.conditions import ConditionSpec
 from ulx.nn.transformer import Stack
 from ulx.presets import MODELS, PAPER
 from ulx.stages import autoencoder_loss, base_loss, make_base
@@ -28,7 +29,7 @@ SIZES: dict[str, tuple[ModelConfig, tuple[int, ...], int]] = {
 
 def networks(model: ModelConfig, shape: tuple[int, ...], num_classes: int, key):
     autoencoder = UnifiedLatents(shape, model, key=key)
-    return autoencoder, make_base(autoencoder, model, num_classes, key=key)
+    return autoencoder, make_base(autoencoder, model, ConditionSpec(num_classes), key=key)
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ KEY = jax.random.key(0)
 class Unlabelled(StandardNormal):
     """N(0, I) whatever the label."""
 
-    def given(self, *, frames=None, label=None):
+    def given(self, conditions=None):
         return super().given()
 
 

@@ -24,6 +24,7 @@ from ulx.image_files import contact_sheet
 from ulx.metrics.frechet import Moments
 from ulx.metrics.kernel import kernel_distance
 from ulx.metrics_log import MetricsLog
+from ulx.nn.conditions import ConditionSpec
 
 SHIFT = 5  # levels by which the decoder is off: PSNR 20 log10(255 / 5) = 34.15 dB everywhere
 
@@ -84,7 +85,7 @@ def finished(tmp_path_factory, small_config, small_dataset) -> Path:
                 values = {"loss": factor * 12 / step, "rate": 4.0, "decoder": 8 / step, "latent_std": 0.5}
                 log.write(step, values if name == "stage1" else {"loss": values["loss"]})
     model = zeros(eqx.filter_eval_shape(runs.stage1_state, config).model)
-    base = zeros(eqx.filter_eval_shape(runs.stage2_state, config, model, 3).model)
+    base = zeros(eqx.filter_eval_shape(runs.stage2_state, config, model, ConditionSpec(num_classes=3)).model)
 
     train = np.stack([example["image"] for example in dataset.train])
     with pytest.MonkeyPatch.context() as patch:

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 from ulx import job, runs, sharding
 from ulx.config import Config
 from ulx.data import DataConfig
+from ulx.nn.conditions import ConditionSpec
 from ulx.nn.transformer import Stack
 from ulx.presets import PAPER
 
@@ -127,7 +128,7 @@ def test_bytes_of_the_paper_s_base_model_fall_by_the_factor(capsys):
     """Weights, two moments and the average, as shapes."""
     config = Config(data=DataConfig(source="openmoji", resolution=512), model=PAPER["imagenet512-medium"].model)
     model = eqx.filter_eval_shape(lambda: runs.stage1_state(config).model)
-    state = eqx.filter_eval_shape(lambda: runs.stage2_state(config, model, 1000))
+    state = eqx.filter_eval_shape(lambda: runs.stage2_state(config, model, ConditionSpec(num_classes=1000)))
     whole, *less = (sharding.bytes_per_device(state, fsdp) for fsdp in (1, 2, 8, 64))
     weights = sum(leaf.size for leaf in jax.tree.leaves(state.ema))
     assert whole == pytest.approx(4 * 4 * weights, abs=64)  # float32, four times; and the steps

@@ -13,6 +13,7 @@ import step_profile
 
 from ulx.cost import network_costs
 from ulx.dry_run import planned
+from ulx.nn.conditions import ConditionSpec
 
 
 def test_a_fit_finds_the_polynomial_and_tells_where_there_is_none():
@@ -34,7 +35,7 @@ def test_a_step_s_memory_is_affine_in_the_batch_and_flops_are_the_networks(tmp_p
     # Activations grow with the batch, weights do not; the compiler packs small ones otherwise than large ones.
     assert one["fits"]["mib"]["largest_error"] < 0.15
     config = cost_curves.config_of("batch", 4, settings)
-    plan = planned(config, 1)
+    plan = planned(config, ConditionSpec(num_classes=1))
     base = network_costs(plan.model, plan.base)["base"]
     assert one["gflops"] == pytest.approx([size * base.training_flops / 1e9 for size in (2, 4, 8)])
     assert one["fits"]["gflops"]["coefficients"][0] == pytest.approx(0, abs=1e-9)
@@ -50,7 +51,7 @@ def test_a_step_s_memory_is_affine_in_the_batch_and_flops_are_the_networks(tmp_p
 ])  # fmt: skip
 def test_a_curve_changes_one_size(curve, size, tokens, blocks, width):
     config = cost_curves.config_of(curve, size, cost_curves.Settings(batch_size=3))
-    base = planned(config, 1).base.network
+    base = planned(config, ConditionSpec(num_classes=1)).base.network
     assert np.prod(base.position.shape[:-1]) == tokens
     assert base.position.shape[-1] == width
     assert base.middle.blocks.modulation.weight.shape[0] == blocks

@@ -12,6 +12,7 @@ import speed
 from ulx import diffusion, runs, samplers, stages
 from ulx.config import Config
 from ulx.data import DataConfig
+from ulx.nn.conditions import Conditions, ConditionSpec
 from ulx.nn.uvit import UViTConfig
 from ulx.presets import MODELS
 from ulx.training import Draws
@@ -65,8 +66,8 @@ def pair(request, monkeypatch):
     """Configuration, stage 1 and base of ulx, and both in PyTorch; all noise is drawn by `numbers`."""
     monkeypatch.setattr(diffusion, "normal", lambda keys, like: jnp.asarray(numbers(*like.shape)))
     config, classes = config_of(request.param), 0 if "video" in request.param else 3
-    model = drawn(runs.stage1_state(config, classes).model, 0)
-    base = drawn(runs.stage2_state(config, model, classes).model, 1)
+    model = drawn(runs.stage1_state(config, ConditionSpec(num_classes=classes)).model, 0)
+    base = drawn(runs.stage2_state(config, model, ConditionSpec(num_classes=classes)).model, 1)
     theirs = torch_models.Autoencoder(config)
     their_base = torch_models.base_of(config, theirs.latent_shape, classes)
     torch_models.copy_autoencoder(theirs, model)
@@ -85,7 +86,7 @@ def test_networks_agree(pair):
     config, model, base, theirs, their_base = pair
     x, z, logsnr = numbers(2, *config.data.shape), numbers(2, *model.latent_shape), np.array([-3.0, 2.5], np.float32)
     prior, decoder = model.prior.network, model.decoder.denoiser.network
-    label = np.array([1, 0]) if base.num_classes else None
+    label = np.array([1, 0]) if base.conditions.num_classes else None
     as_tensor = lambda a: None if a is None else torch.from_numpy(a)  # noqa: E731
     close(eqx.filter_jit(model.encoder)(x), theirs.encoder(torch.from_numpy(x)))
     for ours, other, inputs in (
@@ -93,8 +94,8 @@ def test_networks_agree(pair):
         (decoder, theirs.decoder, {"z_t": x, "context": z}),
         (base.network, their_base, {"z_t": z, "label": label}),
     ):
-        own = eqx.filter_jit(ours)(inputs.pop("z_t"), logsnr, **inputs)
-        inputs = {"z_t": z if own.shape == z.shape else x} | inputs
+        conditions = Conditions(None if label is None or ours is not base.network else jnp.asarray(label))
+        own = eqx.filter_jit(ours)(inputs["z_t"], logsnr, conditions, context=inputs.get("context"))
         close(own, other(logsnr=torch.from_numpy(logsnr), **{name: as_tensor(value) for name, value in inputs.items()}))
 
 

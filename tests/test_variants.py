@@ -20,6 +20,7 @@ from ulx.denoiser import Denoiser, StandardNormal
 from ulx.encode import Options as EncodeOptions
 from ulx.encode import encode
 from ulx.generate import decode, sample_latents
+from ulx.nn.conditions import Conditions, ConditionSpec
 from ulx.nn.encoder import Pixels
 from ulx.stages import autoencoder_loss, base_loss, decoder_loss
 from ulx.training import Draws
@@ -134,7 +135,7 @@ def test_regression_decoder_weighs_as_its_cut_off(small_config, batch):
     np.testing.assert_allclose(drawn.z, np.clip(x_hat, -1, 1), atol=1e-5)
     assert int(drawn.nfe) == 1
     # Then the diffusion decoder: the encoder is frozen.
-    decoder = shaken(runs.decoder_state(config, model).model)
+    decoder = shaken(runs.decoder_state(config, model, ConditionSpec()).model)
     assert isinstance(decoder, DiffusionDecoder)
     step = lambda pair: decoder_loss(config)(pair[0], pair[1], batch, DRAWS, jnp.asarray(0))[0]  # noqa: E731
     to_decoder, to_model = eqx.filter_jit(eqx.filter_grad(step))((decoder, model))
@@ -144,7 +145,7 @@ def test_regression_decoder_weighs_as_its_cut_off(small_config, batch):
 
 def test_logistic_decoder_is_told_the_noise_of_its_latent(small_config, batch):
     config = varied(small_config, "single-stage-logistic")
-    model = shaken(runs.stage1_state(config, 3).model)
+    model = shaken(runs.stage1_state(config, ConditionSpec(num_classes=3)).model)
     assert isinstance(model.decoder, DiffusionDecoder)
     x = batch["image"].astype(jnp.float32) / 127.5 - 1
     z_0 = model.encode(x, key=jax.random.key(3))
@@ -170,7 +171,7 @@ def test_pixels_are_their_own_latent(small_config, batch):
     decoded = decode(model, z_0, config.sample, keys=jax.random.split(jax.random.key(5), 4))
     # σ/α at λ = 11.9 is 0.0026: within six of them of the image.
     np.testing.assert_allclose(decoded.z, x, atol=6 * 0.0026)
-    base = runs.stage2_state(config, model, 3).model
+    base = runs.stage2_state(config, model, ConditionSpec(num_classes=3)).model
     assert base.shape == (16, 16, 3)
     value, _ = eqx.filter_jit(base_loss(config, 16 * 16))(base, model, batch, DRAWS, jnp.asarray(0))
     assert np.isfinite(float(value))
@@ -237,7 +238,9 @@ def test_runs_from_end_to_end(quick, small_config, small_dataset, tmp_path, name
     run = runs.load(path)
     assert isinstance(run.base, Denoiser)
     keys = jax.random.split(jax.random.key(0), 2)
-    sample = sample_latents(run.base, run.model.latent_schedule, config.sample, keys=keys, label=jnp.asarray([0, 1]))
+    sample = sample_latents(
+        run.base, run.model.latent_schedule, config.sample, keys=keys, conditions=Conditions(jnp.asarray([0, 1]))
+    )
     image = decode(run.model, sample.z, config.sample, keys=keys)
     assert image.z.shape == (2, 16, 16, 3)
     if name == "kl-autoencoder":

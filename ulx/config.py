@@ -20,6 +20,7 @@ from ulx.models import ModelConfig
 from ulx.precision import Dtype
 from ulx.rate_control import RateConfig, log_excess
 from ulx.samplers import Solver, check_inverse_rho, check_solver
+from ulx.text.examples import TextConfig
 
 __all__ = [
     "Config",
@@ -165,6 +166,10 @@ class EvaluateConfig:
     """How it is shown the images: "clean-bicubic" is Clean-FID's way, and its distances are called so."""
     lpips: bool = False
     """LPIPS of the reconstructions too; needs pip install "ulx[lpips]"."""
+    prompts: tuple[str, ...] = ()
+    """Of a run with captions, prompts of which the report shows samples, beside captions of held-out images."""
+    guidance_sweep: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
+    """Of a run with captions, guidance scales at which samples' alignment and distance are measured."""
 
     def __post_init__(self):
         if self.flow_images < 0:
@@ -219,8 +224,10 @@ class Config:
     base_frames_dropout: float = 0.1
     """How often the base model is not given them. What it has to learn is to continue."""
     label_dropout: float = 0.1
-    """How often the base model is trained without its class label, for classifier-free guidance."""
+    """How often the base model is trained without its class label and caption, for classifier-free guidance."""
     data: DataConfig = DataConfig()
+    text: TextConfig = TextConfig()
+    """How the captions are embedded that --data.captions names."""
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     """Stage 1: encoder, prior and decoder together."""
@@ -241,6 +248,10 @@ class Config:
         for name in ("label_dropout", "frames_dropout", "base_frames_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.model.decoder_text and self.data.captions is None:
+            raise ValueError("model.decoder_text tells the decoder a caption: it needs --data.captions")
+        if self.evaluate.prompts and self.data.captions is None:
+            raise ValueError("evaluate.prompts need a run with captions: --data.captions")
         if self.model.given_frames and not self.data.clips:
             raise ValueError(
                 f"model.given_frames={self.model.given_frames}, but --data.source {self.data.source} has no clips"

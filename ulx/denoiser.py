@@ -5,10 +5,11 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from ulx import diffusion, losses
 from ulx.losses import PriorTerms
+from ulx.nn.conditions import Conditions, ConditionSpec
 from ulx.nn.uvit import UViT
 from ulx.schedules import Schedule
 from ulx.typing import Batch, Denoise, Keys, PerExample
@@ -27,15 +28,13 @@ class Denoiser(eqx.Module):
         self,
         z_t: Batch,
         logsnr: PerExample,
+        conditions: Conditions = Conditions(),
         *,
         context: Float[Array, "b *latent k"] | None = None,
         context_logsnr: PerExample | None = None,
-        frames: Float[Array, "b *clip p"] | None = None,
-        label: Int[Array, " b"] | None = None,
         key: Keys | None = None,
     ) -> Batch:
-        told = {"context": context, "context_logsnr": context_logsnr, "frames": frames, "label": label}
-        output = self.network(z_t, logsnr, **told, key=key)
+        output = self.network(z_t, logsnr, conditions, context=context, context_logsnr=context_logsnr, key=key)
         return diffusion.x_from_prediction(self.prediction, output.astype(jnp.float32), z_t, logsnr)
 
     @property
@@ -44,22 +43,21 @@ class Denoiser(eqx.Module):
         return self.network.shape
 
     @property
-    def num_classes(self) -> int:
-        return self.network.num_classes
+    def conditions(self) -> ConditionSpec:
+        """What it can be given."""
+        return self.network.conditions
 
     def given(
         self,
+        conditions: Conditions = Conditions(),
         *,
         context: Array | None = None,
         context_logsnr: PerExample | None = None,
-        frames: Float[Array, "b *clip p"] | None = None,
-        label: Int[Array, " b"] | None = None,
     ) -> Denoise:
         """The denoiser with its conditioning closed over: what losses and samplers take."""
-        told = {"context": context, "context_logsnr": context_logsnr, "frames": frames, "label": label}
 
         def denoise(z_t: Batch, logsnr: PerExample, *, key: Keys | None = None) -> Batch:
-            return self(z_t, logsnr, **told, key=key)
+            return self(z_t, logsnr, conditions, context=context, context_logsnr=context_logsnr, key=key)
 
         return denoise
 
@@ -71,11 +69,11 @@ class Denoiser(eqx.Module):
         *,
         key: Keys,
         t: PerExample | None = None,
-        label: Int[Array, " b"] | None = None,
+        conditions: Conditions = Conditions(),
         dropout: bool = False,
     ) -> PriorTerms:
         """L_z (Eq. 3) with this denoiser as the prior, one draw of t and ε per example. Nats."""
-        denoise = with_dropout(self.given(label=label), dropout)
+        denoise = with_dropout(self.given(conditions), dropout)
         return losses.prior_loss(denoise, z_clean, schedule, weighting, key=key, t=t)
 
 
@@ -83,15 +81,12 @@ class StandardNormal(eqx.Module):
     """The prior N(0, I), in the place of a diffusion prior (Tab. 5): its exact denoiser is ẑ = α z_t."""
 
     shape: tuple[int, ...] = eqx.field(static=True)
-    num_classes: int = eqx.field(static=True, default=0)
+    conditions: ConditionSpec = eqx.field(static=True, default=ConditionSpec())
+    """Nothing can be told to it."""
 
-    def given(
-        self, *, frames: Float[Array, "b *clip p"] | None = None, label: Int[Array, " b"] | None = None
-    ) -> Denoise:
-        """ẑ = α z_t. Its diffusion loss with the terminal KL is KL[q(z_0|x) ‖ N(0, I)] exactly. Knows no labels and no
-        frames."""
-        if label is not None or frames is not None:
-            raise ValueError("the standard normal prior knows no labels and no frames")
+    def given(self, conditions: Conditions = Conditions()) -> Denoise:
+        """ẑ = α z_t. Its diffusion loss with the terminal KL is KL[q(z_0|x) ‖ N(0, I)] exactly. Knows no conditions."""
+        conditions.check(self.conditions)
 
         def denoise(z_t: Batch, logsnr: PerExample, *, key: Keys | None = None) -> Batch:
             return diffusion.alpha(diffusion.expand(logsnr, z_t)) * z_t
@@ -106,7 +101,7 @@ class StandardNormal(eqx.Module):
         *,
         key: Keys,
         t: PerExample | None = None,
-        label: Int[Array, " b"] | None = None,
+        conditions: Conditions = Conditions(),
         dropout: bool = False,
     ) -> PriorTerms:
         """KL[N(α z_clean, σ² I) ‖ N(0, I)] at λ_z(0), with no noise drawn. Nats per example.
@@ -114,10 +109,11 @@ class StandardNormal(eqx.Module):
         It is split as for a diffusion prior: the terminal part is the same KL at λ_z(1).
 
         Raises:
-            ValueError: a weighting or labels, of which a rate in closed form knows nothing.
+            ValueError: a weighting or conditions, of which a rate in closed form knows nothing.
         """
-        if weighting is not None or label is not None:
-            raise ValueError("the standard normal prior takes no weighting and no labels: use a diffusion prior")
+        conditions.check(self.conditions)
+        if weighting is not None:
+            raise ValueError("the standard normal prior takes no weighting: use a diffusion prior")
         rate = losses.terminal_kl(z_clean, schedule.logsnr_max)
         terminal = losses.terminal_kl(z_clean, schedule.logsnr_min)
         return PriorTerms(diffusion=rate - terminal, terminal=terminal)

@@ -22,9 +22,11 @@ from ulx.config import Config, TrainConfig
 from ulx.data import num_classes
 from ulx.denoiser import Denoiser
 from ulx.models import UnifiedLatents
+from ulx.nn.conditions import ConditionSpec
 from ulx.progress import duration
 from ulx.sharding import bytes_per_device, make_mesh
 from ulx.stages import autoencoder_loss, base_loss, decoder_loss
+from ulx.text.examples import channels_of
 from ulx.training import Loss, TrainState, make_optimizer, make_step
 
 __all__ = ["SHARE", "Plan", "PlannedStep", "describe", "matmul_speed", "planned"]
@@ -73,21 +75,21 @@ class Plan:
 
 
 def planned(
-    config: Config, classes: int, make: Callable[[Callable[[], TrainState]], TrainState] = eqx.filter_eval_shape
+    config: Config, told: ConditionSpec, make: Callable[[Callable[[], TrainState]], TrainState] = eqx.filter_eval_shape
 ) -> Plan:
     """What a run would train. Its arrays are shapes alone, or with `make` what that makes of the calls."""
-    states = {"stage1": make(lambda: runs.stage1_state(config, classes))}
+    states = {"stage1": make(lambda: runs.stage1_state(config, told))}
     model = states["stage1"].model
     losses = {"stage1": autoencoder_loss(config)}
     if "decoder" in config.stages:
-        states["decoder"] = make(lambda: runs.decoder_state(config, model))
+        states["decoder"] = make(lambda: runs.decoder_state(config, model, told))
         losses["decoder"] = decoder_loss(config)
     if not config.single_stage:
-        states["stage2"] = make(lambda: runs.stage2_state(config, model, classes))
+        states["stage2"] = make(lambda: runs.stage2_state(config, model, told))
         losses["stage2"] = base_loss(config, math.prod(config.data.shape[:-1]))
     steps = {}
     for stage, train in config.train_configs.items():
-        frozen, batch = None if stage == "stage1" else model, _batch_shapes(config, model, stage, train)
+        frozen, batch = None if stage == "stage1" else model, _batch_shapes(config, model, stage, train, told)
         steps[stage] = PlannedStep(train, losses[stage], states[stage], frozen, batch)
     return Plan(model, model.prior if config.single_stage else states["stage2"].model, steps)
 
@@ -95,7 +97,8 @@ def planned(
 def describe(config: Config, *, compiled: bool = True) -> str:
     """The networks and the stages of a run, as two tables. Compiling takes from seconds to minutes."""
     classes = num_classes(config.data)
-    plan = planned(config, classes)
+    channels = channels_of(config.text) if config.data.captions else 0
+    plan = planned(config, runs.told(("",) * classes, channels))
     model, base = plan.model, plan.base
     cost = job.cost(model, base, config)
     kind = "clips" if config.data.clips else "images"
@@ -144,7 +147,9 @@ def matmul_speed(dtype: str, size: int = 2048, rounds: int = 5) -> float:
     return statistics.median(once() for _ in range(rounds))
 
 
-def _batch_shapes(config: Config, model: Any, stage: str, train: TrainConfig) -> dict[str, jax.ShapeDtypeStruct]:
+def _batch_shapes(
+    config: Config, model: Any, stage: str, train: TrainConfig, told: ConditionSpec
+) -> dict[str, jax.ShapeDtypeStruct]:
     size, shape = train.batch_size, config.data.shape
     fields = {"label": ((size,), jnp.int32), "image": ((size, *shape), jnp.uint8)}
     if stage == "stage2" and config.cache_latents:
@@ -154,6 +159,9 @@ def _batch_shapes(config: Config, model: Any, stage: str, train: TrainConfig) ->
             fields["std"] = fields["mean"]
         if config.model.given_frames:
             fields["first"] = ((size, config.model.given_frames, *shape[1:]), jnp.uint8)
+    if told.text_channels:
+        fields["text"] = ((size, config.text.length, told.text_channels), jnp.float32)
+        fields["text_mask"] = ((size, config.text.length), jnp.bool_)
     return {name: jax.ShapeDtypeStruct(*field) for name, field in fields.items()}
 
 

@@ -14,6 +14,7 @@ from ulx import job, runs
 from ulx.command_line import parse_arguments, run_together
 from ulx.data import open_dataset
 from ulx.metrics import inception
+from ulx.text.examples import embedded
 
 __all__ = ["Options", "evaluate"]
 
@@ -51,8 +52,11 @@ def evaluate(options: Options) -> Path:
     evaluate = dataclasses.replace(evaluate, lpips=evaluate.lpips or options.lpips)
     config = dataclasses.replace(run.config, evaluate=evaluate)
     dataset = open_dataset(config.data)
-    runs.remember_data(run.path, dataset)
-    return job.measure(run.path, run.model, run.base, dataset, config, weights=run.weights)
+    text = None
+    if run.text is not None:
+        text = embedded(dataset, run.open_text(), run.path / "text", evaluate.prompts)
+    runs.remember_data(run.path, dataset, text)
+    return job.measure(run.path, run.model, run.base, dataset, config, text, weights=run.weights)
 
 
 def main(args: Sequence[str] | None = None) -> None:

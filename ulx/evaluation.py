@@ -14,14 +14,14 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int32, UInt8
+from jaxtyping import Float, Int, Int32, UInt8
 
 import ulx
 from ulx import losses
 from ulx.bound import DiffusionEstimate, RateEstimate
 from ulx.config import Config, EvaluateConfig
 from ulx.data.pixels import to_float
-from ulx.data.source import Dataset
+from ulx.data.source import Dataset, Split
 from ulx.denoiser import Denoiser
 from ulx.metrics import compare, efficientnet, i3d, inception, lpips
 from ulx.metrics.copies import copies_among, spread_over
@@ -32,9 +32,13 @@ from ulx.metrics.images import SSIM_WINDOW, psnr, ssim
 from ulx.metrics.pairs import SSIM, PairMeasure
 from ulx.metrics.reference import training_moments
 from ulx.models import UnifiedLatents
+from ulx.nn.conditions import ConditionSpec
 from ulx.progress import Progress
-from ulx.runner import FLOW_PROBES, Runner
+from ulx.prompted import Asked, prompted
+from ulx.runner import FLOW_PROBES, Runner, Told
 from ulx.seeding import root_int
+from ulx.text.encoders import TextEncoder
+from ulx.text.examples import Prompts
 from ulx.typing import PerExample
 
 __all__ = [
@@ -44,8 +48,9 @@ __all__ = [
     "evaluate",
     "evaluate_autoencoder",
     "held_out_examples",
-    "labels_like",
     "networks",
+    "rows_like",
+    "told_of",
 ]
 
 RECONSTRUCT, SAMPLE = "reconstruct", "sample"
@@ -127,21 +132,24 @@ def networks(config: Config) -> tuple[list[FeatureNetwork], lpips.LPIPS | None]:
     return found, lpips.load() if options.lpips else None
 
 
-def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Config) -> Evaluation:
-    """Evaluate a run. `model` and `base` hold the averaged weights; validation images are those of `dataset`.
+def evaluate(
+    model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Config, text: TextEncoder | None = None
+) -> Evaluation:
+    """Evaluate a run. `model` and `base` hold the averaged weights; validation images are those of `dataset`, whose
+    captions, and the prompts of the configuration, `text` embeds.
 
     Raises as `networks` does.
     """
     compared, of_pairs = networks(config)
-    held_out, held_out_labels = held_out_examples(dataset, config.evaluate)
-    made = _Made.by(model, base, dataset, held_out, held_out_labels, config)
+    held_out, _ = held_out_examples(dataset, config.evaluate)
+    made = _Made.by(model, base, dataset, held_out, config, text)
     sampled = config.sample
     metrics: dict[str, Any] = {
         "held_out": {"n": len(held_out), "data": dataset.name, "split": "validation"},
         "weights": "EMA",
         **_bits(made.rate, model),
         "bits_per_pixel_base": _bits_per_pixel(made.base_rate.rate, made.base_rate.diffusion, model)
-        | {"labels": "the images' own" if made.labels_told else "none: the base model's null label"},
+        | {"labels": "the images' own" if made.told else "none: the base model's null label"},
         "decoder_bits_per_pixel": _bits_per_pixel(made.decoder.total, made.decoder, model)
         | {"leaves_out": "x's terminal KL and -log p(x | x_0)"},
         **_errors(made.reconstructions, held_out, of_pairs),
@@ -197,7 +205,7 @@ def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Co
         "swapped": made.swapped,
         "prior_samples": made.prior_samples[:PICTURES],
         "base_samples": made.base_samples[:PICTURES],
-        "base_labels": made.labels[:PICTURES],
+        **_said("base", made.base_told, dataset),
     }
     if made.given:
         metrics["continuation"] = _continuation(made.base_samples, held_out, made.given)
@@ -207,13 +215,17 @@ def evaluate(model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Co
         )
         pictures["nearest"] = np.stack([dataset.train[int(i)]["image"] for i in nearest[:PICTURES]])
     if made.guided is not None:
-        images, turn, nfe = made.guided
-        pictures |= {"guided_samples": images, "guided_labels": turn}
+        images, told, nfe = made.guided
+        pictures |= {"guided_samples": images, **_said("guided", told, dataset)}
         metrics["guided_samples"] = {
             "nfe": nfe,
             "guidance_scale": sampled.guidance_scale,
             "guidance_interval": sampled.guidance_interval,
         }
+    if made.base_told.captions is not None and text is not None:
+        asked = Asked(made.base_samples, made.base_rows, made.base_told, SAMPLE)
+        numbers, images = prompted(model, base, dataset, text, asked, compared[0], config)
+        metrics, pictures = metrics | numbers, pictures | images
     return Evaluation(metrics, pictures)
 
 
@@ -223,8 +235,8 @@ class _Made:
 
     rate: RateEstimate
     base_rate: RateEstimate
-    labels_told: bool
-    """Whether the base model's rate was asked for with the images' labels: one never without them in training."""
+    told: bool
+    """Whether the base model's rate was asked for with what the images are: one never without it in training."""
     decoder: DiffusionEstimate
     flow_of: list[int]
     flow: Float[np.ndarray, " f"]
@@ -238,9 +250,11 @@ class _Made:
     """Of clips the continuations of the held-out ones."""
     given: int
     """Frames that these were given."""
-    labels: Int32[np.ndarray, " s"]
+    base_rows: Int[np.ndarray, " s"]
+    """The training examples whose classes and captions these were told."""
+    base_told: Told
     base_nfe: int
-    guided: tuple[Images, Int32[np.ndarray, " g"], int] | None
+    guided: tuple[Images, Told, int] | None
     """Samples for the eye, the classes in turn, and their NFE."""
     train_originals: Images
     train_reconstructions: Images
@@ -252,14 +266,18 @@ class _Made:
         base: Denoiser,
         dataset: Dataset,
         held_out: Images,
-        held_out_labels: Int32[np.ndarray, " n"],
         config: Config,
+        text: TextEncoder | None,
     ) -> "_Made":
         options, given = config.evaluate, config.model.given_frames
         first = held_out[:, :given] if given else None
         count = len(held_out) if given else options.num_samples
-        labels = labels_like(dataset.train.labels, count, root_int(config.seed, "evaluation labels"))
-        own_labels = held_out_labels if config.label_dropout == 0 else None
+        rows = rows_like(dataset.train, count, root_int(config.seed, "evaluation labels"))
+        base_told = told_of(dataset.train, rows, base.conditions, text)
+        own = told_of(dataset.validation, held_out_rows(dataset, options), base.conditions, text)
+        told = own if config.label_dropout == 0 else Told()
+        # Reconstructions are without given frames, but a decoder that knows captions is told them.
+        decoder_told = Told(captions=own.captions) if config.model.decoder_text else Told()
         # Copies are sought among images alone: there is no end of clips.
         compared = 0 if config.data.clips else 2 * PICTURES
         originals = np.stack([dataset.train[i]["image"] for i in spread_over(len(dataset.train), max(1, compared))])
@@ -267,24 +285,25 @@ class _Made:
         total = 5 * len(held_out) + len(flow_of) + min(PICTURES, len(held_out)) + 2 * count + PICTURES
         with Progress("evaluate", total=total + 2 * len(originals), unit="images") as progress:
             run = Runner(model, config, progress)
-            rate, base_rate = run.rate(held_out, model.prior), run.rate(held_out, base, own_labels)
-            decoder = run.decoder_nats(held_out)
+            rate, base_rate = run.rate(held_out, model.prior), run.rate(held_out, base, told)
+            decoder = run.decoder_nats(held_out, decoder_told)
             flow, flow_steps = run.flow_nats(held_out[flow_of]) if flow_of else (np.zeros(0), 0)
             latents = run.encode(held_out)
-            reconstructions, decoder_nfe = run.decode(latents, RECONSTRUCT)
+            reconstructions, decoder_nfe = run.decode(latents, RECONSTRUCT, decoder_told)
             swapped, _ = run.decode(np.roll(latents, 1, axis=0)[:PICTURES], RECONSTRUCT)
-            prior_samples, prior_nfe = run.sample(model.prior, None, count, SAMPLE)
-            base_samples, base_nfe = run.sample(base, labels, count, SAMPLE, first=first)
+            prior_samples, prior_nfe = run.sample(model.prior, count, SAMPLE)
+            of_clips = dataclasses.replace(base_told, first=first)
+            base_samples, base_nfe = run.sample(base, count, SAMPLE, of_clips)
             guided = None
-            if config.can_guide:
-                turn = np.arange(PICTURES, dtype=np.int32) % len(dataset.class_names)
-                images, nfe = run.sample(base, turn, PICTURES, SAMPLE, guidance=config.sample.guidance_scale)
+            if config.can_guide and base.conditions.num_classes:
+                turn = Told(label=np.arange(PICTURES, dtype=np.int32) % len(dataset.class_names))
+                images, nfe = run.sample(base, PICTURES, SAMPLE, turn, guidance=config.sample.guidance_scale)
                 guided = images, turn, nfe
             train_reconstructions, _ = run.decode(run.encode(originals), RECONSTRUCT)
         return cls(
             rate=rate,
             base_rate=base_rate,
-            labels_told=own_labels is not None,
+            told=config.label_dropout == 0,
             decoder=decoder,
             flow_of=flow_of,
             flow=flow,
@@ -296,7 +315,8 @@ class _Made:
             prior_nfe=prior_nfe,
             base_samples=base_samples,
             given=given,
-            labels=labels,
+            base_rows=rows,
+            base_told=base_told,
             base_nfe=base_nfe,
             guided=guided,
             train_originals=originals,
@@ -405,10 +425,14 @@ def _swap(swapped: Images, originals: Images) -> dict[str, Any]:
     return {"psnr_to_the_latents_image": mean(own), "psnr_to_the_other": mean(other), "gap": mean(own - other)}
 
 
+def held_out_rows(dataset: Dataset, options: EvaluateConfig) -> list[int]:
+    """Which held-out examples are measured on: all of them, or as many as are asked for."""
+    return spread_over(len(dataset.validation), options.held_out or len(dataset.validation))
+
+
 def held_out_examples(dataset: Dataset, options: EvaluateConfig) -> tuple[Images, Int32[np.ndarray, " n"]]:
-    """Held-out images and their labels, all of them or as many as are asked for."""
-    held_out = dataset.validation
-    rows = spread_over(len(held_out), options.held_out or len(held_out))
+    """Those held-out images and their labels."""
+    held_out, rows = dataset.validation, held_out_rows(dataset, options)
     return np.stack([held_out[i]["image"] for i in rows]), held_out.labels[rows]
 
 
@@ -420,6 +444,24 @@ def _mean_image(dataset: Dataset) -> UInt8[np.ndarray, "..."]:
     return (total / len(rows)).round().astype(np.uint8)
 
 
-def labels_like(labels: Int32[np.ndarray, " n"], count: int, seed: int) -> Int32[np.ndarray, " m"]:
-    """Labels drawn with the training set's frequencies."""
-    return np.random.default_rng(seed).choice(labels, count).astype(np.int32)
+def rows_like(split: Split, count: int, seed: int) -> Int[np.ndarray, " m"]:
+    """Examples drawn anew, so that classes and captions are as frequent among them as in the split."""
+    return np.random.default_rng(seed).choice(len(split), count)
+
+
+def told_of(
+    split: Split, rows: Sequence[int] | Int[np.ndarray, " m"], spec: ConditionSpec, text: TextEncoder | None
+) -> Told:
+    """What a model of that spec is told of those examples."""
+    captions = None
+    if spec.text_channels and text is not None and split.captions is not None:
+        captions = Prompts(text, [split.captions[row] for row in rows])
+    return Told(split.labels[np.asarray(rows)] if spec.num_classes else None, captions)
+
+
+def _said(name: str, told: Told, dataset: Dataset) -> dict[str, np.ndarray]:
+    """What stands under pictures: the captions, or else the classes."""
+    if told.captions is not None:
+        return {f"{name}_captions": np.array(told.captions.captions[:PICTURES])}
+    labels = np.zeros(PICTURES, np.int32) if told.label is None else told.label[:PICTURES]
+    return {f"{name}_captions": np.array([dataset.class_names[label] for label in labels])}

@@ -1,5 +1,6 @@
 """Images and latents out of trained models, in batches of one compiled shape; an example owns its noise."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 
 from ulx import guidance, samplers
 from ulx.config import SampleConfig
@@ -15,6 +16,7 @@ from ulx.denoiser import Denoiser, StandardNormal
 from ulx.diffusion import normal, split_keys
 from ulx.frames import given_frames, padded
 from ulx.models import UnifiedLatents
+from ulx.nn.conditions import Conditions
 from ulx.schedules import Schedule
 from ulx.sharding import make_mesh, on_host, place_rows
 from ulx.typing import Denoise, Keys
@@ -34,24 +36,21 @@ def sample_latents(
     config: SampleConfig,
     *,
     keys: Key[Array, " b"],
-    label: Int[Array, " b"] | None = None,
-    frames: Float[Array, "b *clip p"] | None = None,
-    guidance_scale: float = 1.0,
+    conditions: Conditions = Conditions(),
+    guidance_scale: float | Float[Array, ""] = 1.0,
 ) -> samplers.Sample:
     """z_0 from the base model or the prior: from N(0, I) at λ_z(1) down to λ_z(0), and no further (Alg. 2).
 
-    Without `label` it samples unconditionally; guidance needs a label, and leaves given `frames` (`ulx.frames`) given.
-    Raises ValueError for guidance without.
+    Guidance moves away from what is found without label and caption, and leaves given frames given. Raises ValueError
+    for guidance without either. Scales given as arrays share one compiled program, with twice the calls even at 1.
     """
     noise_keys, solver_keys = split_keys(keys, 2)
     noise = normal(noise_keys, jnp.zeros((len(keys), *denoiser.shape)))
-    denoise: Denoise = denoiser.given(frames=frames, label=label)
-    if guidance_scale != 1:
-        if label is None:
-            raise ValueError(f"guidance_scale={guidance_scale} guides towards a label, and none was given")
-        null = jnp.full_like(label, denoiser.num_classes)
-        twice = None if frames is None else jnp.concatenate([frames, frames])
-        both = denoiser.given(frames=twice, label=jnp.concatenate([label, null]))
+    denoise: Denoise = denoiser.given(conditions)
+    if not isinstance(guidance_scale, float | int) or guidance_scale != 1:
+        if not conditions.guides:
+            raise ValueError(f"guidance_scale={guidance_scale} guides towards a label or a caption, and none was given")
+        both = denoiser.given(conditions.joined(conditions.without()))
         guided = guidance.classifier_free(both, guidance_scale)
         interval = config.guidance_interval
         denoise = guided if interval is None else guidance.within(interval, guided, denoise)
@@ -69,9 +68,12 @@ def decode(
     config: SampleConfig,
     *,
     keys: Key[Array, " b"],
-    frames: Float[Array, "b *clip p"] | None = None,
+    conditions: Conditions = Conditions(),
 ) -> samplers.Sample:
-    """Images in [−1, 1] from z_0 at λ_z(0), and given frames, by the model's decoder (Alg. 2, second half)."""
+    """Images in [−1, 1] from z_0 at λ_z(0) by the model's decoder (Alg. 2, second half).
+
+    Of the conditions the decoder is told what it was built for.
+    """
 
     def solve(denoise: Denoise, noise: Float[Array, " b *dims"], schedule: Schedule, solver_keys: Keys):
         ends = {"logsnr_min": schedule.logsnr_min, "logsnr_max": schedule.logsnr_max}
@@ -86,8 +88,8 @@ def decode(
             key=solver_keys,
         )
 
-    logsnr_0 = model.decoder_logsnr_0(len(keys))
-    sample = model.decoder.sample(z_0, solve, keys=keys, logsnr_0=logsnr_0, frames=frames)
+    logsnr_0, known = model.decoder_logsnr_0(len(keys)), conditions.known_to(model.decoder.conditions)
+    sample = model.decoder.sample(z_0, solve, keys=keys, logsnr_0=logsnr_0, conditions=known)
     return samplers.Sample(z=jnp.clip(sample.z, -1, 1), nfe=sample.nfe)
 
 
@@ -100,11 +102,11 @@ def extend(
     *,
     given: int,
     keys: Key[Array, " b"],
-    label: Int[Array, " b"] | None = None,
+    conditions: Conditions = Conditions(),
     guidance_scale: float = 1.0,
 ) -> Float[Array, "b _t h w c"]:
     """Clips continued to so many frames by rolling the window: the last `given` ones are those that the next clip, of
-    the model's own length, is given.
+    the model's own length, is given in the place of the frames of `conditions`.
 
     Raises ValueError for a window that would add nothing, or clips too short to give so many frames.
     """
@@ -115,17 +117,17 @@ def extend(
     while clips.shape[1] < frames:
         window += 1
         latent_keys, decoder_keys = split_keys(jax.vmap(lambda key, i=window: jax.random.fold_in(key, i))(keys), 2)
-        known = given_frames(padded(clips[:, -given:], length), given)
+        first = given_frames(padded(clips[:, -given:], length), given)
+        told = dataclasses.replace(conditions, frames=first)
         z_0 = sample_latents(
             base,
             model.latent_schedule,
             config,
             keys=latent_keys,
-            label=label,
-            frames=known,
+            conditions=told,
             guidance_scale=guidance_scale,
         ).z
-        more = decode(model, z_0, config, keys=decoder_keys, frames=known).z
+        more = decode(model, z_0, config, keys=decoder_keys, conditions=told).z
         clips = jnp.concatenate([clips, more[:, given:]], axis=1)
     return clips[:, :frames]
 
@@ -140,7 +142,7 @@ def encode(
 
 def in_batches(
     function: Callable[..., PyTree],
-    *arrays: np.ndarray | Array,
+    *rows: Any,
     batch_size: int,
     key: Key[Array, ""],
     start: int = 0,
@@ -149,6 +151,8 @@ def in_batches(
     """`function(*rows, keys=keys)`, given JAX arrays, over all rows, `batch_size` at a time; its results as NumPy
     arrays, concatenated.
 
+    `rows` are trees whose leaves have a length and are indexed by an array of numbers: arrays, or what makes arrays (or
+    a tree of them) when it is asked, such as captions that are embedded then. The first leaf says how many there are.
     The last batch is filled up by repeating its last row and the filling dropped, so that a jitted `function` compiles
     once. All devices of all processes share every batch, which is made larger if they do not divide it; each process
     has all rows and gets all results. Row i gets the key of example `start + i`: the batch size and the devices change
@@ -156,12 +160,12 @@ def in_batches(
     """
     mesh = make_mesh()
     batch_size = -(-batch_size // mesh.size) * mesh.size
-    total = len(arrays[0])
+    total = len(jax.tree.leaves(rows)[0])
     results = []
     for begin in range(0, total, batch_size):
-        rows = np.minimum(np.arange(begin, begin + batch_size), total - 1)
+        wanted = np.minimum(np.arange(begin, begin + batch_size), total - 1)
         keys = example_keys(key, start + begin, batch_size)
-        *some, keys = place_rows((*(array[rows] for array in arrays), keys), mesh)
+        some, keys = place_rows((jax.tree.map(lambda leaf: leaf[wanted], rows), keys), mesh)  # noqa: B023
         result = on_host(function(*some, keys=keys))
         results.append(jax.tree.map(lambda leaf: leaf[: total - begin], result))  # noqa: B023
         on_batch(min(batch_size, total - begin))

@@ -13,6 +13,7 @@ from ulx.typing import Batch, Denoise, Keys, PerExample
 
 __all__ = ["Guided", "autoguidance", "check_interval", "classifier_free", "network_calls", "within"]
 
+Scale = float | Float[Array, ""] | PerExample
 EDGE = 1e-3
 """A λ this far outside an interval counts as inside: samplers compute λ from σ/α, in float32."""
 
@@ -29,7 +30,7 @@ def network_calls(denoise: Denoise, logsnr: Float[Array, ""]) -> Int[Array, ""]:
     return denoise.network_calls(logsnr) if isinstance(denoise, Guided) else jnp.ones((), jnp.int32)
 
 
-def classifier_free(denoise_both: Denoise, scale: float | PerExample) -> Guided:
+def classifier_free(denoise_both: Denoise, scale: Scale) -> Guided:
     """Classifier-free guidance: x̂ = x̂_null + scale · (x̂_cond − x̂_null); `scale = 1` is no guidance.
 
     `denoise_both` takes a batch of 2b, of which it conditions the first half and not the second, so that both go
@@ -39,7 +40,7 @@ def classifier_free(denoise_both: Denoise, scale: float | PerExample) -> Guided:
     return _ClassifierFree(denoise_both, scale)
 
 
-def autoguidance(denoise: Denoise, weaker: Denoise, scale: float | PerExample) -> Guided:
+def autoguidance(denoise: Denoise, weaker: Denoise, scale: Scale) -> Guided:
     """Guidance by a worse model: x̂ = x̂_weaker + scale · (x̂ − x̂_weaker); `scale = 1` is no guidance.
 
     `weaker` has the same task and condition, but less capacity or training. A call counts as one of either network,
@@ -67,7 +68,7 @@ def check_interval(interval: tuple[float, float]) -> None:
 @dataclasses.dataclass(frozen=True)
 class _ClassifierFree:
     denoise_both: Denoise
-    scale: float | PerExample
+    scale: Scale
 
     def __call__(self, z_t: Batch, logsnr: PerExample, *, key: Keys | None = None) -> Batch:
         if key is not None and key.ndim == 1:
@@ -84,7 +85,7 @@ class _ClassifierFree:
 class _Autoguidance:
     denoise: Denoise
     weaker: Denoise
-    scale: float | PerExample
+    scale: Scale
 
     def __call__(self, z_t: Batch, logsnr: PerExample, *, key: Keys | None = None) -> Batch:
         return _extrapolate(self.weaker(z_t, logsnr, key=key), self.denoise(z_t, logsnr, key=key), self.scale)
@@ -116,6 +117,6 @@ class _Within:
         return (logsnr >= self.interval[0] - EDGE) & (logsnr <= self.interval[1] + EDGE)
 
 
-def _extrapolate(worse: Batch, better: Batch, scale: float | PerExample) -> Batch:
+def _extrapolate(worse: Batch, better: Batch, scale: Scale) -> Batch:
     weight = expand(jnp.broadcast_to(jnp.asarray(scale, better.dtype), better.shape[:1]), better)
     return worse + weight * (better - worse)

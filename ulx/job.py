@@ -26,6 +26,9 @@ from ulx.rate_control import RateController, held_out_images
 from ulx.seeding import root_int, root_key
 from ulx.snapshots import Snapshots
 from ulx.stages import CollapseWatch, autoencoder_loss, base_loss, collapsed, decoder_loss
+from ulx.text.encoders import TextEncoder
+from ulx.text.examples import embedded, open_encoder, with_text
+from ulx.text.precomputed import Precomputed
 from ulx.training import Controller, Loss, TrainState, fit, make_optimizer, make_step, pace
 
 __all__ = ["cost", "measure", "run", "train_autoencoder", "train_base", "train_stage"]
@@ -36,6 +39,7 @@ def run(config: Config) -> Path:
     began = time.monotonic()
     # Whatever can be refused is refused before the folder is taken, let alone after hours of training.
     networks(config)
+    encoder = open_encoder(config.text) if config.data.captions else None
     config = runs.adopt(config)
     mesh = sharding.make_mesh(config.fsdp)
     for stage, train in config.train_configs.items():
@@ -43,25 +47,30 @@ def run(config: Config) -> Path:
             continue  # trained already
         sharding.check_batch(train.batch_size, mesh, pieces=train.accumulate, of=stage)
     dataset = processes.in_turn(lambda: open_dataset(config.data))
-    classes = len(dataset.class_names)
-    state = runs.stage1_state(config, classes)
+    told = runs.told(dataset.class_names, encoder.channels if encoder else 0)
+    state = runs.stage1_state(config, told)
     path = runs.open_folder(config)
-    runs.remember_data(path, dataset)
+    text = embedded(dataset, encoder, path / "text", config.evaluate.prompts) if encoder else None
+    runs.remember_data(path, dataset, text)
     runs.copy_autoencoder(config)
     print(f"{dataset.name}: {len(dataset.train)} training and {len(dataset.validation)} held-out images -> {path}")
 
     if config.autoencoder is None:
-        model = train_autoencoder(state, dataset, config)
+        model = train_autoencoder(state, dataset, config, text)
     else:
-        model, _ = runs.autoencoder(path, config, classes)
-    written = measure(path, model, train_base(model, dataset, config), dataset, config)
+        model, _ = runs.autoencoder(path, config, told)
+    written = measure(path, model, train_base(model, dataset, config, text), dataset, config, text)
     print(f"{duration(time.monotonic() - began)} in all -> {written}")
     return written
 
 
-def train_autoencoder(state: TrainState, dataset: Dataset, config: Config) -> UnifiedLatents:
+def train_autoencoder(
+    state: TrainState, dataset: Dataset, config: Config, text: Precomputed | None = None
+) -> UnifiedLatents:
     """Everything before the base model, from `runs.stage1_state` on; returns the averaged weights."""
     model = state.model
+    if config.model.decoder_text or config.single_stage:
+        dataset = with_text(dataset, text)
     if "stage1" in config.stages:
         controller = None
         if config.rate.target_bits_per_pixel is not None:
@@ -82,18 +91,19 @@ def train_autoencoder(state: TrainState, dataset: Dataset, config: Config) -> Un
             print(f"rate control ended at --loss-factor {found:.4g}, which is to give about the same rate without it")
             config = dataclasses.replace(config, loss_factor=found)
     if "decoder" in config.stages:
-        untrained = runs.decoder_state(config, model)
+        told = runs.told(dataset.class_names, text.channels if text else 0)
+        untrained = runs.decoder_state(config, model, told)
         decoder = train_stage("decoder", untrained, model, decoder_loss(config), dataset, config).ema_model
         model = runs.with_decoder(model, decoder)
     return model
 
 
-def train_base(model: UnifiedLatents, dataset: Dataset, config: Config) -> Denoiser:
+def train_base(model: UnifiedLatents, dataset: Dataset, config: Config, text: Precomputed | None = None) -> Denoiser:
     """Stage 2 on a trained autoencoder; returns the averaged weights. In a single stage the prior is the base."""
     if config.single_stage:
         assert isinstance(model.prior, Denoiser)  # Config refuses the others
         return model.prior
-    untrained = runs.stage2_state(config, model, len(dataset.class_names))
+    untrained = runs.stage2_state(config, model, runs.told(dataset.class_names, text.channels if text else 0))
     examples = dataset
     if config.cache_latents:
         examples = encoded(
@@ -105,18 +115,25 @@ def train_base(model: UnifiedLatents, dataset: Dataset, config: Config) -> Denoi
             first=config.model.given_frames,
         )
     loss = base_loss(config, math.prod(model.shape[:-1]))
-    return train_stage("stage2", untrained, model, loss, examples, config).ema_model
+    return train_stage("stage2", untrained, model, loss, with_text(examples, text), config).ema_model
 
 
 def measure(
-    path: Path, model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Config, *, weights: str = "EMA"
+    path: Path,
+    model: UnifiedLatents,
+    base: Denoiser,
+    dataset: Dataset,
+    config: Config,
+    text: TextEncoder | None = None,
+    *,
+    weights: str = "EMA",
 ) -> Path:
     """Evaluate a trained run and write its report; returns the report's path. `weights` says which average it is."""
     from ulx import report
 
     began = time.monotonic()
     model, base = sharding.place((model, base), sharding.make_mesh())
-    evaluation = evaluate(model, base, dataset, config)
+    evaluation = evaluate(model, base, dataset, config, text)
     logs = {stage: read_metrics(path / f"{stage}.jsonl") for stage in config.stages}
     evaluation.metrics["collapsed"] = collapsed(config, logs.get("stage1", []))
     evaluation.metrics["weights"] = weights

@@ -16,13 +16,14 @@ from typing import Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from ulx import diffusion, losses, schedules
 from ulx.bound import Bound
 from ulx.decoders import Decoder, DiffusionDecoder, PixelDecoder, RegressionDecoder
 from ulx.denoiser import Denoiser, StandardNormal
 from ulx.frames import given_shape
+from ulx.nn.conditions import Conditions, ConditionSpec
 from ulx.nn.encoder import Encoder, EncoderConfig, Pixels
 from ulx.nn.uvit import UViT, UViTConfig
 from ulx.posterior import Posterior
@@ -30,7 +31,7 @@ from ulx.schedules import Schedule
 from ulx.typing import Keys, PerExample
 from ulx.weightings import TruncatedLogistic, Weighting
 
-__all__ = ["ModelConfig", "UnifiedLatents"]
+__all__ = ["ModelConfig", "UnifiedLatents", "base_conditions", "decoder_conditions"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,8 @@ class ModelConfig:
     any size, and on 8×8 latents, whose coarsest structure drowns earlier, at −7 too."""
     given_frames: int = 0
     """Frames at the beginning of a clip that the decoder and the base model can be given (Kinetics-600: 5)."""
+    decoder_text: bool = False
+    """Tell the decoder the caption too, of a run that has captions. The paper's is not told."""
     logsnr_0_bias: float | None = None
     """Draw λ_z(0) for each training example from a logistic around this value, truncated to [logsnr_1, logsnr_0], and
     tell it to the decoder (App. B, 2). Samples and measurements are at logsnr_0. By default always logsnr_0."""
@@ -68,6 +71,18 @@ class ModelConfig:
             )
 
 
+def base_conditions(shape: tuple[int, ...], config: ModelConfig, told: ConditionSpec) -> ConditionSpec:
+    """What the base model of examples of `shape` can be given, where the data have that much to tell."""
+    frames_shape = given_shape(shape) if config.given_frames else None
+    return dataclasses.replace(told, frames_shape=frames_shape)
+
+
+def decoder_conditions(shape: tuple[int, ...], config: ModelConfig, told: ConditionSpec) -> ConditionSpec:
+    """What the decoder can be given: frames as the base model, captions if it is to know them, and no classes."""
+    captions = told.text_channels if config.decoder_text else 0
+    return dataclasses.replace(base_conditions(shape, config, told), num_classes=0, text_channels=captions)
+
+
 class UnifiedLatents(eqx.Module):
     """Stage 1: x → E → z_clean → (noise) → z_0 → D → x, with a prior on z_clean (§3.1, Alg. 1)."""
 
@@ -78,10 +93,17 @@ class UnifiedLatents(eqx.Module):
     logsnr_0: TruncatedLogistic | None
     """The distribution of λ_z(0) in training; None: always the schedule's."""
 
-    def __init__(self, shape: tuple[int, ...], config: ModelConfig, *, num_classes: int = 0, key: Key[Array, ""]):
-        """`shape` is that of one image or video, `(h, w, c)` or `(t, h, w, c)`.
-
-        `num_classes` are those that the *prior* is conditioned on: 0 where a base model comes after it.
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        config: ModelConfig,
+        *,
+        told: ConditionSpec = ConditionSpec(),
+        prior_told: bool = False,
+        key: Key[Array, ""],
+    ):
+        """`shape` is that of one image or video, `(h, w, c)` or `(t, h, w, c)`; `told` what the data have to tell of
+        it. The prior is told only if `prior_told`: where no base model comes after it.
         """
         encoder_key, prior_key, decoder_key = jax.random.split(key, 3)
         self.latent_schedule = schedules.linear(config.logsnr_0, config.logsnr_1)
@@ -95,7 +117,8 @@ class UnifiedLatents(eqx.Module):
         if config.latent_prior == "normal":
             self.prior = StandardNormal(latent_shape)
         else:
-            self.prior = Denoiser(UViT(latent_shape, config.prior, num_classes=num_classes, key=prior_key))
+            conditions = told if prior_told else ConditionSpec()
+            self.prior = Denoiser(UViT(latent_shape, config.prior, conditions=conditions, key=prior_key))
         if config.logsnr_0_bias is not None:
             self.logsnr_0 = TruncatedLogistic(config.logsnr_0_bias, config.logsnr_0, config.logsnr_1)
         network = UViT(
@@ -103,7 +126,7 @@ class UnifiedLatents(eqx.Module):
             config.decoder,
             context_shape=latent_shape,
             context_logsnr=self.logsnr_0 is not None,
-            frames_shape=given_shape(shape) if config.given_frames else None,
+            conditions=decoder_conditions(shape, config, told),
             key=decoder_key,
         )
         image_schedule = schedules.image_schedule(shape[-2])
@@ -136,16 +159,16 @@ class UnifiedLatents(eqx.Module):
         *,
         key: Keys,
         t: tuple[PerExample, PerExample] | None = None,
-        label: Int[Array, " b"] | None = None,
-        frames: Float[Array, "b *clip p"] | None = None,
+        conditions: Conditions = Conditions(),
+        decoder_conditions: Conditions = Conditions(),
         dropout: bool = False,
         prior_gradient: float | Float[Array, ""] = 1.0,
     ) -> tuple[Bound, Posterior]:
         """Alg. 1 for a batch of images in [−1, 1]: the terms of the loss in nats per example, and the posterior.
 
         `t` are the prior's and the decoder's times (needed with one key per example); the two terms and z_0 draw
-        their noise independently. `label` is the prior's, `frames` the decoder's (`ulx.frames`). `prior_gradient`
-        scales what the encoder feels of the rate, nothing else.
+        their noise independently. `conditions` are the prior's. `prior_gradient` scales what the encoder feels of the
+        rate, nothing else.
         """
         clean_key, z_key, prior_key, decoder_key, level_key = diffusion.split_keys(key, 5)
         prior_t, decoder_t = (None, None) if t is None else t
@@ -159,11 +182,18 @@ class UnifiedLatents(eqx.Module):
             self.logsnr_0,
             key=prior_key,
             t=prior_t,
-            label=label,
+            conditions=conditions,
             dropout=dropout,
         )
         decoder = self.decoder.nats(
-            x, z_0, weighting, key=decoder_key, t=decoder_t, logsnr_0=logsnr_0, frames=frames, dropout=dropout
+            x,
+            z_0,
+            weighting,
+            key=decoder_key,
+            t=decoder_t,
+            logsnr_0=logsnr_0,
+            conditions=decoder_conditions,
+            dropout=dropout,
         )
         level = self.latent_schedule.logsnr_max if logsnr_0 is None else logsnr_0
         encoder = losses.scale_gradient(posterior.nats(level), prior_gradient)

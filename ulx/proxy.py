@@ -46,6 +46,7 @@ from ulx.metrics.images import psnr
 from ulx.metrics.reference import training_moments
 from ulx.metrics_log import MetricsLog
 from ulx.models import ModelConfig
+from ulx.nn.conditions import Conditions, ConditionSpec
 from ulx.nn.transformer import BlockConfig
 from ulx.nn.uvit import UViT, UViTConfig
 from ulx.progress import Progress
@@ -215,7 +216,8 @@ def _generated(
     shape = made.latents.shape[1:]
     model = ModelConfig(logsnr_0=made.logsnr_0, base=recipe.network(shape))
     config = Config(model=model, base_bias=recipe.bias, train_base=recipe.train, sample=recipe.sample, seed=seed)
-    network = UViT(shape, model.base, num_classes=len(dataset.class_names), key=root_key(seed, "proxy weights"))
+    conditions = ConditionSpec(num_classes=len(dataset.class_names))
+    network = UViT(shape, model.base, conditions=conditions, key=root_key(seed, "proxy weights"))
     optimizer = make_optimizer(recipe.train)
     examples = Split(
         InMemory({"mean": made.latents, "label": dataset.train.labels}), dataset.train.names, dataset.train.labels
@@ -247,7 +249,7 @@ def _generated(
     schedule = schedules.linear(made.logsnr_0, model.logsnr_1)
 
     def latents(label, *, keys):
-        return sample_latents(base, schedule, recipe.sample, keys=keys, label=label).z
+        return sample_latents(base, schedule, recipe.sample, keys=keys, conditions=Conditions(label)).z
 
     z_0 = in_batches(latents, labels, batch_size=batch_size, key=root_key(seed, "proxy samples"))
     return made.back(z_0 / np.float32(jax.nn.sigmoid(made.logsnr_0) ** 0.5))

@@ -4,12 +4,13 @@ Whatever is drawn follows from the run's seed, the purpose and the image's place
 """
 
 import dataclasses
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int32, Key, UInt8
+from jaxtyping import Array, Float, Int32, Key, UInt8
 
 from ulx.bound import DiffusionEstimate, RateEstimate, estimate_decoder, estimate_rate
 from ulx.config import Config
@@ -20,16 +21,35 @@ from ulx.frames import given_frames, padded
 from ulx.generate import decode, encode, in_batches, sample_latents
 from ulx.likelihood import FlowRate, flow_rate
 from ulx.models import UnifiedLatents
+from ulx.nn.conditions import Conditions
 from ulx.progress import Progress
 from ulx.seeding import root_key
+from ulx.text.examples import Prompts
+from ulx.typing import pytree
 
-__all__ = ["FLOW_PROBES", "Runner", "latent_rate"]
+__all__ = ["FLOW_PROBES", "Runner", "Told", "latent_rate"]
 
 FLOW_PROBES, FLOW_TOLERANCE = 2, 1e-4
 """Of the flow's likelihood: Hutchinson's probes, and the tolerance of a step, about 1e-3 nats per dimension in all."""
 
 Images = UInt8[np.ndarray, "..."]
 """Images `n h w c`, or clips `n t h w c`."""
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """What the model is told of each of n images, on the host."""
+
+    label: Int32[np.ndarray, " n"] | None = None
+    """Classes."""
+    captions: Prompts | None = None
+    first: Images | None = None
+    """The first frames of clips that are to be continued."""
+
+    def __getitem__(self, rows: slice) -> "Told":
+        """Of some of them."""
+        return jax.tree.map(lambda each: each[rows], self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,31 +60,28 @@ class Runner:
     config: Config
     progress: Progress
 
-    def _run(self, function, *arrays, purpose: str, on_batch=lambda done: None):
+    def _run(self, function, *rows, purpose: str, on_batch=lambda done: None):
         size, key = self.config.evaluate.batch_size, root_key(self.config.seed, f"evaluation {purpose}")
-        return in_batches(function, *arrays, batch_size=size, key=key, on_batch=on_batch)
+        return in_batches(function, *rows, batch_size=size, key=key, on_batch=on_batch)
 
-    def rate(
-        self, images: Images, denoiser: Denoiser | StandardNormal, labels: Int32[np.ndarray, " n"] | None = None
-    ) -> RateEstimate:
+    def rate(self, images: Images, denoiser: Denoiser | StandardNormal, told: Told = Told()) -> RateEstimate:
         """L_z under the prior or the base model, `draws` independent estimates per image."""
         options = self.config.evaluate
 
-        def measure(x, label, *, keys):
-            label = None if labels is None else label
-            return latent_rate(self.model, denoiser, to_float(x), label, keys, options.levels, options.draws)
+        def measure(x, told, *, keys):
+            conditions = self._conditions(told)
+            return latent_rate(self.model, denoiser, to_float(x), conditions, keys, options.levels, options.draws)
 
-        rows = np.zeros(len(images), np.int32) if labels is None else labels
-        rate = self._run(measure, images, rows, purpose="rate", on_batch=self.progress.advance)
+        rate = self._run(measure, images, told, purpose="rate", on_batch=self.progress.advance)
         return jax.tree.map(jnp.asarray, rate)
 
-    def decoder_nats(self, images: Images) -> DiffusionEstimate:
+    def decoder_nats(self, images: Images, told: Told = Told()) -> DiffusionEstimate:
         """L_x with w = 1. One draw of each level: the images' spread is far larger than the estimator's noise."""
 
-        def measure(x, *, keys):
-            return _decoder(self.model, to_float(x), keys, self.config.evaluate.levels)
+        def measure(x, told, *, keys):
+            return _decoder(self.model, to_float(x), self._conditions(told), keys, self.config.evaluate.levels)
 
-        nats = self._run(measure, images, purpose="decoder", on_batch=self.progress.advance)
+        nats = self._run(measure, images, told, purpose="decoder", on_batch=self.progress.advance)
         return jax.tree.map(jnp.asarray, nats)
 
     def flow_nats(self, images: Images) -> tuple[Float[np.ndarray, " n"], int]:
@@ -84,67 +101,65 @@ class Runner:
 
         return self._run(latents, images, purpose="encode", on_batch=self.progress.advance)
 
-    def decode(self, latents: np.ndarray, purpose: str, first: Images | None = None) -> tuple[Images, int]:
-        """Images of latents and the decoder's NFE. Clips can be given their `first` frames, which stay as they are."""
+    def decode(self, latents: np.ndarray, purpose: str, told: Told = Told()) -> tuple[Images, int]:
+        """Images of latents and the decoder's NFE. Clips whose first frames are given keep these as they are."""
 
-        def images(z_0, *first, keys):
-            frames = self._given(*first) if first else None
-            sample = decode(self.model, z_0, self.config.sample, keys=keys, frames=frames)
+        def images(z_0, told, *, keys):
+            sample = decode(self.model, z_0, self.config.sample, keys=keys, conditions=self._conditions(told))
             return to_uint8(sample.z), jnp.broadcast_to(sample.nfe, len(z_0))
 
-        rows = (latents,) if first is None else (latents, first)
-        pixels, nfe = self._run(images, *rows, purpose=f"{purpose}, decoder", on_batch=self.progress.advance)
-        if first is not None:
-            pixels[:, : first.shape[1]] = first
+        pixels, nfe = self._run(images, latents, told, purpose=f"{purpose}, decoder", on_batch=self.progress.advance)
+        if told.first is not None:
+            pixels[:, : told.first.shape[1]] = told.first
         return pixels, round(nfe.mean())
 
-    def _given(self, first: UInt8[Array, "b f h w c"]) -> Float[Array, "b t h w k"]:
-        clips = padded(to_float(first), self.model.shape[0])
-        return given_frames(clips, first.shape[1])
+    def _conditions(self, told: Any) -> Conditions:
+        """Of a batch of `Told`, as arrays."""
+        frames = None
+        if told.first is not None:
+            clips = padded(to_float(told.first), self.model.shape[0])
+            frames = given_frames(clips, told.first.shape[1])
+        return Conditions(told.label, told.captions, frames)
 
     def sample(
         self,
         denoiser: Denoiser | StandardNormal,
-        label: Int32[np.ndarray, " n"] | None,
         count: int,
         purpose: str,
+        told: Told = Told(),
         *,
-        guidance: float = 1.0,
-        first: Images | None = None,
+        guidance: float | Float[Array, ""] = 1.0,
     ) -> tuple[Images, int]:
         """Images and the latent sampler's mean NFE (the decoder's comes on top).
 
-        Of clips, the continuations of the `first` frames, if they are given, with these before them.
+        Of clips, the continuations of the first frames, if they are given, with these before them.
         """
-        z_0, nfe = self.latents(denoiser, label, count, purpose, guidance=guidance, first=first)
-        return self.decode(z_0, purpose, first)[0], nfe
+        z_0, nfe = self.latents(denoiser, count, purpose, told, guidance=guidance)
+        return self.decode(z_0, purpose, told)[0], nfe
 
     def latents(
         self,
         denoiser: Denoiser | StandardNormal,
-        label: Int32[np.ndarray, " n"] | None,
         count: int,
         purpose: str,
+        told: Told = Told(),
         *,
-        guidance: float = 1.0,
-        first: Images | None = None,
+        guidance: float | Float[Array, ""] = 1.0,
     ) -> tuple[Float[np.ndarray, "n *latent k"], int]:
         """What `sample` decodes, and the sampler's mean NFE."""
 
-        def latents(index, *first, keys):
+        def latents(index, told, *, keys):
             sample = sample_latents(
                 denoiser,
                 self.model.latent_schedule,
                 self.config.sample,
                 keys=keys,
-                label=None if label is None else index,
-                frames=self._given(*first) if first else None,
+                conditions=self._conditions(told),
                 guidance_scale=guidance,
             )
             return sample.z, jnp.broadcast_to(sample.nfe, len(index))
 
-        rows = np.zeros(count, np.int32) if label is None else label
-        z_0, nfe = self._run(latents, *((rows,) if first is None else (rows, first)), purpose=purpose)
+        z_0, nfe = self._run(latents, np.arange(count), told, purpose=purpose)
         return z_0, round(nfe.mean())
 
 
@@ -153,17 +168,16 @@ def latent_rate(
     model: UnifiedLatents,
     denoiser: Denoiser | StandardNormal,
     x: Float[Array, "b *space c"],
-    label: Int[Array, " b"] | None,
+    conditions: Conditions,
     keys: Key[Array, " b"],
     levels: int,
     draws: int,
 ) -> RateEstimate:
-    """L_z of images under the prior or a base model. Without a label, which the prior has not, the base model takes its
-    null label."""
+    """L_z of images under the prior, which is given no conditions, or a base model."""
     clean_keys, rate_keys = split_keys(keys, 2)
     posterior, schedule = model.posterior(x), model.latent_schedule
     return estimate_rate(
-        denoiser.given(label=label),
+        denoiser.given(conditions),
         posterior.sample(key=clean_keys),
         schedule,
         key=rate_keys,
@@ -175,10 +189,14 @@ def latent_rate(
 
 @eqx.filter_jit
 def _decoder(
-    model: UnifiedLatents, x: Float[Array, "b *space c"], keys: Key[Array, " b"], levels: int
+    model: UnifiedLatents,
+    x: Float[Array, "b *space c"],
+    conditions: Conditions,
+    keys: Key[Array, " b"],
+    levels: int,
 ) -> DiffusionEstimate:
     z_key, decoder_key = split_keys(keys, 2)
-    denoise = model.decoder.given(model.encode(x, key=z_key), model.decoder_logsnr_0(len(x)))
+    denoise = model.decoder.given(model.encode(x, key=z_key), model.decoder_logsnr_0(len(x)), conditions)
     return estimate_decoder(denoise, x, model.decoder.schedule, key=decoder_key, levels=levels)
 
 

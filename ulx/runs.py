@@ -15,7 +15,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -29,12 +29,15 @@ from ulx.decoders import DiffusionDecoder
 from ulx.denoiser import Denoiser
 from ulx.ema import gamma_of
 from ulx.models import UnifiedLatents
+from ulx.nn.conditions import ConditionSpec
 from ulx.processes import first
 from ulx.rate_control import Control
 from ulx.seeding import root_key
 from ulx.sharding import make_mesh, place
 from ulx.snapshots import Snapshots
 from ulx.stages import make_base, make_decoder
+from ulx.text.encoders import TextEncoder
+from ulx.text.examples import open_encoder
 from ulx.training import TrainState, make_optimizer
 from ulx.weights_file import WeightsFile
 
@@ -44,7 +47,6 @@ __all__ = [
     "adopt",
     "autoencoder",
     "check_facts",
-    "class_names",
     "copy_autoencoder",
     "decoder_state",
     "facts",
@@ -52,9 +54,12 @@ __all__ = [
     "open_folder",
     "parts",
     "read_config",
+    "read_data",
     "remember_data",
     "stage1_state",
     "stage2_state",
+    "told",
+    "told_by",
     "with_decoder",
 ]
 
@@ -162,17 +167,34 @@ def read_config(path: Path) -> Config:
         raise ValueError(f"{path / 'config.json'} cannot be read: {error}") from error
 
 
-def class_names(path: Path) -> tuple[str, ...]:
-    """The classes of the data that a run was trained on."""
-    return tuple(json.loads((path / "dataset.json").read_text())["class_names"])
+def read_data(path: Path) -> dict[str, Any]:
+    """What `dataset.json` says of the data that a run was trained on."""
+    return json.loads((path / "dataset.json").read_text())
 
 
-def remember_data(path: Path, dataset: Dataset) -> None:
-    """Write `dataset.json`; a run that is resumed on other data is refused with ValueError."""
-    first(lambda: _remember_data(path, dataset))
+def told_by(data: Mapping[str, Any]) -> ConditionSpec:
+    """What data have to tell of an example, of which `dataset.json` says this."""
+    text = data.get("text")  # not in a run from before there were captions
+    return told(data["class_names"], text["channels"] if text else 0)
 
 
-def _remember_data(path: Path, dataset: Dataset) -> None:
+def told(class_names: Sequence[str], text_channels: int = 0) -> ConditionSpec:
+    """What data of these classes, and with captions of so many channels (0: without), have to tell of an example.
+
+    Beside a caption one class of everything says nothing.
+    """
+    classes = 0 if text_channels and len(class_names) == 1 else len(class_names)
+    return ConditionSpec(num_classes=classes, text_channels=text_channels)
+
+
+def remember_data(path: Path, dataset: Dataset, text: TextEncoder | None = None) -> None:
+    """Write `dataset.json`, with what embeds its captions; a run that is resumed on other data, or with other
+    embeddings, is refused with ValueError."""
+    first(lambda: _remember_data(path, dataset, text))
+
+
+def _remember_data(path: Path, dataset: Dataset, text: TextEncoder | None) -> None:
+    embedded = None if text is None else {"channels": text.channels, "definition": text.definition}
     facts = {
         "name": dataset.name,
         "resolution": dataset.resolution,
@@ -181,6 +203,7 @@ def _remember_data(path: Path, dataset: Dataset) -> None:
         "train": len(dataset.train),
         "validation": len(dataset.validation),
         "attribution": dataset.attribution,
+        "text": embedded,
     }
     file = path / "dataset.json"
     if file.exists():
@@ -190,24 +213,29 @@ def _remember_data(path: Path, dataset: Dataset) -> None:
                 f"{path} was trained on other data than is there now ({before['train']} training images then, "
                 f"{len(dataset.train)} now): restore the data, or choose another --name"
             )
+        if before.get("text") != embedded:
+            raise ValueError(
+                f"{path} was trained on captions embedded by {before.get('text')}, and this is {embedded}: give the "
+                "--text.encoder that it had, or choose another --name"
+            )
     aside = file.with_suffix(".tmp")
     aside.write_text(json.dumps(facts, indent=2) + "\n")
     aside.replace(file)
 
 
-def stage1_state(config: Config, num_classes: int = 0) -> TrainState:
-    """Untrained encoder, prior and decoder with their optimizer. The prior knows classes where it is the base too."""
+def stage1_state(config: Config, told: ConditionSpec = ConditionSpec()) -> TrainState:
+    """Untrained encoder, prior and decoder with their optimizer, for data that have that much to tell. The prior is
+    told it where it is the base too."""
     key = root_key(config.seed, "stage1 weights")
-    classes = num_classes if config.single_stage else 0
-    model = UnifiedLatents(config.data.shape, config.model, num_classes=classes, key=key)
+    model = UnifiedLatents(config.data.shape, config.model, told=told, prior_told=config.single_stage, key=key)
     control = None if config.rate.target_bits_per_pixel is None else Control.start(config.loss_factor)
     posthoc = len(config.train.posthoc_ema)
     return TrainState(model, make_optimizer(config.train), posthoc=posthoc, control=control)
 
 
-def decoder_state(config: Config, model: UnifiedLatents) -> TrainState:
+def decoder_state(config: Config, model: UnifiedLatents, told: ConditionSpec) -> TrainState:
     """Untrained diffusion decoder for a trained encoder, with its optimizer."""
-    decoder = make_decoder(model, config.model, key=root_key(config.seed, "decoder weights"))
+    decoder = make_decoder(model, config.model, told, key=root_key(config.seed, "decoder weights"))
     return TrainState(decoder, make_optimizer(config.train_decoder), posthoc=len(config.train_decoder.posthoc_ema))
 
 
@@ -216,9 +244,9 @@ def with_decoder(model: UnifiedLatents, decoder: DiffusionDecoder) -> UnifiedLat
     return eqx.tree_at(lambda m: m.decoder, model, decoder)
 
 
-def stage2_state(config: Config, model: UnifiedLatents, num_classes: int) -> TrainState:
+def stage2_state(config: Config, model: UnifiedLatents, told: ConditionSpec) -> TrainState:
     """Untrained base model with its optimizer."""
-    base = make_base(model, config.model, num_classes, key=root_key(config.seed, "stage2 weights"))
+    base = make_base(model, config.model, told, key=root_key(config.seed, "stage2 weights"))
     return TrainState(base, make_optimizer(config.train_base), posthoc=len(config.train_base.posthoc_ema))
 
 
@@ -282,11 +310,27 @@ class Run:
     """Steps of stage 1 and stage 2 in these weights; 0 for a stage that the run has not."""
     weights: str = "EMA"
     """Which average they are, in words."""
+    text: Mapping[str, Any] | None = None
+    """What embedded the captions that it was trained on: `definition` and `channels`."""
 
     @property
     def folder(self) -> Path:
         """Where what is made of the run goes: its own folder, or that of its file."""
         return self.path if self.path.is_dir() else self.path.parent
+
+    def open_text(self) -> TextEncoder:
+        """What embeds prompts for this run. Raises ValueError for a run without captions, or an encoder that is not
+        the one that it was trained with; and as `ulx.text.examples.open_encoder`."""
+        if self.text is None:
+            raise ValueError(f"{self.path} was trained without captions (--data.captions): it takes no prompts")
+        encoder = open_encoder(self.config.text)
+        # A file of embeddings may be another than that of the training set: for new prompts it has to be.
+        if self.config.text.encoder == "minilm" and encoder.definition != self.text["definition"]:
+            raise ValueError(
+                f"{self.path} was trained on captions embedded by {self.text['definition']}, and the encoder here is "
+                f"{encoder.definition}"
+            )
+        return encoder
 
     def refuse_clips(self, what: str) -> None:
         """Raises ValueError for a run on clips, which `what` does not know."""
@@ -326,25 +370,26 @@ def load(path: str | Path, *, ema: float | None = None, stage: Stage = "stage2",
         if not (path / file).exists():
             raise FileNotFoundError(f"{path} is not a run: it has no {file}")
     config = read_config(path)
-    classes = class_names(path)
+    data = read_data(path)
+    classes, text, known = tuple(data["class_names"]), data.get("text"), told_by(data)
     if (ema is not None or best) and stage not in config.stages:
         raise ValueError(f"{path} has no {stage} to choose weights of: it trained {', '.join(config.stages)}")
     weights = "EMA" if ema is None else f"EMA; {stage}: sigma_rel {ema:g}"
     width: Widths = {} if ema is None and not best else {stage: "best" if ema is None else float(ema)}
     if best:
         weights = f"EMA; {stage}: lowest loss"
-    model, steps = autoencoder(path, config, len(classes), width)
+    model, steps = autoencoder(path, config, known, width)
     if config.single_stage:
         assert isinstance(model.prior, Denoiser)
-        return Run(path, config, classes, model, model.prior, (steps, 0), weights)
+        return Run(path, config, classes, model, model.prior, (steps, 0), weights, text)
     if width and stage == "stage1":
-        return Run(path, config, classes, model, None, (steps, 0), weights)
+        return Run(path, config, classes, model, None, (steps, 0), weights, text)
     base, base_steps = None, 0
     if _latest(path, "stage2") is not None:
-        base, base_steps = _averaged(path, "stage2", stage2_state(config, model, len(classes)), config, width)
+        base, base_steps = _averaged(path, "stage2", stage2_state(config, model, known), config, width)
     elif stage in width:
         raise FileNotFoundError(f"{path} has no base model yet: finish stage 2 first (--resume)")
-    return Run(path, config, classes, model, base, (steps, base_steps), weights)
+    return Run(path, config, classes, model, base, (steps, base_steps), weights, text)
 
 
 def parts(model: UnifiedLatents, base: Denoiser | None) -> dict[str, Any]:
@@ -358,31 +403,32 @@ def parts(model: UnifiedLatents, base: Denoiser | None) -> dict[str, Any]:
 def _from_file(path: Path) -> Run:
     file = WeightsFile(path)
     config = from_json(json.dumps(file.facts["config"]))
-    classes, (steps, base_steps) = tuple(file.facts["dataset"]["class_names"]), file.facts["steps"]
-    model = stage1_state(config, len(classes)).model
+    data, (steps, base_steps) = file.facts["dataset"], file.facts["steps"]
+    classes, text, known = tuple(data["class_names"]), data.get("text"), told_by(data)
+    model = stage1_state(config, known).model
     if "decoder" in config.stages:
-        model = with_decoder(model, decoder_state(config, model).model)
-    base = stage2_state(config, model, len(classes)).model if base_steps else None
+        model = with_decoder(model, decoder_state(config, model, known).model)
+    base = stage2_state(config, model, known).model if base_steps else None
     filled = file.filled(parts(model, base))
     where = lambda m: (m.encoder, m.prior, m.decoder)  # noqa: E731
     model = eqx.tree_at(where, model, tuple(filled[name] for name in ("encoder", "prior", "decoder")))
     base = model.prior if config.single_stage else filled.get("base")
-    return Run(path, config, classes, model, base, (steps, base_steps), file.facts["weights"])
+    return Run(path, config, classes, model, base, (steps, base_steps), file.facts["weights"], text)
 
 
 def autoencoder(
-    path: Path, config: Config, num_classes: int, width: Widths = MappingProxyType({})
+    path: Path, config: Config, told: ConditionSpec, width: Widths = MappingProxyType({})
 ) -> tuple[UnifiedLatents, int]:
     """The newest encoder, prior and decoder of a run, and the steps of its stage 1. Raises as `load`.
 
     `width` holds σ_rel, or "best", for a stage that is not to have the newest of its moving average.
     """
-    state = stage1_state(config, num_classes)
+    state = stage1_state(config, told)
     model, steps = state.model, 0
     if "stage1" in config.stages:
         model, steps = _averaged(path, "stage1", state, config, width)
     if "decoder" in config.stages:
-        decoder, _ = _averaged(path, "decoder", decoder_state(config, model), config, width)
+        decoder, _ = _averaged(path, "decoder", decoder_state(config, model, told), config, width)
         model = with_decoder(model, decoder)
     return model, steps
 

@@ -5,6 +5,7 @@
     python -m ulx.sample runs/openmoji --num 50000 --out samples               for a distance
     python -m ulx.sample runs/openmoji --prior                                 the raw prior, for comparison
     python -m ulx.sample runs/kinetics600 --num 4 --frames 60                  clips, as animated PNGs
+    python -m ulx.sample runs/text-to-image --prompt "a red heart" "a dog" --guidance-scale 4    captions in turn
 
 Image i of a seed is the same whatever --num and --batch-size. Written to --out: one PNG for each image, named by
 model, seed and index, a contact sheet of the first 100, and a JSON file with all settings and the label of each file.
@@ -12,13 +13,15 @@ model, seed and index, a contact sheet of the first 100, and a JSON file with al
 
 import dataclasses
 import difflib
+import itertools
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Int32, Key, UInt8
+from jaxtyping import Array, Int, Int32, Key, UInt8
 
 from ulx import runs
 from ulx.command_line import parse_arguments, run_command
@@ -27,9 +30,12 @@ from ulx.data.pixels import to_uint8
 from ulx.diffusion import split_keys
 from ulx.generate import decode, extend, in_batches, sample_latents
 from ulx.image_files import STRIPS, claim, contact_sheet, film_strips, write_png
+from ulx.nn.conditions import Conditions, ConditionSpec
 from ulx.progress import Progress
+from ulx.runner import Told
 from ulx.samplers import Solver
 from ulx.seeding import root_key
+from ulx.text.examples import Prompts
 
 __all__ = ["DecoderOptions", "Options", "SamplerOptions", "sample"]
 
@@ -82,6 +88,8 @@ class Options:
     """How many images."""
     label: tuple[str, ...] = ()
     """Classes to sample, by name or index, in turn; by default all of them."""
+    prompt: tuple[str, ...] = ()
+    """Of a run with captions, what to sample, in turn: --prompt "a red heart"; by default without a caption."""
     guidance_scale: float = 1.0
     """Classifier-free guidance: 1 is off, above 1 trades variety for typical members of the class."""
     frames: int | None = None
@@ -105,8 +113,11 @@ class Options:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not math.isfinite(self.guidance_scale):
             raise ValueError(f"guidance_scale must be a finite number, got {self.guidance_scale}")
-        if self.prior and (self.label or self.guidance_scale != 1):
-            raise ValueError("the raw prior knows no classes: use --prior without --label and --guidance-scale")
+        if self.prior and (self.label or self.prompt or self.guidance_scale != 1):
+            raise ValueError(
+                "the raw prior knows no classes and captions: use --prior without --label, --prompt and "
+                "--guidance-scale"
+            )
 
 
 def sample(options: Options) -> Path:
@@ -125,7 +136,7 @@ def sample(options: Options) -> Path:
     given = run.config.model.given_frames
     if options.frames is not None and (options.prior or not given):
         raise ValueError(f"--frames needs a base model that can be given frames, and {options.run} has none to sample")
-    labels = None if options.prior else labels_in_turn(options.label, run.class_names, options.num)
+    told = Told() if options.prior else told_in_turn(options, run, denoiser.conditions)
     config = options.sample.over(run.config.sample)
     kind = "prior" if options.prior else "base"
     stem = f"{kind}-seed{options.seed}"
@@ -134,18 +145,19 @@ def sample(options: Options) -> Path:
     claim(out, [*files, f"{stem}-sheet.png", f"{stem}.json"], options.overwrite)
 
     def images(
-        label: Int32[Array, " b"], *, keys: Key[Array, " b"]
+        index: Int[Array, " b"], told: Any, *, keys: Key[Array, " b"]
     ) -> tuple[UInt8[Array, "b *space c"], Int32[np.ndarray, "b 2"]]:
         latent_keys, decoder_keys = split_keys(keys, 2)
+        conditions = Conditions(told.label, told.captions)
         latents = sample_latents(
             denoiser,
             run.model.latent_schedule,
             config,
             keys=latent_keys,
-            label=None if labels is None else label,
+            conditions=conditions,
             guidance_scale=options.guidance_scale,
         )
-        decoded = decode(run.model, latents.z, config, keys=decoder_keys)
+        decoded = decode(run.model, latents.z, config, keys=decoder_keys, conditions=conditions)
         clips = decoded.z
         if options.frames is not None:
             clips = extend(
@@ -156,29 +168,31 @@ def sample(options: Options) -> Path:
                 config,
                 given=given,
                 keys=keys,
-                label=label,
+                conditions=conditions,
                 guidance_scale=options.guidance_scale,
             )
-        return to_uint8(clips), np.tile(np.array([latents.nfe, decoded.nfe], np.int32), (len(label), 1))
+        return to_uint8(clips), np.tile(np.array([latents.nfe, decoded.nfe], np.int32), (len(index), 1))
 
     size = min(options.batch_size or run.config.evaluate.batch_size, options.num)
-    rows = np.zeros(options.num, np.int32) if labels is None else labels
     shown: list[np.ndarray] = []
     nfes: list[np.ndarray] = []
     with Progress("sample", total=options.num, unit="images") as progress:
         for begin in range(0, options.num, size):  # written as they come: an interruption loses one batch
-            part = slice(begin, begin + size)
-            batch, nfe = in_batches(
-                images, rows[part], batch_size=size, key=root_key(options.seed, "sample"), start=begin
-            )
+            part = slice(begin, min(begin + size, options.num))
+            rows = np.arange(options.num)[part], told[part]
+            batch, nfe = in_batches(images, *rows, batch_size=size, key=root_key(options.seed, "sample"), start=begin)
             nfes.append(nfe)
             for name, image in zip(files[part], batch, strict=True):
                 write_png(out / name, image)
             shown += list(batch[: SHEET - len(shown)])
             progress.advance(len(batch))
 
-    names = [""] * options.num if labels is None else [run.class_names[label] for label in labels]
-    captions = [] if labels is None else names[: len(shown)]
+    names = [""] * options.num
+    if told.captions is not None:
+        names = list(told.captions.captions)
+    elif told.label is not None:
+        names = [run.class_names[label] for label in told.label]
+    captions = names[: len(shown)] if any(names) else []
     tiles = np.stack(shown)
     if tiles.ndim == 5:  # each clip a strip of its frames, as many as can be looked at
         tiles = film_strips(tiles[:STRIPS])
@@ -198,6 +212,21 @@ def sample(options: Options) -> Path:
     (out / f"{stem}.json").write_text(json.dumps(facts, indent=2) + "\n")
     print(f"{options.num} images of the {kind} model, NFE {nfe} + {decoder_nfe} (decoder) -> {out}")
     return out
+
+
+def told_in_turn(options: Options, run: runs.Run, spec: ConditionSpec) -> Told:
+    """The wanted classes or captions in turn. Raises ValueError for one that the run does not know, and guidance
+    towards nothing."""
+    if options.label and not spec.num_classes:
+        raise ValueError(f"{options.run} was trained without classes: sample it without --label")
+    labels = labels_in_turn(options.label, run.class_names, options.num) if spec.num_classes else None
+    if options.prompt:
+        encoder = run.open_text()
+        turn = itertools.islice(itertools.cycle(options.prompt), options.num)
+        return Told(labels, Prompts(encoder, list(turn)))
+    if spec.text_channels and not spec.num_classes and options.guidance_scale != 1:
+        raise ValueError(f"{options.run} is guided towards captions: give a --prompt, or --guidance-scale 1")
+    return Told(labels)
 
 
 def labels_in_turn(wanted: Sequence[str], class_names: Sequence[str], count: int) -> Int32[np.ndarray, " n"]:

@@ -3,6 +3,7 @@
 They are in the form that `training.make_step` takes.
 """
 
+import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -13,10 +14,11 @@ from jaxtyping import Array, Float, Int, Key
 from ulx import diffusion, losses, schedules, weightings
 from ulx.config import Config
 from ulx.data.pixels import to_float
-from ulx.decoders import DiffusionDecoder
+from ulx.decoders import Decoder, DiffusionDecoder
 from ulx.denoiser import Denoiser
-from ulx.frames import given_frames, given_shape, padded
-from ulx.models import ModelConfig, UnifiedLatents
+from ulx.frames import given_frames, padded
+from ulx.models import ModelConfig, UnifiedLatents, base_conditions, decoder_conditions
+from ulx.nn.conditions import Conditions, ConditionSpec, Text
 from ulx.nn.uvit import UViT
 from ulx.posterior import Posterior
 from ulx.rate_control import Control, controlled
@@ -30,13 +32,14 @@ __all__ = [
     "base_schedule",
     "collapsed",
     "decoder_loss",
-    "drop_labels",
+    "dropped_conditions",
     "make_base",
     "make_decoder",
 ]
 
-GIVEN = 7
-"""Folded into the keys of a step for what decides whether frames are given: no other draw's."""
+GIVEN, TOLD = 7, 8
+"""Folded into the keys of a step for what decides whether frames, and the decoder's captions, are given: no other
+draw's."""
 
 
 def autoencoder_loss(config: Config) -> Loss:
@@ -48,7 +51,6 @@ def autoencoder_loss(config: Config) -> Loss:
     latent's noise has σ = 0.08; under rate control `loss_factor`, which is `control` then, too.
     """
     first, last = config.prior_warmup
-    given = config.model.given_frames
 
     def loss(
         model: UnifiedLatents,
@@ -65,9 +67,9 @@ def autoencoder_loss(config: Config) -> Loss:
             x,
             weighting,
             key=keys,
-            frames=given_or_dropped(x, draws.keys, given, config.frames_dropout),
             t=(draws.times(0), draws.times(1)),
-            label=drop_labels(batch["label"], label_keys, config.label_dropout, model.prior.num_classes),
+            conditions=dropped_conditions(batch, label_keys, config.label_dropout, model.prior.conditions),
+            decoder_conditions=_decoder_conditions(batch, x, draws.keys, config, model.decoder),
             dropout=True,
             prior_gradient=config.prior_gradient * jnp.clip((step - first) / (last - first), 0.0, 1.0),
         )
@@ -87,10 +89,12 @@ def autoencoder_loss(config: Config) -> Loss:
     return loss
 
 
-def make_decoder(model: UnifiedLatents, config: ModelConfig, *, key: Key[Array, ""]) -> DiffusionDecoder:
+def make_decoder(
+    model: UnifiedLatents, config: ModelConfig, told: ConditionSpec, *, key: Key[Array, ""]
+) -> DiffusionDecoder:
     """An untrained diffusion decoder for that autoencoder's latents, in the place of its own."""
-    frames_shape = given_shape(model.shape) if config.given_frames else None
-    network = UViT(model.shape, config.decoder, context_shape=model.latent_shape, frames_shape=frames_shape, key=key)
+    conditions = decoder_conditions(model.shape, config, told)
+    network = UViT(model.shape, config.decoder, context_shape=model.latent_shape, conditions=conditions, key=key)
     return DiffusionDecoder(Denoiser(network), schedules.image_schedule(model.shape[-2]))
 
 
@@ -109,19 +113,18 @@ def decoder_loss(config: Config) -> Loss:
         x = to_float(batch["image"])
         z_keys, decoder_keys = diffusion.split_keys(draws.keys, 2)
         z_0 = jax.lax.stop_gradient(frozen.encode(x, key=z_keys))
-        frames = given_or_dropped(x, draws.keys, config.model.given_frames, config.frames_dropout)
-        nats = decoder.nats(x, z_0, weighting, key=decoder_keys, t=draws.times(0), frames=frames, dropout=True)
+        conditions = _decoder_conditions(batch, x, draws.keys, config, decoder)
+        nats = decoder.nats(x, z_0, weighting, key=decoder_keys, t=draws.times(0), conditions=conditions, dropout=True)
         total = losses.bits_per_pixel(nats, num_pixels=x[0, ..., 0].size).mean()
         return total, {"loss": total}
 
     return loss
 
 
-def make_base(model: UnifiedLatents, config: ModelConfig, num_classes: int, *, key: Key[Array, ""]) -> Denoiser:
-    """The untrained base model for that autoencoder's latents."""
-    frames_shape = given_shape(model.shape) if config.given_frames else None
-    network = UViT(model.latent_shape, config.base, frames_shape=frames_shape, num_classes=num_classes, key=key)
-    return Denoiser(network)
+def make_base(model: UnifiedLatents, config: ModelConfig, told: ConditionSpec, *, key: Key[Array, ""]) -> Denoiser:
+    """The untrained base model for that autoencoder's latents, of data that have that much to tell."""
+    conditions = base_conditions(model.shape, config, told)
+    return Denoiser(UViT(model.latent_shape, config.base, conditions=conditions, key=key))
 
 
 def base_schedule(config: Config) -> schedules.Cosine:
@@ -141,12 +144,25 @@ def given_or_dropped(x: Float[Array, " b *clip"], keys: Keys, count: int, rate: 
     return given_frames(x, jnp.where(dropped, 0, count))
 
 
-def drop_labels(label: Int[Array, " b"], keys: Keys, rate: float, num_classes: int) -> Int[Array, " b"] | None:
-    """Each label replaced by the null label, `num_classes`, with probability `rate`; None if there are no classes."""
-    if not num_classes:
-        return None
-    dropped = jax.vmap(lambda key: jax.random.bernoulli(key, rate))(keys)
-    return jnp.where(dropped, num_classes, label)
+def dropped_conditions(batch: Batch, keys: Keys, rate: float, spec: ConditionSpec) -> Conditions:
+    """The labels and captions of a batch, as far as a network of that spec is given them; with probability `rate` an
+    example's are taken away, both at once: that is what guidance moves away from."""
+    told = Conditions(label=batch["label"] if spec.num_classes else None, text=_text(batch, spec))
+    return told.without(jax.vmap(lambda key: jax.random.bernoulli(key, rate))(keys)) if told.guides else told
+
+
+def _text(batch: Batch, spec: ConditionSpec) -> Text | None:
+    return Text(batch["text"], batch["text_mask"]) if spec.text_channels else None
+
+
+def _decoder_conditions(
+    batch: Batch, x: Float[Array, " b *dims"], keys: Keys, config: Config, decoder: Decoder
+) -> Conditions:
+    """Frames and captions, each taken away now and then."""
+    caption_keys = jax.vmap(lambda key: jax.random.fold_in(key, TOLD))(keys)
+    told = dropped_conditions(batch, caption_keys, config.label_dropout, decoder.conditions)
+    frames = given_or_dropped(x, keys, config.model.given_frames, config.frames_dropout)
+    return dataclasses.replace(told, frames=frames)
 
 
 def base_loss(config: Config, num_pixels: int) -> Loss:
@@ -175,15 +191,15 @@ def base_loss(config: Config, num_pixels: int) -> Loss:
             posterior = frozen.posterior(to_float(batch["image"]))
         label_keys, loss_keys, clean_keys = diffusion.split_keys(draws.keys, 3)
         z_clean = jax.lax.stop_gradient(posterior.sample(key=clean_keys))
-        label = drop_labels(batch["label"], label_keys, config.label_dropout, base.num_classes)
-        frames = None
+        conditions = dropped_conditions(batch, label_keys, config.label_dropout, base.conditions)
         if given:
             clip = (
                 to_float(batch["image"]) if "image" in batch else padded(to_float(batch["first"]), config.data.frames)
             )
             frames = given_or_dropped(clip, draws.keys, given, config.base_frames_dropout)
+            conditions = dataclasses.replace(conditions, frames=frames)
         nats = losses.diffusion_loss(
-            base.given(frames=frames, label=label), z_clean, schedule, weighting, key=loss_keys, t=draws.times(0)
+            base.given(conditions), z_clean, schedule, weighting, key=loss_keys, t=draws.times(0)
         )
         total = losses.bits_per_pixel(nats, num_pixels=num_pixels).mean()
         return total, {"loss": total}

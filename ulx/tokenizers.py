@@ -26,6 +26,7 @@ from ulx.config import SampleConfig
 from ulx.generate import decode, example_keys
 from ulx.latents import posterior
 from ulx.models import UnifiedLatents
+from ulx.nn.conditions import Conditions
 from ulx.runner import latent_rate
 
 __all__ = ["NOISE_FREE", "RatedRunTokenizer", "RunTokenizer", "Tokenizer", "load", "noise_level"]
@@ -84,7 +85,7 @@ class RatedRunTokenizer(RunTokenizer):
     def rate(self, x: Float[np.ndarray, "b h w 3"], /) -> Float[Array, " b"]:
         """The prior's bound L_z, with the encoder's term, in nats."""
         keys = example_keys(jax.random.key(0), 0, len(x))
-        return latent_rate(self.model, self.model.prior, jnp.asarray(x), None, keys, LEVELS, 1).rate
+        return latent_rate(self.model, self.model.prior, jnp.asarray(x), Conditions(), keys, LEVELS, 1).rate
 
 
 def load(name: str) -> Tokenizer:
@@ -96,7 +97,7 @@ def load(name: str) -> Tokenizer:
     path = Path(name)
     if (path / "config.json").exists():
         config = runs.read_config(path)
-        model, _ = runs.autoencoder(path, config, len(runs.class_names(path)))
+        model, _ = runs.autoencoder(path, config, runs.told_by(runs.read_data(path)))
         kind = RunTokenizer if config.model.latent == "pixels" else RatedRunTokenizer
         return kind(model, config.sample)
     module, colon, attribute = name.partition(":")

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float64, Int64, Num
+from jaxtyping import Array, Float, Float64, Int, Int64, Num
 
 __all__ = ["SSIM_WINDOW", "nearest", "psnr", "ssim"]
 
@@ -77,17 +77,21 @@ def nearest(
     queries: Num[Array, " q *shape"] | Num[np.ndarray, " q *shape"],
     references: Num[Array, "r ..."] | Num[np.ndarray, "r ..."],
     chunk: int = 1024,
+    left_out: Int[np.ndarray, " q"] | None = None,
 ) -> tuple[Int64[np.ndarray, " q"], Float64[np.ndarray, " q"]]:
     """For each query (pixels or features) the index of the closest reference and the Euclidean distance to it.
 
     The search takes `chunk` queries against `chunk` references at a time, as one matrix product in float64. Of
-    references equally close up to rounding any may win. A copy has distance 0 exactly.
+    references equally close up to rounding any may win. A copy has distance 0 exactly. `left_out` is the index of a
+    reference for each query that is not to be found: itself, where queries are among the references.
     Raises ValueError if there are no references or shapes differ.
     """
     if queries.shape[1:] != references.shape[1:]:
         raise ValueError(f"queries have shape {queries.shape[1:]}, references {references.shape[1:]}")
     if not len(references):
         raise ValueError("nearest needs at least one reference")
+    if left_out is not None and len(references) < 2:
+        raise ValueError("nearest needs at least two references when one is left out")
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     index = np.zeros(len(queries), np.int64)
@@ -100,6 +104,9 @@ def nearest(
             reference = _rows(references[first : first + chunk])
             # |q − r|² less |q|², which is the same for every r.
             score = np.einsum("rd,rd->r", reference, reference) - 2.0 * (query @ reference.T)
+            if left_out is not None:
+                inside = np.flatnonzero((left_out[part] >= first) & (left_out[part] < first + len(reference)))
+                score[inside, left_out[part][inside] - first] = np.inf
             column = score.argmin(axis=1)
             lowest = score[np.arange(len(query)), column]
             better = lowest < closest

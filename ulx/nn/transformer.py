@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Key
 from ulx.diffusion import split_keys
 from ulx.nn import rotary
 from ulx.nn.attention import attend
+from ulx.nn.conditions import TextTokens
 from ulx.nn.layers import Dropout, Linear, layer_norm, rms_norm
 from ulx.nn.split import whole
 
@@ -68,22 +69,57 @@ class Attention(eqx.Module):
         return self.out(attend(query, key, value).reshape(x.shape))
 
 
+class CrossAttention(eqx.Module):
+    """From a grid's tokens to those of a caption, with QK-norm. Its output starts at zero."""
+
+    query: Linear
+    key_value: Linear
+    out: Linear
+    query_scale: Float[Array, " head"]
+    key_scale: Float[Array, " head"]
+    heads: int = eqx.field(static=True)
+
+    def __init__(self, channels: int, text_size: int, head_size: int, *, key: Key[Array, ""]):
+        query, key_value, out = jax.random.split(key, 3)
+        self.query = Linear(channels, channels, bias=False, key=query)
+        self.key_value = Linear(text_size, 2 * channels, bias=False, key=key_value)
+        self.out = Linear(channels, channels, gain=0.0, key=out)
+        self.query_scale = jnp.ones(head_size)
+        self.key_scale = jnp.ones(head_size)
+        self.heads = channels // head_size
+
+    def __call__(self, x: Float[Array, "b n c"], text: TextTokens) -> Float[Array, "b n c"]:
+        head_size = x.shape[-1] // self.heads
+        query = self.query(x).reshape(*x.shape[:2], self.heads, head_size)
+        key, value = (
+            part.reshape(*text.mask.shape, self.heads, head_size)
+            for part in jnp.split(self.key_value(text.tokens), 2, axis=-1)
+        )
+        query, key = rms_norm(query, self.query_scale), rms_norm(key, self.key_scale)
+        return self.out(attend(query, key, value, text.mask).reshape(x.shape))
+
+
 class Block(eqx.Module):
     """x + g₁ · attention(mod₁(norm x)), then x + g₂ · mlp(mod₂(norm x)); mod and g are linear in the conditioning.
 
-    The gates start at zero, so that a new block is the identity (DiT's adaLN-zero).
+    Between them, in a network that is given captions, x + attention from norm x to the caption's tokens. The gates
+    start at zero, so that a new block is the identity (DiT's adaLN-zero).
     """
 
     modulation: Linear
     attention: Attention
+    cross: CrossAttention | None
     up: Linear
     down: Linear
     dropout: Dropout
 
-    def __init__(self, channels: int, config: BlockConfig, *, cond_size: int, key: Key[Array, ""]):
+    def __init__(self, channels: int, config: BlockConfig, *, cond_size: int, text_size: int = 0, key: Key[Array, ""]):
         keys = jax.random.split(key, 4)
         self.modulation = Linear(cond_size, 6 * channels, gain=0.0, key=keys[0])
         self.attention = Attention(channels, config.head_size, key=keys[1])
+        self.cross = None
+        if text_size:
+            self.cross = CrossAttention(channels, text_size, config.head_size, key=jax.random.fold_in(key, 4))
         self.up = Linear(channels, config.mlp_ratio * channels, key=keys[2])
         self.down = Linear(config.mlp_ratio * channels, channels, key=keys[3])
         self.dropout = Dropout(config.dropout)
@@ -94,10 +130,13 @@ class Block(eqx.Module):
         cond: Float[Array, "b k"],
         key: Key[Array, " b"] | None = None,
         angles: Float[np.ndarray, "n pairs"] | None = None,
+        text: TextTokens | None = None,
     ) -> Float[Array, "b n c"]:
         modulation = self.modulation(cond)[:, None]
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(modulation, 6, axis=-1)
         x = x + gate_1 * self.attention(layer_norm(x) * (1 + scale_1) + shift_1, angles)
+        if self.cross is not None and text is not None:
+            x = x + self.cross(layer_norm(x), text)
         hidden = jax.nn.gelu(self.up(layer_norm(x) * (1 + scale_2) + shift_2))
         return x + gate_2 * self.down(self.dropout(hidden, key))
 
@@ -117,16 +156,31 @@ class Stack(eqx.Module):
     rotary: bool = eqx.field(static=True)
     remat: Remat = eqx.field(static=True)
 
-    def __init__(self, depth: int, channels: int, config: BlockConfig, *, cond_size: int, key: Key[Array, ""]):
+    def __init__(
+        self,
+        depth: int,
+        channels: int,
+        config: BlockConfig,
+        *,
+        cond_size: int,
+        text_size: int = 0,
+        key: Key[Array, ""],
+    ):
+        """`text_size` are the channels of a caption's tokens, or 0 for blocks that see none."""
         if depth < 1:
             raise ValueError(f"a stack has at least one block, got depth={depth}")
-        blocks = [Block(channels, config, cond_size=cond_size, key=key) for key in jax.random.split(key, depth)]
+        sizes = {"cond_size": cond_size, "text_size": text_size}
+        blocks = [Block(channels, config, **sizes, key=key) for key in jax.random.split(key, depth)]
         self.blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
         self.depth, self.head_size, self.rotary = depth, config.head_size, config.rotary
         self.remat = config.remat
 
     def __call__(
-        self, x: Float[Array, "b *grid c"], cond: Float[Array, "b k"], key: Key[Array, " b"] | None = None
+        self,
+        x: Float[Array, "b *grid c"],
+        cond: Float[Array, "b k"],
+        key: Key[Array, " b"] | None = None,
+        text: TextTokens | None = None,
     ) -> Float[Array, "b *grid c"]:
         grid = x.shape[1:-1]
         angles = rotary.angles(grid, self.head_size) if self.rotary else None
@@ -136,7 +190,7 @@ class Stack(eqx.Module):
 
         def step(tokens, layer):
             weights, key = layer
-            return whole(eqx.combine(weights, static))(tokens, cond, key, angles), None
+            return whole(eqx.combine(weights, static))(tokens, cond, key, angles, text), None
 
         if self.remat == "block":
             step = jax.checkpoint(step)

@@ -10,9 +10,10 @@ import math
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from ulx.diffusion import per_example_keys, split_keys
+from ulx.nn.conditions import NO_LABEL, Conditions, ConditionSpec, TextInput, TextTokens
 from ulx.nn.grid import (
     Down,
     PerAxis,
@@ -94,10 +95,10 @@ class ConvStage(eqx.Module):
         self.up = Up(factor, inner, width, key=next(keys))
         self.after = [make() for _ in range(blocks)]
 
-    def go_in(self, x: Float[Array, "b *space c"], cond: Float[Array, "b k"], key) -> Float[Array, "b *space c"]:
+    def go_in(self, x: Float[Array, "b *space c"], cond: Float[Array, "b k"], key, text) -> Float[Array, "b *space c"]:
         return self._run(self.before, x, cond, key)
 
-    def go_out(self, x: Float[Array, "b *space c"], cond: Float[Array, "b k"], key) -> Float[Array, "b *space c"]:
+    def go_out(self, x: Float[Array, "b *space c"], cond: Float[Array, "b k"], key, text) -> Float[Array, "b *space c"]:
         return self._run(self.after, x, cond, key)
 
     @staticmethod
@@ -126,35 +127,46 @@ class TransformerStage(eqx.Module):
         config: BlockConfig,
         *,
         cond_size: int,
+        text_size: int,
         key: Key[Array, ""],
     ):
         keys = jax.random.split(key, 5)
+        sizes = {"cond_size": cond_size, "text_size": text_size}
         self.position = draw(keys[0], (*grid, width), 0.02)
-        self.before = Stack(depth - depth // 2, width, config, cond_size=cond_size, key=keys[1])
+        self.before = Stack(depth - depth // 2, width, config, **sizes, key=keys[1])
         self.down = Down(factor, width, inner, key=keys[2])
         self.up = Up(factor, inner, width, key=keys[3])
-        self.after = Stack(depth // 2, width, config, cond_size=cond_size, key=keys[4])
+        self.after = Stack(depth // 2, width, config, **sizes, key=keys[4])
 
-    def go_in(self, x: Float[Array, "b *grid c"], cond: Float[Array, "b k"], key) -> Float[Array, "b *grid c"]:
-        return self.before(x + self.position, cond, key)
+    def go_in(
+        self, x: Float[Array, "b *grid c"], cond: Float[Array, "b k"], key, text: TextTokens | None
+    ) -> Float[Array, "b *grid c"]:
+        return self.before(x + self.position, cond, key, text)
 
-    def go_out(self, x: Float[Array, "b *grid c"], cond: Float[Array, "b k"], key) -> Float[Array, "b *grid c"]:
-        return self.after(x, cond, key)
+    def go_out(
+        self, x: Float[Array, "b *grid c"], cond: Float[Array, "b k"], key, text: TextTokens | None
+    ) -> Float[Array, "b *grid c"]:
+        return self.after(x, cond, key, text)
 
 
 class UViT(eqx.Module):
-    """`network(z_t, logsnr, context=…, label=…, key=…)` -> a prediction (x, ε or v) in the shape of z_t.
+    """`network(z_t, logsnr, conditions, context=…, key=…)` -> a prediction (x, ε or v) in the shape of z_t.
 
     The skip connections are sums. `context` (the decoder's z_0) is brought to the outermost transformer grid, patches
     to channels where it is finer and repeated where it is coarser, and added token by token through a linear layer.
-    `frames` (given ones of a clip) are brought to the grid of the outermost patches and added before anything else, as
-    if they were more channels of z_t; without them, none is given. λ and the class modulate every block. The null label
-    is `num_classes`; it stands for "no label".
+
+    Of the `conditions`, given frames are brought to the grid of the outermost patches and added before anything else,
+    as if they were more channels of z_t; without them, none is given. λ, the class and the mean of a caption's tokens
+    modulate every block; every transformer block also attends to these tokens. (It attends to them beside the grid's
+    own attention, not within it: the tokens of a grid keep their places, positions and unmasked attention, and blocks
+    on coarse grids, where a caption has nearly as many tokens as the image, do not become half again as expensive.)
     """
 
     project_in: Linear
     logsnr: LogSNREmbedding
     labels: Float[Array, "labels k"] | None
+    """Of the classes, and last that of no class."""
+    text: TextInput | None
     context: Linear | None
     context_logsnr: LogSNREmbedding | None
     frames: Linear | None
@@ -165,8 +177,7 @@ class UViT(eqx.Module):
     project_out: Linear
     shape: tuple[int, ...] = eqx.field(static=True)
     config: UViTConfig = eqx.field(static=True)
-    num_classes: int = eqx.field(static=True)
-    frames_shape: tuple[int, ...] | None = eqx.field(static=True)
+    conditions: ConditionSpec = eqx.field(static=True)
 
     def __init__(
         self,
@@ -175,12 +186,10 @@ class UViT(eqx.Module):
         *,
         context_shape: tuple[int, ...] | None = None,
         context_logsnr: bool = False,
-        frames_shape: tuple[int, ...] | None = None,
-        num_classes: int = 0,
+        conditions: ConditionSpec = ConditionSpec(),
         key: Key[Array, ""],
     ):
-        """`shape` is that of one z_t, `(*space, c)`; `context_shape` that of one context, or None for none, and
-        `frames_shape` that of given frames (`ulx.frames`).
+        """`shape` is that of one z_t, `(*space, c)`; `context_shape` that of one context, or None for none.
 
         With `context_logsnr` the network is told how noisy its context is.
         """
@@ -197,13 +206,19 @@ class UViT(eqx.Module):
         cond_size = config.channels[-1]
         patch, *downs = factors(config.patch, config.down, config.steps, rank)
         grid = shrunk(tuple(space), patch)
-        self.shape, self.config, self.num_classes = tuple(shape), config, num_classes
+        text_size = cond_size if conditions.text_channels else 0
+        self.shape, self.config, self.conditions = tuple(shape), config, conditions
         self.project_in = Linear(math.prod(patch) * channels, widths[0], key=next(keys))
         self.logsnr = LogSNREmbedding(cond_size, key=next(keys))
-        self.labels = draw(next(keys), (num_classes + 1, cond_size), 0.02) if num_classes else None
-        self.frames, self.frames_shape = None, frames_shape
-        if frames_shape is not None:
-            self.frames = Linear(_fitted(frames_shape, grid), widths[0], key=jax.random.fold_in(key, 2))
+        classes = conditions.num_classes
+        self.labels = draw(next(keys), (classes + 1, cond_size), 0.02) if classes else None
+        self.text = None
+        if text_size:
+            channels_of_text = conditions.text_channels
+            self.text = TextInput(channels_of_text, text_size, cond_size, key=jax.random.fold_in(key, 3))
+        self.frames = None
+        if conditions.frames_shape is not None:
+            self.frames = Linear(_fitted(conditions.frames_shape, grid), widths[0], key=jax.random.fold_in(key, 2))
         self.stages = []
         conv_downs, vit_downs = downs[: len(config.conv_channels)], downs[len(config.conv_channels) :]
         for factor, width, inner in zip(conv_downs, config.conv_channels, widths[1:], strict=False):
@@ -228,11 +243,22 @@ class UViT(eqx.Module):
         levels = zip(vit_downs, config.channels, config.channels[1:], config.blocks, strict=False)
         for factor, width, inner, depth in levels:
             self.stages.append(
-                TransformerStage(grid, factor, width, inner, depth, config.block, cond_size=cond_size, key=next(keys))
+                TransformerStage(
+                    grid,
+                    factor,
+                    width,
+                    inner,
+                    depth,
+                    config.block,
+                    cond_size=cond_size,
+                    text_size=text_size,
+                    key=next(keys),
+                )
             )
             grid = shrunk(grid, factor)
         self.position = draw(next(keys), (*grid, config.channels[-1]), 0.02)
-        self.middle = Stack(config.blocks[-1], config.channels[-1], config.block, cond_size=cond_size, key=next(keys))
+        sizes = {"cond_size": cond_size, "text_size": text_size}
+        self.middle = Stack(config.blocks[-1], config.channels[-1], config.block, **sizes, key=next(keys))
         self.modulation = Linear(cond_size, 2 * widths[0], gain=0.0, key=next(keys))
         self.project_out = Linear(widths[0], math.prod(patch) * channels, gain=0.0, key=next(keys))
 
@@ -240,13 +266,13 @@ class UViT(eqx.Module):
         self,
         z_t: Float[Array, "b *space c"],
         logsnr: PerExample,
+        conditions: Conditions = Conditions(),
         *,
         context: Float[Array, "b *latent k"] | None = None,
         context_logsnr: PerExample | None = None,
-        frames: Float[Array, "b *clip p"] | None = None,
-        label: Int[Array, " b"] | None = None,
         key: Keys | None = None,
     ) -> Float[Array, "b *space c"]:
+        conditions.check(self.conditions)
         if z_t.shape[1:] != self.shape:
             raise ValueError(f"this network was built for inputs of shape {self.shape}, got {z_t.shape[1:]}")
         if (context is None) != (self.context is None):
@@ -254,36 +280,39 @@ class UViT(eqx.Module):
         if (context_logsnr is None) != (self.context_logsnr is None):
             told = "needs its context's log-SNR" if context_logsnr is None else "is not told its context's log-SNR"
             raise ValueError(f"this network {told}")
-        if frames is not None and self.frames is None:
-            raise ValueError("this network was built to be given no frames")
         dtype = self.project_in.weight.dtype
         cond = self.logsnr(logsnr)
         if self.context_logsnr is not None and context_logsnr is not None:
             cond = cond + self.context_logsnr(context_logsnr)
         if self.labels is not None:
-            cond = cond + self.labels[jnp.full(z_t.shape[0], self.num_classes) if label is None else label]
-        elif label is not None:
-            raise ValueError("this network was built without classes (num_classes=0), but got labels")
+            label = jnp.full(z_t.shape[0], NO_LABEL) if conditions.label is None else conditions.label
+            cond = cond + self.labels[jnp.where(label == NO_LABEL, self.conditions.num_classes, label)]
+        text = None
+        if self.text is not None:
+            text, pooled = self.text(conditions.text, z_t.shape[0])
+            cond = cond + pooled
         if key is not None:
             key = per_example_keys(key, z_t.shape[0])
         keys = iter(_keys(key, 2 * len(self.stages) + 1))
 
         x = self.project_in(patchify(z_t.astype(dtype), self.config.patch))
-        if self.frames is not None and self.frames_shape is not None:
-            given = jnp.zeros((x.shape[0], *self.frames_shape)) if frames is None else frames
+        if self.frames is not None and self.conditions.frames_shape is not None:
+            given = conditions.frames
+            if given is None:
+                given = jnp.zeros((x.shape[0], *self.conditions.frames_shape))
             x = x + self.frames(fit_grid(given.astype(dtype), x.shape[1:-1]))
         skips = []
         for index, stage in enumerate(self.stages):
             if index == len(self.config.conv_channels):
                 x = self._add_context(x, context)
-            x = stage.go_in(x, cond, next(keys))
+            x = stage.go_in(x, cond, next(keys), text)
             skips.append(x)
             x = stage.down(x)
         if len(self.config.channels) == 1:
             x = self._add_context(x, context)
-        x = self.middle(x + self.position, cond, next(keys))
+        x = self.middle(x + self.position, cond, next(keys), text)
         for stage in reversed(self.stages):
-            x = stage.go_out(skips.pop() + stage.up(x), cond, next(keys))
+            x = stage.go_out(skips.pop() + stage.up(x), cond, next(keys), text)
         scale, shift = jnp.split(
             self.modulation(jax.nn.silu(cond)).reshape(x.shape[0], *(1,) * (x.ndim - 2), -1), 2, axis=-1
         )

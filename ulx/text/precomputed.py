@@ -59,13 +59,17 @@ class Precomputed:
         self.channels = _width(path, shapes)
         self.length = length or max(shape[0] for shape in shapes.values())
 
-    @cached_property
+    @property
     def definition(self) -> str:
         """What the file was written by, or else its sha256."""
         if KEY in self._metadata:
             return json.loads(self._metadata[KEY])["definition"]
+        return f"file {self._sha256}"
+
+    @cached_property
+    def _sha256(self) -> str:
         with self.path.open("rb") as file:
-            return f"file {hashlib.file_digest(file, 'sha256').hexdigest()}"
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def __call__(self, captions: Sequence[str]) -> Embedded:
         """Raises ValueError, naming the file and the caption, for one that it lacks or that has no finite numbers."""

@@ -1,0 +1,110 @@
+"""Captions where a run wants them: as fields of examples to train on, and as rows of images to be made.
+
+Every caption of a data set is embedded once, into a file in the run's folder (`embedded`), and read from there. Prompts
+that are no caption of it need the encoder itself (`open_encoder`).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from ulx.data.source import Dataset, Example, Source, drawn
+from ulx.nn.conditions import Text
+from ulx.text import bert
+from ulx.text.encoders import MiniLM, TextEncoder
+from ulx.text.precomputed import Precomputed, cached
+
+__all__ = ["Prompts", "TextConfig", "WithText", "channels_of", "embedded", "open_encoder", "with_text"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    encoder: str = "minilm"
+    """What embeds captions: minilm, the packaged sentence encoder, or a safetensors file with any other encoder's
+    embeddings of them (`ulx.text.precomputed` says how to write one)."""
+    length: int = 32
+    """Tokens of a caption: longer ones are cut off."""
+
+    def __post_init__(self):
+        if self.length < 3:
+            raise ValueError(f"length must be at least 3, a token between its two marks, got {self.length}")
+        if self.encoder != "minilm" and not self.encoder.endswith(".safetensors"):
+            raise ValueError(f"encoder is minilm or the path of a .safetensors file, got {self.encoder!r}")
+
+
+def open_encoder(config: TextConfig) -> TextEncoder:
+    """Raises as `MiniLM` and `Precomputed` do."""
+    if config.encoder == "minilm":
+        return MiniLM(config.length)
+    return Precomputed(Path(config.encoder), config.length)
+
+
+def channels_of(config: TextConfig) -> int:
+    """Numbers of a token's embedding; MiniLM is not opened for it."""
+    return bert.CHANNELS if config.encoder == "minilm" else open_encoder(config).channels
+
+
+def embedded(dataset: Dataset, encoder: TextEncoder, folder: Path, prompts: Sequence[str] = ()) -> Precomputed:
+    """The embeddings of all captions of a data set, and of `prompts`, made once and kept in `folder`.
+
+    Raises ValueError for a data set without captions, and as `precomputed.cached` does.
+    """
+    if dataset.train.captions is None or dataset.validation.captions is None:
+        raise ValueError(f"{dataset.name} has no captions to embed")
+    return cached(encoder, {*dataset.train.captions, *dataset.validation.captions, *prompts}, folder)
+
+
+class Prompts:
+    """Captions that are embedded when rows of them are asked for: `prompts[rows]` is their `Text`."""
+
+    def __init__(self, encoder: TextEncoder, captions: Sequence[str]):
+        self.encoder, self.captions = encoder, tuple(captions)
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, rows: slice | Int[np.ndarray, " m"]) -> "Text | Prompts":
+        if isinstance(rows, slice):
+            return Prompts(self.encoder, self.captions[rows])
+        tokens, mask = self.encoder([self.captions[row] for row in rows])
+        return Text(jnp.asarray(tokens), jnp.asarray(mask))
+
+
+class WithText:
+    """A source whose examples have their captions' embeddings too: `text`, float32 `n c`, and `text_mask`, bool `n`."""
+
+    def __init__(self, source: Source, captions: Sequence[str], path: Path, length: int):
+        self.source, self.captions, self.path, self.length = source, tuple(captions), path, length
+        self._embeddings: Precomputed | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_embeddings": None}  # an open file goes to no loader's worker: each opens its own
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.source[index] | self._text(index)
+
+    def draw(self, index: int, rng: np.random.Generator) -> Example:
+        return drawn(self.source, index, rng) | self._text(index)
+
+    def _text(self, index: int) -> Example:
+        if self._embeddings is None:
+            self._embeddings = Precomputed(self.path, self.length)
+        tokens, mask = self._embeddings([self.captions[index]])
+        return {"text": tokens[0], "text_mask": mask[0]}
+
+
+def with_text(dataset: Dataset, text: Precomputed | None) -> Dataset:
+    """A captioned data set whose training examples hold their captions' embeddings; as it is without `text`."""
+    train = dataset.train
+    if text is None or train.captions is None:
+        return dataset
+    source = WithText(train.source, train.captions, text.path, text.length)
+    return dataclasses.replace(dataset, train=dataclasses.replace(train, source=source))
