@@ -217,8 +217,9 @@ def _generated(
     config = Config(model=model, base_bias=recipe.bias, train_base=recipe.train, sample=recipe.sample, seed=seed)
     network = UViT(shape, model.base, num_classes=len(dataset.class_names), key=root_key(seed, "proxy weights"))
     optimizer = make_optimizer(recipe.train)
-    latents = InMemory({"mean": made.latents, "label": dataset.train.labels})
-    examples = dataclasses.replace(dataset.train, source=latents)
+    examples = dataclasses.replace(
+        dataset.train, source=InMemory({"mean": made.latents, "label": dataset.train.labels})
+    )
     batches = train_batches(
         dataclasses.replace(dataset, train=examples), batch_size=recipe.train.batch_size, seed=root_int(seed, "proxy")
     )

