@@ -219,8 +219,8 @@ def _generated(
     conditions = ConditionSpec(num_classes=len(dataset.class_names))
     network = UViT(shape, model.base, conditions=conditions, key=root_key(seed, "proxy weights"))
     optimizer = make_optimizer(recipe.train)
-    examples = Split(
-        InMemory({"mean": made.latents, "label": dataset.train.labels}), dataset.train.names, dataset.train.labels
+    examples = dataclasses.replace(
+        dataset.train, source=InMemory({"mean": made.latents, "label": dataset.train.labels})
     )
     batches = train_batches(
         dataclasses.replace(dataset, train=examples), batch_size=recipe.train.batch_size, seed=root_int(seed, "proxy")

@@ -1,13 +1,19 @@
-"""Data: where examples come from (`openmoji`, `moving`, `folder`, `prepared`), how they are kept (`cache`) and fed to a
-run (`pipeline`)."""
+"""Data: where examples come from (`openmoji`, `moving`, `folder`, `prepared`) and what they show in words (`captions`),
+how they are kept (`cache`) and fed to a run (`pipeline`)."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from ulx.data.caption_table import SUFFIXES as TABLES
+from ulx.data.caption_table import read_table
 from ulx.data.source import Dataset, check_resolution
 from ulx.data.split import check_limit
 
 if TYPE_CHECKING:
+    from ulx.data.captions import Found
     from ulx.data.video import Clip
 
 __all__ = ["DataConfig", "num_classes", "open_dataset"]
@@ -41,6 +47,11 @@ class DataConfig:
     labels: bool = True
     """Whether the classes are told to the model; else all is of one class."""
 
+    captions: str | None = None
+    """What the images show, in words; those without a caption are left out. For openmoji a language, such as en or de.
+    For a folder "txt", a text file beside each image (dog.txt beside dog.jpg), or a table: the path of a .csv, .tsv or
+    .parquet file with the columns path, within --data.path, and caption. For prepared data a table."""
+
     flip: bool = False
     """Mirror half of the training images, at random. Leave it off for letters, flags and arrows (OpenMoji has them)."""
 
@@ -48,8 +59,8 @@ class DataConfig:
     """Processes that read ahead; 0 reads in threads of the run itself, enough for small images."""
 
     on_unreadable: Literal["skip", "refuse"] = "skip"
-    """What to do with files in the folder that are no readable image: warn and go on without them, or stop.
-    Either way they are named and counted."""
+    """What to do with files in the folder that are no readable image, and with captions that cannot be used: warn and
+    go on without them, or stop. Either way they are named and counted."""
 
     cache_dir: str | None = None
     """Where prepared images are kept; by default $ULX_CACHE_DIR or else the user's cache directory."""
@@ -80,6 +91,20 @@ class DataConfig:
         if self.workers < 0:
             raise ValueError(f"--data.workers {self.workers}: must be 0 or more")
         check_limit(self.limit)
+        if self.captions is not None:
+            self._check_captions(self.captions)
+
+    def _check_captions(self, captions: str) -> None:
+        given = f"--data.captions {captions}"
+        if self.clips:
+            raise ValueError(f"{given}: captions are for images, and --data.clips asks for clips")
+        is_table, of_files = captions.lower().endswith(TABLES), captions == "txt"
+        if self.source == "openmoji" and (is_table or of_files or not captions):
+            raise ValueError(f"{given}: --data.source openmoji takes a language, such as en or de")
+        if self.source == "folder" and not (is_table or of_files):
+            raise ValueError(f"{given}: --data.source folder takes txt, or the path of a table ({' '.join(TABLES)})")
+        if self.source == "prepared" and not is_table:
+            raise ValueError(f"{given}: --data.source prepared takes the path of a table ({' '.join(TABLES)})")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -99,10 +124,16 @@ def open_dataset(config: DataConfig) -> Dataset:
     """The data set that `config` names, prepared first if it is not in the cache yet.
 
     Raises `FileNotFoundError`, `NotADirectoryError` or `ValueError` for a folder that cannot serve, `OSError` for a
-    cache that cannot be written, `ImportError` for a missing extra.
+    cache that cannot be written, `ImportError` for a missing extra. What is wrong with a table of captions as a whole,
+    or with their language, is said before any image is read.
     """
     # Imported there: `ulx.data` itself stays light enough for a command line's --help.
+    find = _finder(config)
     dataset = _open(config)
+    if find is not None:
+        from ulx.data.captions import attached
+
+        dataset = attached(dataset, find, config.on_unreadable)
     if config.labels:
         return dataset
     from ulx.data.source import one_class
@@ -119,6 +150,28 @@ def num_classes(config: DataConfig) -> int:
 
         return len(CLASS_NAMES)
     return len(open_dataset(config).class_names)
+
+
+def _finder(config: DataConfig) -> "Callable[[Sequence[str]], Found] | None":
+    """From the names of the images to their captions."""
+    if config.captions is None:
+        return None
+    from ulx.data import captions
+
+    if config.source == "openmoji":
+        captions.check_language(config.captions)
+        return partial(captions.of_openmoji, language=config.captions)
+    assert config.path is not None
+    root = Path(config.path).expanduser().resolve()
+    if config.captions == "txt":
+        return partial(captions.of_text_files, root=root)
+    return partial(
+        captions.of_table,
+        rows=read_table(Path(config.captions).expanduser()),
+        table=config.captions,
+        root=root if config.source == "folder" else None,
+        limited=config.limit is not None,
+    )
 
 
 def _open(config: DataConfig) -> Dataset:

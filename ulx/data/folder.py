@@ -21,7 +21,7 @@ from ulx.data.split import Item, digest_of, held_out, subset, unit_hash
 from ulx.data.video import ANIMATIONS, Clip, find_videos
 from ulx.data.video import SUFFIXES as VIDEO_SUFFIXES
 
-__all__ = ["list_splits", "open_folder", "stamp"]
+__all__ = ["first_named", "list_splits", "open_folder", "stamp"]
 
 NAMED = 10  # files named in a message; the rest are counted
 
@@ -137,7 +137,7 @@ def _report(root: Path, prepared: Prepared, kind: str, on_unreadable: str) -> No
     total = len(prepared.refused) + len(prepared.dataset.train) + len(prepared.dataset.validation)
     if prepared.refused:
         listed = [f"{name} ({reason})" for name, reason in prepared.refused]
-        message = f"{len(listed)} of {total} files in {root} cannot be read as {kind}s: {_first(listed)}"
+        message = f"{len(listed)} of {total} files in {root} cannot be read as {kind}s: {first_named(listed)}"
         if on_unreadable == "refuse":
             raise ValueError(f"{message}. Repair or remove them, or leave them out with --data.on-unreadable skip")
         for split in ("train", "validation"):
@@ -148,11 +148,12 @@ def _report(root: Path, prepared: Prepared, kind: str, on_unreadable: str) -> No
         names = [name for name, _ in prepared.remarks]
         warnings.warn(
             f"{len(names)} of {total} {kind}s in {root} are smaller than {prepared.dataset.resolution} pixels and "
-            f"were enlarged: {_first(names)}. A smaller --data.resolution would suit them",
+            f"were enlarged: {first_named(names)}. A smaller --data.resolution would suit them",
             stacklevel=3,
         )
 
 
-def _first(names: Sequence[str]) -> str:
+def first_named(names: Sequence[str]) -> str:
+    """The first of them, and how many more there are, for a message."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more

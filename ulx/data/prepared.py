@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ulx.data.cache import open_in
 from ulx.data.encoded import Encoded
-from ulx.data.source import Chosen, Dataset, Split
+from ulx.data.source import Dataset, Split
 from ulx.data.split import Item, subset
 from ulx.data.video import Clip
 
@@ -47,13 +47,12 @@ def _limited(dataset: Dataset, limit: int) -> Dataset:
     parts = dataset.train, dataset.validation
     items = [[Item(*pair) for pair in zip(part.names, part.labels.tolist(), strict=True)] for part in parts]
     kept = subset(items[0], items[1], limit)
-    train, validation = (_chosen(part, {item.name for item in of}) for part, of in zip(parts, kept, strict=True))
+    train, validation = (_named(part, {item.name for item in of}) for part, of in zip(parts, kept, strict=True))
     fingerprint = hashlib.sha256(f"{limit} of {dataset.fingerprint}".encode()).hexdigest()
     return Dataset(
         dataset.name, dataset.resolution, dataset.class_names, train, validation, fingerprint, dataset.attribution
     )
 
 
-def _chosen(split: Split, names: set[str]) -> Split:
-    indices = [index for index, name in enumerate(split.names) if name in names]
-    return Split(Chosen(split.source, indices), tuple(split.names[i] for i in indices), split.labels[indices])
+def _named(split: Split, names: set[str]) -> Split:
+    return split.chosen([index for index, name in enumerate(split.names) if name in names])

@@ -94,7 +94,7 @@ def one_class(dataset: "Dataset") -> "Dataset":
     """Without its classes: there is one, "all"."""
 
     def without(split: "Split") -> "Split":
-        return Split(OneClass(split.source), split.names, np.zeros_like(split.labels))
+        return replace(split, source=OneClass(split.source), labels=np.zeros_like(split.labels))
 
     fingerprint = hashlib.sha256(f"one class of {dataset.fingerprint}".encode()).hexdigest()
     parts = {"train": without(dataset.train), "validation": without(dataset.validation)}
@@ -161,17 +161,23 @@ class Records:
 @dataclass(frozen=True)
 class Split:
     """Examples with what a report wants to know of them without reading any: `names[i]` (file stem or relative
-    path) and `labels[i]` belong to `source[i]`."""
+    path) and `labels[i]` belong to `source[i]`, and so does `captions[i]`, if they have captions. Raises `ValueError`
+    where there are not as many of each."""
 
     source: Source
     names: tuple[str, ...]
     labels: Int32[np.ndarray, " n"]
+    captions: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if not len(self.source) == len(self.names) == len(self.labels):
             raise ValueError(
                 f"a split needs a name and a label for each of its {len(self.source)} examples, "
                 f"got {len(self.names)} names and {len(self.labels)} labels"
+            )
+        if self.captions is not None and len(self.captions) != len(self.names):
+            raise ValueError(
+                f"a split with captions needs one for each of its {len(self.names)} examples, got {len(self.captions)}"
             )
 
     def __len__(self) -> int:
@@ -182,6 +188,15 @@ class Split:
 
     def __iter__(self) -> Iterator[Example]:
         return (self.source[index] for index in range(len(self)))
+
+    def chosen(self, indices: Sequence[int]) -> "Split":
+        """Those examples alone, in the order given."""
+        return Split(
+            Chosen(self.source, indices),
+            tuple(self.names[index] for index in indices),
+            self.labels[np.asarray(indices, np.intp)],
+            None if self.captions is None else tuple(self.captions[index] for index in indices),
+        )
 
 
 @dataclass(frozen=True)
