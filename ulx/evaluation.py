@@ -34,6 +34,7 @@ from ulx.metrics.reference import training_moments
 from ulx.models import UnifiedLatents
 from ulx.nn.conditions import ConditionSpec
 from ulx.progress import Progress
+from ulx.prompted import DEFINITIONS as DEFINITIONS_OF_PROMPTS
 from ulx.prompted import Asked, prompted
 from ulx.runner import FLOW_PROBES, Runner, Told
 from ulx.seeding import root_int
@@ -205,7 +206,7 @@ def evaluate(
         "swapped": made.swapped,
         "prior_samples": made.prior_samples[:PICTURES],
         "base_samples": made.base_samples[:PICTURES],
-        **_said("base", made.base_told, dataset),
+        **_said("base", made.base_told),
     }
     if made.given:
         metrics["continuation"] = _continuation(made.base_samples, held_out, made.given)
@@ -216,7 +217,7 @@ def evaluate(
         pictures["nearest"] = np.stack([dataset.train[int(i)]["image"] for i in nearest[:PICTURES]])
     if made.guided is not None:
         images, told, nfe = made.guided
-        pictures |= {"guided_samples": images, **_said("guided", told, dataset)}
+        pictures |= {"guided_samples": images, **_said("guided", told)}
         metrics["guided_samples"] = {
             "nfe": nfe,
             "guidance_scale": sampled.guidance_scale,
@@ -226,6 +227,10 @@ def evaluate(
         asked = Asked(made.base_samples, made.base_rows, made.base_told, SAMPLE)
         numbers, images = prompted(model, base, dataset, text, asked, compared[0], config)
         metrics, pictures = metrics | numbers, pictures | images
+        of_network = {"network": {"definition": compared[0].definition, "sha256": compared[0].sha256}}
+        metrics["definitions"] |= {
+            name: {"definition": text} | of_network for name, text in DEFINITIONS_OF_PROMPTS.items()
+        }
     return Evaluation(metrics, pictures)
 
 
@@ -459,9 +464,8 @@ def told_of(
     return Told(split.labels[np.asarray(rows)] if spec.num_classes else None, captions)
 
 
-def _said(name: str, told: Told, dataset: Dataset) -> dict[str, np.ndarray]:
-    """What stands under pictures: the captions, or else the classes."""
+def _said(name: str, told: Told) -> dict[str, np.ndarray]:
+    """What stands under pictures: captions, or else classes."""
     if told.captions is not None:
         return {f"{name}_captions": np.array(told.captions.captions[:PICTURES])}
-    labels = np.zeros(PICTURES, np.int32) if told.label is None else told.label[:PICTURES]
-    return {f"{name}_captions": np.array([dataset.class_names[label] for label in labels])}
+    return {} if told.label is None else {f"{name}_labels": told.label[:PICTURES]}

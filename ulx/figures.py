@@ -10,7 +10,7 @@ from jaxtyping import Float, Num
 
 from ulx.data.extras import optional
 
-__all__ = ["curves", "rate_by_level", "smooth", "window"]
+__all__ = ["curves", "guidance", "rate_by_level", "smooth", "window"]
 
 Points = Float[np.ndarray, " n"]
 
@@ -90,6 +90,34 @@ def rate_by_level(
         )
         axes.set(xlabel="log-SNR λ of the latent (noise ← → detail)", ylabel="bits/pixel per unit of λ")
         axes.set(xlim=(edges.min(), edges.max()), ylim=(min(0.0, density.min()), None))
+        return finish()
+
+
+def guidance(
+    scales: Sequence[float],
+    scores: Sequence[Mapping[str, Any]],
+    distances: Sequence[float],
+    *,
+    levels: Mapping[str, Mapping[str, Any]],
+    distance: str,
+    dark: bool,
+) -> bytes:
+    """Scores with their standard errors at each guidance scale, `levels` to compare them with, and distances by an
+    axis of their own at the right."""
+    with _axes(dark) as (axes, finish):
+        (color, style), (other, dashed) = _look(0, dark), _look(1, dark)
+        values, errors = ([score[name] for score in scores] for name in ("value", "standard_error"))
+        axes.errorbar(scales, values, errors, fmt=f"{style}o", color=color, linewidth=1.8, capsize=3, label="retrieval")
+        for number, (name, level) in enumerate(levels.items(), 2):
+            axes.axhline(level["value"], color=_look(number, dark)[0], linewidth=1.2, linestyle=":", label=name)
+        right = axes.twinx()
+        right.plot(scales, distances, dashed, marker="s", color=other, linewidth=1.8, label=distance)
+        right.grid(False)
+        right.spines["right"].set_visible(True)
+        axes.set(xlabel="guidance scale", ylabel="retrieval score", ylim=(0, None))
+        right.set(ylabel=distance, ylim=(0, None))
+        lines = [each.get_legend_handles_labels() for each in (axes, right)]
+        axes.legend(lines[0][0] + lines[1][0], lines[0][1] + lines[1][1])
         return finish()
 
 

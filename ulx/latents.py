@@ -47,7 +47,7 @@ def encoded(
 
     They are the posterior's (float32 `*latent k`). With `flip` every image is there twice, as it is and mirrored: the
     mirror image of a latent is none. The `first` frames of a clip are kept too, in the field `first` (uint8
-    `f h w c`): what a base model is given. The held-out split stays one of images.
+    `f h w c`): what a base model is given. Captions stay with their images. The held-out split stays one of images.
 
     What is in the directory already is not encoded again, and an interrupted encoding goes on from its last shard.
     Several processes encode some shards each. The fingerprint is that of the data and the encoder, so a run is not
@@ -91,6 +91,10 @@ def encoded(
         attribution=dataset.attribution,
     )
     train = prepare_in(directory, recipe, together=True).dataset.train
+    if images.captions is not None:
+        of = images.captions
+        captions = tuple(of[index[name]] for name in train.names)
+        train = dataclasses.replace(train, captions=captions)
     both = f"{dataset.fingerprint} {encoder} {1 + flip}"
     return dataclasses.replace(dataset, train=train, fingerprint=hashlib.sha256(both.encode()).hexdigest())
 

@@ -28,7 +28,7 @@ from ulx.runner import Runner, Told
 from ulx.text.encoders import TextEncoder
 from ulx.text.examples import Prompts
 
-__all__ = ["Asked", "prompted"]
+__all__ = ["DEFINITIONS", "Asked", "prompted"]
 
 AMONG = 50_000
 """Training images among which the nearest one is sought; in a larger set, that many spread over it."""
@@ -36,6 +36,14 @@ SHOWN, EACH = 16, 3
 """Prompts of each kind on the report, and samples of each."""
 GUIDED = "guided prompts"
 """The purpose of the noise of what is not sampled for a distance."""
+
+TRAINING = "training images"
+DEFINITIONS = {
+    retrieval.METRIC: retrieval.DEFINITION,
+    "shuffled_prompts": "the retrieval score that is expected of the same images with their prompts shuffled",
+    "ceilings": "the retrieval score of the prompts' own images, which do not find themselves, of those whose kind has "
+    "others; and of their reconstructions, which may find their originals",
+}
 
 Images = UInt8[np.ndarray, "n h w c"]
 
@@ -79,7 +87,7 @@ def prompted(
     own = [*options.prompts]
     grid = [split.captions[row] for split, rows in shown.values() for row in rows if split.captions] + own
     originals = _images(train, asked.rows)
-    total = count * (1 + sum(scale != 1 for scale in scales)) + len(held) + EACH * len(grid)
+    total = count * (2 + sum(scale != 1 for scale in scales)) + len(held) + EACH * len(grid)
     with Progress("prompts", total=total, unit="images") as progress:
         run = Runner(model, config, progress)
         samples = {1.0: asked.samples} | {
@@ -106,21 +114,21 @@ def prompted(
     def measured(images: Images, what: str) -> dict[str, Metric]:
         found = seen(images, what)
         by_kind = retrieval.kinds_found(found, references, among_kinds)
-        return {
-            retrieval.METRIC: retrieval.score(by_kind, wanted),
+        scores = {
+            retrieval.METRIC: retrieval.score(by_kind, wanted) | {"n_reference": len(among)},
             "shuffled_prompts": retrieval.chance(by_kind, wanted),
             network.metric: frechet(found, trained),
         }
+        return {name: metric | {"against": TRAINING} for name, metric in scores.items()}
 
     alignment = {
-        "by_guidance": [
-            {"guidance_scale": scale, **measured(samples[scale], f"guidance {scale:g}")} for scale in sorted(samples)
-        ],
-        "reconstructions": measured(reconstructions, "reconstructions")[retrieval.METRIC],
-        "real_images": _leave_one_out(seen(originals, "real images"), asked.rows, wanted, references, among, of_train),
-        "n_reference": len(among),
-        "network": {"definition": network.definition, "sha256": network.sha256},
-        "definition": retrieval.DEFINITION,
+        "by_guidance": {f"{scale:g}": measured(samples[scale], f"guidance {scale:g}") for scale in sorted(samples)},
+        "ceilings": {
+            "real_images": _leave_one_out(
+                seen(originals, "real images"), asked.rows, wanted, references, among, of_train
+            ),
+            "reconstructions": measured(reconstructions, "reconstructions")[retrieval.METRIC],
+        },
     }
     everything = np.concatenate([references, seen(_images(held_out, range(len(held_out))), "held-out images")])
     found = retrieval.kinds_found(seen(of_held_out, "held-out prompts"), everything, [*among_kinds, *of_held])
@@ -128,11 +136,10 @@ def prompted(
     metrics = {
         "alignment": alignment,
         "held_out_prompts": {
-            retrieval.METRIC: retrieval.score(found, asked_for),
+            retrieval.METRIC: retrieval.score(found, asked_for) | {"n_reference": len(everything)},
             "shuffled_prompts": retrieval.chance(found, asked_for),
             "guidance_scale": float(guidance),
             "nfe": nfe,
-            "n_reference": len(everything),
         },
     }
     tiles = pictures.reshape(len(grid), EACH, *pictures.shape[1:])

@@ -101,9 +101,13 @@ class _Run:
         log = self.logs.get("stage1")
         return log[-1].get("felt_loss_factor", self.config.loss_factor) if log else self.config.loss_factor
 
-    def labels(self, name: str) -> list[str]:
+    def captions(self, name: str) -> list[str]:
+        """What the model was told of pictures: captions, or the names of classes."""
         assert self.evaluation is not None
-        return [self.dataset["class_names"][label] for label in self.evaluation.pictures[name]]
+        pictures = self.evaluation.pictures
+        if f"{name}_captions" in pictures:
+            return pictures[f"{name}_captions"].tolist()
+        return [self.dataset["class_names"][label] for label in pictures[f"{name}_labels"]]
 
 
 def write(path: Path) -> Path:
@@ -218,6 +222,7 @@ def _evaluated(run: _Run) -> list[str]:
     distance = run.distance
     nfe = f"NFE {metrics[distance]['base']['nfe']}"
     of_base = [pictures["base_samples"]]
+    kind = "Captions" if "base_captions" in pictures else "Classes"
     if run.given:
         of_base = [pictures["originals"][: len(of_base[0])], *of_base]
     # The first image got the latent of the last one, which need not be among the pictures.
@@ -231,11 +236,13 @@ def _evaluated(run: _Run) -> list[str]:
         page.section(
             "Continuations by the base model" if run.given else "Samples of the base model",
             *([_next_frames(run, metrics["continuation"])] if run.given else []),
-            f"<p>No guidance, {nfe} ({steps}) and the decoder's {sampler['decoder_nfe']}. Classes as frequent as in "
+            f"<p>No guidance, {nfe} ({steps}) and the decoder's {sampler['decoder_nfe']}. "
+            f"{kind} as frequent as in "
             f"training. These are what {distance} measures.</p>",
-            _pictures(run, "base_samples", of_base, () if run.given else run.labels("base_labels")),
+            _pictures(run, "base_samples", of_base, () if run.given else run.captions("base")),
         ),
         _guided(run, metrics["guided_samples"]) if "guided_samples" in metrics else "",
+        *(_prompted(run, metrics) if "alignment" in metrics else []),
         page.section(
             "Samples of the raw prior",
             f"<p>The stage-1 prior measures bits; it is not meant to generate. NFE "
@@ -285,18 +292,64 @@ def _pictures(run: _Run, name: str, stacked: Sequence[np.ndarray], captions: Seq
         sheet = [film_strips(clips[:STRIPS]) for clips in stacked]
     write_png(run.path / "figures" / f"{name}.png", contact_sheet(*sheet, captions=captions[: len(sheet[0])]))
     words = name.replace("_", " ")
-    return page.tiles(*stacked, captions=captions, alt=[words, f"beside {words}", f"with {words}"][: len(stacked)])
+    return page.tiles(
+        *stacked, captions=captions, alt=[words, f"beside {words}", *[f"with {words}"] * len(stacked)][: len(stacked)]
+    )
 
 
 def _guided(run: _Run, guided: Metrics) -> str:
     assert run.evaluation is not None
-    pictures, labels = run.evaluation.pictures, run.labels("guided_labels")
+    pictures, labels = run.evaluation.pictures, run.captions("guided")
     by_class = np.argsort(pictures["guided_labels"], kind="stable")
     return page.section(
         f"Samples with guidance {guided['guidance_scale']:g}",
         f"<p>The classes in turn, NFE {guided['nfe']}{_interval(guided)}.</p>",
         _pictures(run, "guided_samples", [pictures["guided_samples"][by_class]], [labels[i] for i in by_class]),
     )
+
+
+def _prompted(run: _Run, metrics: Metrics) -> list[str]:
+    """Prompts beside samples, and what guidance does."""
+    assert run.evaluation is not None
+    pictures, alignment, held = run.evaluation.pictures, metrics["alignment"], metrics["held_out_prompts"]
+    how = f"Guidance {held['guidance_scale']:g}, NFE {held['nfe']}."
+    titles = {
+        "training": "Captions of training images: the image above, samples below.",
+        "held_out": "Captions of held-out images, which the model never saw: the image above, samples below.",
+        "own": "Prompts that are no caption of any image, or not of one that looks so.",
+    }
+    grids = []
+    for name, text in titles.items():
+        if f"{name}_prompts" in pictures:
+            samples = list(pictures[f"{name}_prompts_samples"].swapaxes(0, 1))
+            real = [pictures[f"{name}_prompts_real"]] if f"{name}_prompts_real" in pictures else []
+            captions = pictures[f"{name}_prompts"].tolist()
+            grids += [f"<p>{text}</p>", _pictures(run, f"{name}_prompts", [*real, *samples], captions)]
+    rows = alignment["by_guidance"]
+    scales = [float(scale) for scale in rows]
+    scores = [rows[scale]["retrieval"] for scale in rows]
+    chance = next(iter(rows.values()))["shuffled_prompts"]
+    ceilings = {name.replace("_", " "): score for name, score in alignment["ceilings"].items()}
+    distances = [rows[scale][run.distance]["value"] for scale in rows]
+    plot = lambda dark: figures.guidance(  # noqa: E731
+        scales, scores, distances, levels=ceilings | {"shuffled prompts": chance}, distance=run.distance, dark=dark
+    )
+    found = (
+        f"<p>The nearest training image is of the prompt's kind for {plus_minus(scores[0])} of the samples without "
+        f"guidance; shuffled prompts would give {plus_minus(chance)}. The prompts' own images find others of their "
+        f"kind in {plus_minus(ceilings['real images'])} of the cases, their reconstructions, which may find their "
+        f"originals, in {plus_minus(ceilings['reconstructions'])}. Of the captions of held-out images, guided by "
+        f"{held['guidance_scale']:g}, {plus_minus(held['retrieval'])} (shuffled {plus_minus(held['shuffled_prompts'])})"
+        f", with held-out images among those that can be found.</p>"
+    )
+    return [
+        page.section("Prompts and samples", f"<p>{how}</p>", *grids),
+        page.section(
+            "Do samples follow their prompts?",
+            found,
+            _plot(run, "guidance", plot, f"Retrieval score and {run.distance} against the guidance scale."),
+        ),
+    ]
 
 
 def _swap(run: _Run, swap: Metrics, stacked: Sequence[np.ndarray]) -> str:

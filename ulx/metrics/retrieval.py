@@ -33,7 +33,7 @@ def kinds_found(
     `left_out` are references that do not count, one for each image: itself, say.
     """
     index, _ = nearest(_unit(features), _unit(references), left_out=left_out)
-    return [kinds[i] for i in index]
+    return [kinds[int(i)] for i in index]
 
 
 def score(found: Sequence[str], wanted: Sequence[str]) -> Metric:
