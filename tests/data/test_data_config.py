@@ -30,10 +30,9 @@ def test_every_field_is_explained_on_the_command_line(capsys):
 
 
 def test_the_command_line_sets_it(tmp_path):
-    config = tyro.cli(
-        DataConfig, args=["--source", "folder", "--path", str(tmp_path), "--captions", "txt", "--limit", "10"]
-    )
-    assert config == DataConfig(source="folder", path=str(tmp_path), captions="txt", limit=10)
+    args = ["--source", "folder", "--path", str(tmp_path), "--captions", "txt", "--flip", "--limit", "10"]
+    config = tyro.cli(DataConfig, args=args)
+    assert config == DataConfig(source="folder", path=str(tmp_path), captions="txt", flip=True, limit=10)
     with pytest.raises(FrozenInstanceError):
         config.flip = False  # pyright: ignore[reportAttributeAccessIssue]
 

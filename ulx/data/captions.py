@@ -43,7 +43,7 @@ __all__ = [
 
 READERS = 16  # threads; what they wait for is a network drive, if anything
 FILES_AT_ONCE = 1000  # of one thread: fewer things to wait for than files
-_shown = reprlib.Repr()
+_shown = reprlib.Repr()  # of a path in a message: a caption may stand in its place
 _shown.maxstring = 80
 
 
