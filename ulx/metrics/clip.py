@@ -5,8 +5,8 @@ Both towers are transformers whose layers normalise first,
     x <- x + attention(norm(x)),  x <- x + W₂ act(W₁ norm(x) + b₂) + b₁
 
 with act(x) = x σ(1.702 x) ("quick_gelu", OpenAI's weights) or GELU by erf ("gelu", LAION's). The image tower cuts the
-image into patches, puts a class token before them, and projects what becomes of it. In the text tower a token sees those
-before it and itself, nothing after; what becomes of the end token is projected, and what pads a caption behind it changes
+image into patches, puts a class token before them, and projects what becomes of it. In the text tower a token sees
+itself and those before it; what becomes of the end token is projected, and what fills up a caption behind it changes
 nothing.
 
 Which token is the end one is transformers' rule: the first that is `eos_token_id`. Where this is 2, as in the
@@ -186,14 +186,10 @@ def causal(length: int) -> Bool[Array, "n n"]:
 
 # What transformers takes where a config.json is silent: those that it writes leave out what has these values.
 _LAYERS = {"num_hidden_layers": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-_TEXT = _LAYERS | {
-    **{"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8},
-    **{"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 49407},
-}
-_VISION = _LAYERS | {
-    **{"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
-    **{"image_size": 224, "patch_size": 32, "num_channels": 3},
-}
+_TEXT = _LAYERS | {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
+_TEXT |= {"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 49407}
+_VISION = _LAYERS | {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+_VISION |= {"image_size": 224, "patch_size": 32, "num_channels": 3}
 _BOTH = {"model_type": "clip", "projection_dim": 512}
 
 
@@ -220,10 +216,9 @@ def settings(config: Mapping[str, Any], source: str = "config.json") -> tuple[di
         if found["hidden_act"] not in ACTIVATIONS:
             known = " and ".join(ACTIVATIONS)
             raise ValueError(f"{source}: {kind}_config.hidden_act is {found['hidden_act']!r}: {known} are known")
-        if found["hidden_size"] % found["num_attention_heads"]:
-            raise ValueError(
-                f"{source}: {kind}_config: {found['num_attention_heads']} heads do not divide {found['hidden_size']} channels"
-            )
+        channels, heads = found["hidden_size"], found["num_attention_heads"]
+        if channels % heads:
+            raise ValueError(f"{source}: {kind}_config: {heads} heads do not divide {channels} channels")
         return found
 
     both = checked(config, _BOTH, "")

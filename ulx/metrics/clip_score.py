@@ -1,20 +1,20 @@
 """The CLIP score: 100 times the cosine between CLIP's vectors of an image and of its caption, per pair.
 
-It is not clipped, so a pair that has nothing in common may score below 0. Papers that state a "CLIP score" about 30 mean
-this number, Unified Latents among them (27.1, for example, in its Tab. 1). CLIPScore, as Hessel et al. (2021) define it,
-is another one, 2.5 · max(cos, 0): 0.675 for the same pair.
+It is not clipped: a pair may score below 0. What papers report as a CLIP score, Unified Latents among them (27.1, for
+example, in its Tab. 1), is the mean of this number. CLIPScore, as Hessel et al. (2021) define it, is another one,
+2.5 · max(cos, 0): 0.68 where this one is 27.1.
 
 Weights: no package carries them, so the user names a folder, `load(folder)`, in Hugging Face's layout: `config.json`,
-`model.safetensors` and `tokenizer.json`. The number depends on which: ViT-B/32, B/16 and L/14 score apart by several
-points, OpenAI's weights and LAION's too. `Clip.definition` tells which one a number came from.
+`model.safetensors` and `tokenizer.json`. The number depends on which network it is, of what size and by whose weights,
+and numbers of two are not to be compared: `Clip.definition` tells which one it was.
 
 Where implementations go apart:
 
 * Images are resized as PIL does it to uint8, bicubic with antialiasing, the shorter side to the network's size (224),
-  and cropped in the middle, a side that is one pixel longer losing its last one: transformers' CLIPImageProcessor on PIL.
-  A resize of tensors gives another number.
-* Captions are tokenised as they are, by `tokenizer.json`, cut to the network's 77 tokens with the end token kept. There
-  is no prompt before them ("A photo depicts", as Hessel et al. have it) and no ftfy.
+  and cropped in the middle, where one pixel is too many the last one: transformers' CLIPImageProcessor on PIL. A resize
+  of floats, or by torchvision, gives other pixels.
+* Captions are tokenised as they are, by `tokenizer.json`, and cut to the network's 77 tokens with the end token kept.
+  There is no prompt before them (Hessel et al. have "A photo depicts"), and ftfy mends nothing.
 """
 
 import hashlib
@@ -26,6 +26,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32, Num, UInt8
@@ -40,8 +41,8 @@ __all__ = ["DEFINITION", "FILES", "METRIC", "Clip", "definitions", "load", "prep
 
 METRIC = "clip_score"
 DEFINITION = """\
-100 times the cosine between CLIP's vectors of an image and of its caption, not clipped, mean over pairs; images resized \
-by PIL's bicubic on uint8, antialiased, and cropped in the middle. Not CLIPScore (Hessel et al. 2021), which is \
+100 times the cosine between CLIP's vectors of an image and of its caption, not clipped, mean over pairs; the image \
+resized by PIL's bicubic on uint8, antialiased, and cropped in the middle. Not CLIPScore (Hessel et al. 2021), which is \
 2.5·max(cos, 0)"""
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
 """What is read of a folder; and preprocessor_config.json is looked at, where there is one."""
@@ -117,17 +118,23 @@ def score(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     ids, mesh = network.tokens(captions), make_mesh()
     placed = place(network.network, mesh)
-    padded = -(-batch_size // mesh.size) * mesh.size
+    size = min(batch_size, len(images))
+    padded = -(-size // mesh.size) * mesh.size
     found = []
     with Progress(METRIC, len(images), unit="pairs") as progress:
-        for start in range(0, len(images), batch_size):
-            # The last rows again and again, up to the one shape that is compiled.
-            rows = np.minimum(np.arange(start, start + padded), min(start + batch_size, len(images)) - 1)
-            count = len(np.unique(rows))
-            batch = prepare(images[rows[:count]], network.size)[rows - start], ids[rows]
-            found.append(on_host(_cosines(placed, *place_rows(batch, mesh), mesh))[:count])
+        for start in range(0, len(images), size):
+            rows = slice(start, min(start + size, len(images)))
+            count = rows.stop - start
+            # The last pair again and again, up to the one shape that is compiled.
+            batch = place_rows(_filled(padded, prepare(images[rows], network.size), ids[rows]), mesh)
+            # On the host when the devices are done, so progress counts finished pairs.
+            found.append(on_host(_cosines(placed, *batch, mesh))[:count])
             progress.advance(count)
     return 100.0 * np.concatenate(found)
+
+
+def _filled(count: int, *batch: np.ndarray) -> tuple[np.ndarray, ...]:
+    return tuple(np.pad(x, [(0, count - len(x))] + [(0, 0)] * (x.ndim - 1), mode="edge") for x in batch)
 
 
 @eqx.filter_jit
@@ -161,18 +168,16 @@ def prepare(images: UInt8[np.ndarray, "b h w 3"], size: int) -> UInt8[np.ndarray
 def load(folder: str | Path) -> Clip:
     """The CLIP of a folder that holds `FILES`.
 
-    Raises FileNotFoundError, ModuleNotFoundError without safetensors or tokenizers (extra `text`), and ValueError, which
-    names file and culprit, for files that are damaged, of another network, or not of one and the same.
+    Raises FileNotFoundError, ModuleNotFoundError without safetensors or tokenizers (extra `text`), and ValueError,
+    naming file and culprit, for files that are damaged, not a CLIP's, or not all of the same one.
     """
     folder = Path(folder)
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
-        hint = ""
-        if (folder / "pytorch_model.bin").is_file() or "tokenizer.json" in missing:
-            hint = "; transformers writes them: CLIPModel and CLIPTokenizerFast.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         raise FileNotFoundError(
-            f"{folder} holds no {' and no '.join(missing)}: name the folder of a CLIP in Hugging Face's layout, "
-            f"with {', '.join(FILES)}{hint}"
+            f"{folder} holds no {' and no '.join(missing)}: name the folder of a CLIP in Hugging Face's layout. Of older "
+            "files transformers makes these three: from_pretrained(FOLDER).save_pretrained(FOLDER) of CLIPModel and of "
+            "AutoTokenizer"
         )
     config, weights, tokens = ((folder / name).read_bytes() for name in FILES)
     arrays = _arrays(weights, folder / FILES[1])
@@ -216,7 +221,7 @@ def _tokenizer(data: bytes, path: Path, network: CLIP) -> Any:
             f"{path} knows ids up to {largest}, config.json's vocab_size is {words}: they are of two models"
         )
     ids = tokenizer.encode("").ids
-    if not ids or int(network.text.ends(np.array([ids]))[0]) != len(ids) - 1:
+    if not ids or int(network.text.ends(jnp.array([ids]))[0]) != len(ids) - 1:
         wanted = "the largest" if network.text.eos == LEGACY_EOS else network.text.eos
         raise ValueError(
             f"{path} makes {ids} of an empty caption, which must end in its only end token, id {wanted} by "
@@ -227,11 +232,9 @@ def _tokenizer(data: bytes, path: Path, network: CLIP) -> Any:
 
 def _check_preparation(config: dict[str, Any], size: int, path: Path) -> None:
     """Raises ValueError where a preprocessor_config.json asks for another preparation than `prepare`'s."""
-    allowed = {
-        **{"image_mean": [list(MEAN)], "image_std": [list(STD)], "resample": [3]},
-        **{"size": [size, {"shortest_edge": size}], "crop_size": [size, {"height": size, "width": size}]},
-        **{f"do_{what}": [True] for what in ("resize", "center_crop", "rescale", "normalize")},
-    }
+    allowed: dict[str, list[Any]] = {f"do_{what}": [True] for what in ("resize", "center_crop", "rescale", "normalize")}
+    allowed |= {"image_mean": [list(MEAN)], "image_std": [list(STD)], "resample": [3]}
+    allowed |= {"size": [size, {"shortest_edge": size}], "crop_size": [size, {"height": size, "width": size}]}
     for name, values in allowed.items():
         if name in config and config[name] not in values:
             raise ValueError(
