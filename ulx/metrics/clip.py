@@ -17,7 +17,7 @@ Sizes come from a config.json in Hugging Face's layout; what it leaves out has t
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -36,8 +36,11 @@ __all__ = [
     "ImageTower",
     "Layer",
     "Norm",
+    "Settings",
     "TextTower",
+    "causal",
     "from_arrays",
+    "settings",
 ]
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -193,10 +196,18 @@ _VISION |= {"image_size": 224, "patch_size": 32, "num_channels": 3}
 _BOTH = {"model_type": "clip", "projection_dim": 512}
 
 
-def settings(config: Mapping[str, Any], source: str = "config.json") -> tuple[dict[str, Any], dict[str, Any], int]:
-    """Of the text tower, of the image tower, and the width of what they share, out of a config.json.
+class Settings(NamedTuple):
+    """Of a config.json: what it says of either tower by its own names, and the width of what they share."""
 
-    `source` names it in errors. Raises ValueError for what is no CLIP's, or a CLIP's that these networks are not.
+    text: dict[str, Any]
+    vision: dict[str, Any]
+    projection_dim: int
+
+
+def settings(config: Mapping[str, Any], source: str = "config.json") -> Settings:
+    """What is needed of a config.json, checked; `source` names it in errors.
+
+    Raises ValueError for what is no CLIP's, or a CLIP's that these networks are not.
     """
 
     def checked(values: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -231,16 +242,16 @@ def settings(config: Mapping[str, Any], source: str = "config.json") -> tuple[di
         raise ValueError(
             f"{source}: vision_config: a patch of {vision['patch_size']} pixels in images of {vision['image_size']}"
         )
-    return text, vision, both["projection_dim"]
+    return Settings(text, vision, both["projection_dim"])
 
 
-def from_arrays(state: Mapping[str, np.ndarray], config: Mapping[str, Any], source: str = "weights") -> CLIP:
-    """The network from arrays by transformers' names and a config.json; linear maps are `out in`.
+def from_arrays(state: Mapping[str, np.ndarray], settings: Settings, source: str = "weights") -> CLIP:
+    """The network from arrays by transformers' names; linear maps are `out in`.
 
     `source` names the arrays' file in errors. Raises ValueError for an array that is missing, of another shape than the
-    configuration's, not finite, or unknown, and as `settings` does.
+    settings', not finite, or unknown.
     """
-    text, vision, dims = settings(config)
+    text, vision, dims = settings
     # Old files hold 0, 1, 2, … as buffers; the scale of the logits in training is no part of a cosine.
     left = {
         name: value for name, value in state.items() if not name.endswith(".position_ids") and name != "logit_scale"

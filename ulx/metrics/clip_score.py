@@ -32,7 +32,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32, Num, UInt8
 
 from ulx.data.extras import optional
-from ulx.metrics.clip import CLIP, LEGACY_EOS, MEAN, STD, from_arrays
+from ulx.metrics.clip import CLIP, LEGACY_EOS, MEAN, STD, from_arrays, settings
 from ulx.progress import Progress
 from ulx.sharding import BATCH, WHOLE, make_mesh, on_host, place, place_rows
 from ulx.text.wordpiece import readable
@@ -42,8 +42,8 @@ __all__ = ["DEFINITION", "FILES", "METRIC", "Clip", "definitions", "load", "prep
 METRIC = "clip_score"
 DEFINITION = """\
 100 times the cosine between CLIP's vectors of an image and of its caption, not clipped, mean over pairs; the image \
-resized by PIL's bicubic on uint8, antialiased, and cropped in the middle. Not CLIPScore (Hessel et al. 2021), which is \
-2.5·max(cos, 0)"""
+resized by PIL's bicubic on uint8, antialiased, and cropped in the middle. Not CLIPScore (Hessel et al. 2021), which \
+is 2.5·max(cos, 0)"""
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
 """What is read of a folder; and preprocessor_config.json is looked at, where there is one."""
 
@@ -175,13 +175,13 @@ def load(folder: str | Path) -> Clip:
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{folder} holds no {' and no '.join(missing)}: name the folder of a CLIP in Hugging Face's layout. Of older "
-            "files transformers makes these three: from_pretrained(FOLDER).save_pretrained(FOLDER) of CLIPModel and of "
-            "AutoTokenizer"
+            f"{folder} holds no {' and no '.join(missing)}: name the folder of a CLIP in Hugging Face's layout. Of other "
+            "files of one, transformers' CLIPModel and AutoTokenizer make these by "
+            "from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
     config, weights, tokens = ((folder / name).read_bytes() for name in FILES)
-    arrays = _arrays(weights, folder / FILES[1])
-    network = from_arrays(arrays, _json(config, folder / FILES[0]), str(folder / FILES[1]))
+    asked = settings(_json(config, folder / FILES[0]), str(folder / FILES[0]))
+    network = from_arrays(_arrays(weights, folder / FILES[1]), asked, str(folder / FILES[1]))
     if (path := folder / "preprocessor_config.json").is_file():
         _check_preparation(_json(path.read_bytes(), path), network.image.size, path)
     tokenizer = _tokenizer(tokens, folder / FILES[2], network)
@@ -221,7 +221,7 @@ def _tokenizer(data: bytes, path: Path, network: CLIP) -> Any:
             f"{path} knows ids up to {largest}, config.json's vocab_size is {words}: they are of two models"
         )
     ids = tokenizer.encode("").ids
-    if not ids or int(network.text.ends(jnp.array([ids]))[0]) != len(ids) - 1:
+    if len(ids) < 2 or int(network.text.ends(jnp.array([ids]))[0]) != len(ids) - 1:
         wanted = "the largest" if network.text.eos == LEGACY_EOS else network.text.eos
         raise ValueError(
             f"{path} makes {ids} of an empty caption, which must end in its only end token, id {wanted} by "
