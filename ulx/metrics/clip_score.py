@@ -175,8 +175,8 @@ def load(folder: str | Path) -> Clip:
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{folder} holds no {' and no '.join(missing)}: name the folder of a CLIP in Hugging Face's layout. Of other "
-            "files of one, transformers' CLIPModel and AutoTokenizer make these by "
+            f"{folder} holds no {' and no '.join(missing)}: name the folder of a CLIP in Hugging Face's layout. "
+            "transformers' CLIPModel and AutoTokenizer make them of other files, by "
             "from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
     config, weights, tokens = ((folder / name).read_bytes() for name in FILES)
