@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import clip_files
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -74,8 +73,8 @@ def test_scores_go_with_their_pairs(network):
     found = score(network, images, CAPTIONS, batch_size=5)
     moved = score(network, images[order], [CAPTIONS[i] for i in order], batch_size=5)
     np.testing.assert_allclose(moved, found[order], atol=1e-4)
-    others = score(network, images, [CAPTIONS[i] for i in order], batch_size=5)
-    assert np.abs(others - found)[order != np.arange(12)].min() > 0.1
+    others = score(network, images, np.roll(CAPTIONS, 3).tolist(), batch_size=5)
+    assert np.abs(others - found).min() > 0.1
 
 
 DEVICES = """
@@ -145,7 +144,7 @@ def keys_cubic(size: int, new: int) -> np.ndarray:
     return weights / weights.sum(axis=1, keepdims=True)
 
 
-@pytest.mark.parametrize(("height", "width"), [(16, 16), (25, 25), (64, 64), (131, 131), (40, 67), (201, 76)])
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (25, 25), (64, 64), (131, 131), (40, 67), (201, 150)])
 def test_preparation_is_an_antialiased_cubic_in_bytes(height, width):
     images = pictures(2, height, width)
     new_height, new_width = (25 * side // min(height, width) for side in (height, width))
@@ -248,12 +247,12 @@ def test_weights_of_another_size_are_refused(tmp_path):
 
 def test_another_model_s_tokeniser_is_refused(tmp_path):
     write(tmp_path / "ids", config(eos=EOS - 1))
-    with pytest.raises(ValueError, match=rf"tokenizer.json makes \[518, 519\] of an empty caption, .* id 518 by"):
+    with pytest.raises(ValueError, match=r"tokenizer.json makes \[518, 519\] of an empty caption, .* id 518 by"):
         load(tmp_path / "ids")
     pieces = tokenizer()
     pieces.add_tokens(["<extra>"])
     pieces.save(str(write(tmp_path / "more", config()) / "tokenizer.json"))
-    with pytest.raises(ValueError, match="tokenizer.json knows ids up to 520, config.json's vocab_size is 520"):
+    with pytest.raises(ValueError, match=r"tokenizer.json knows ids up to 520, config.json's vocab_size is 520"):
         load(tmp_path / "more")
     pieces = tokenizer()
     pieces.post_processor = None
@@ -293,4 +292,3 @@ def test_what_the_score_is(network, folder, tmp_path):
     definitions = [load(write(tmp_path / str(i), each)).definition for i, each in enumerate(others)]
     assert len({network.definition, *definitions}) == 3
     assert load(write(tmp_path / "same", config())).definition == network.definition
-    assert clip_files.WORDS == 520

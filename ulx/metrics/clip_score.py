@@ -88,7 +88,7 @@ class Clip:
         """Ids, each row filled up to the longest one's by its own end token, behind which nothing counts."""
         rows = [each.ids for each in self.tokenizer.encode_batch([readable(caption) for caption in captions])]
         longest = max(map(len, rows), default=0)
-        return np.array([row + row[-1:] * (longest - len(row)) for row in rows], np.int32).reshape(-1, longest)
+        return np.array([row + row[-1:] * (longest - len(row)) for row in rows], np.int32).reshape(len(rows), longest)
 
 
 def definitions(network: Clip) -> dict[str, dict[str, Any]]:
@@ -126,26 +126,26 @@ def score(
             rows = slice(start, min(start + size, len(images)))
             count = rows.stop - start
             # The last pair again and again, up to the one shape that is compiled.
-            batch = place_rows(_filled(padded, prepare(images[rows], network.size), ids[rows]), mesh)
-            # On the host when the devices are done, so progress counts finished pairs.
-            found.append(on_host(_cosines(placed, *batch, mesh))[:count])
+            batch = _filled(prepare(images[rows], network.size), padded), _filled(ids[rows], padded)
+            cosines = _cosines(placed, place_rows(batch, mesh), mesh)
+            found.append(on_host(cosines)[:count])  # when the devices are done, so progress counts finished pairs
             progress.advance(count)
     return 100.0 * np.concatenate(found)
 
 
-def _filled(count: int, *batch: np.ndarray) -> tuple[np.ndarray, ...]:
-    return tuple(np.pad(x, [(0, count - len(x))] + [(0, 0)] * (x.ndim - 1), mode="edge") for x in batch)
+def _filled(rows: np.ndarray, count: int) -> np.ndarray:
+    return np.pad(rows, [(0, count - len(rows))] + [(0, 0)] * (rows.ndim - 1), mode="edge")
 
 
 @eqx.filter_jit
-def _cosines(network: CLIP, images: Any, ids: Any, mesh: Mesh) -> Float[Array, " b"]:
-    """The network on each device by itself, with the rows that it holds."""
+def _cosines(network: CLIP, batch: Any, mesh: Mesh) -> Float[Array, " b"]:
+    """The network on each device by itself, with its rows of a batch of images and ids."""
     arrays, static = eqx.partition(network, eqx.is_array)
 
-    def each(arrays: Any, images: UInt8[Array, "b s s 3"], ids: Int32[Array, "b n"]) -> Float[Array, " b"]:
-        return eqx.combine(arrays, static)(images, ids)
+    def each(arrays: Any, batch: tuple[UInt8[Array, "b s s 3"], Int32[Array, "b n"]]) -> Float[Array, " b"]:
+        return eqx.combine(arrays, static)(*batch)
 
-    return jax.shard_map(each, mesh=mesh, in_specs=(WHOLE, BATCH, BATCH), out_specs=BATCH)(arrays, images, ids)
+    return jax.shard_map(each, mesh=mesh, in_specs=(WHOLE, BATCH), out_specs=BATCH)(arrays, batch)
 
 
 def prepare(images: UInt8[np.ndarray, "b h w 3"], size: int) -> UInt8[np.ndarray, "b s s 3"]:
