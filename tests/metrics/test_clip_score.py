@@ -286,9 +286,11 @@ def test_what_the_score_is(network, folder, tmp_path):
     assert found["clip_score"]["network"] == {"definition": network.definition, "sha256": network.sha256}
     assert network.sha256[:16] in network.definition
     assert "ViT-32x3/8 " in network.definition
-    assert "quick_gelu tokenizer" in network.definition
-    assert network.definition.endswith("end id-519 pil-bicubic-uint8-25 centre-crop v1")
-    others = [config("gelu"), config(eos=2)]
-    definitions = [load(write(tmp_path / str(i), each)).definition for i, each in enumerate(others)]
-    assert len({network.definition, *definitions}) == 3
-    assert load(write(tmp_path / "same", config())).definition == network.definition
+    assert " quick_gelu config " in network.definition
+    assert network.definition.endswith(" pil-bicubic-uint8-25 centre-crop v1")
+    others = [config("gelu"), config(eos=2), config(), config()]
+    others[2]["vision_config"]["num_attention_heads"] = 2  # no array tells
+    others[3]["torch_dtype"] = "float32"  # no number changes
+    *changed, same = (load(write(tmp_path / str(i), each)).definition for i, each in enumerate(others))
+    assert len({network.definition, *changed}) == 4
+    assert same == network.definition

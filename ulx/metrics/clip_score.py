@@ -59,6 +59,8 @@ class Clip:
     """Of the library `tokenizers`; it cuts captions and does not fill them up."""
     sha256: str
     """Of model.safetensors."""
+    config_sha256: str
+    """Of what is taken of config.json: the rest of it may change, and the score stays."""
     tokenizer_sha256: str
 
     @property
@@ -73,15 +75,13 @@ class Clip:
 
     @property
     def definition(self) -> str:
-        """Which network, weights, tokeniser and preprocessing."""
-        image, text = self.network.image, self.network.text
+        """Which network, weights, configuration, tokeniser and preprocessing."""
+        image = self.network.image
         shape = image.positions.shape[1], len(image.layers)
         name = f"ViT-{_LETTERS.get(shape, '{}x{}'.format(*shape))}/{len(image.patches)}"
-        end = "largest-id" if text.eos == LEGACY_EOS else f"id-{text.eos}"
-        activations = "+".join(dict.fromkeys(tower.layers[0].activation for tower in (image, text)))
         return (
-            f"clip {name} {self.sha256[:16]} {activations} tokenizer {self.tokenizer_sha256[:16]} end {end} "
-            f"pil-bicubic-uint8-{self.size} centre-crop v1"
+            f"clip {name} {self.sha256[:16]} {image.layers[0].activation} config {self.config_sha256[:16]} "
+            f"tokenizer {self.tokenizer_sha256[:16]} pil-bicubic-uint8-{self.size} centre-crop v1"
         )
 
     def tokens(self, captions: Sequence[str]) -> Int32[np.ndarray, "b n"]:
@@ -185,7 +185,8 @@ def load(folder: str | Path) -> Clip:
     if (path := folder / "preprocessor_config.json").is_file():
         _check_preparation(_json(path.read_bytes(), path), network.image.size, path)
     tokenizer = _tokenizer(tokens, folder / FILES[2], network)
-    return Clip(network, tokenizer, hashlib.sha256(weights).hexdigest(), hashlib.sha256(tokens).hexdigest())
+    taken = json.dumps(asked, sort_keys=True).encode()
+    return Clip(network, tokenizer, *(hashlib.sha256(data).hexdigest() for data in (weights, taken, tokens)))
 
 
 def _json(data: bytes, path: Path) -> dict[str, Any]:
