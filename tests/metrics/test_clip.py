@@ -172,7 +172,7 @@ def test_parameters_are_all_there():
 
 
 def test_a_silent_configuration_is_a_b32():
-    """What transformers leaves out when it writes one."""
+    """transformers' defaults, which some of its versions leave out when they write one."""
     text, vision, dims = settings({"model_type": "clip", "text_config": {}, "vision_config": None})
     assert (text["hidden_size"], text["num_attention_heads"], text["num_hidden_layers"], dims) == (512, 8, 12, 512)
     assert (text["vocab_size"], text["max_position_embeddings"], text["eos_token_id"]) == (49408, 77, 49407)

@@ -120,7 +120,7 @@ def test_scores_of_a_small_network(torch, transformers, processor, tmp_path, act
 
 @BOTH
 def test_scores_of_a_b32(torch, transformers, processor, tmp_path, activation, eos):
-    """Of the full size, in the files that transformers writes, which leave out of config.json what is usual."""
+    """Of the full size, in the files that transformers writes."""
     asked = transformers.CLIPConfig(
         text_config={"hidden_act": activation, "eos_token_id": eos}, vision_config={"hidden_act": activation}
     )

@@ -187,7 +187,7 @@ def causal(length: int) -> Bool[Array, "n n"]:
 
 # --- Configuration and weights ---------------------------------------------------------------------------
 
-# What transformers takes where a config.json is silent: those that it writes leave out what has these values.
+# What transformers takes where a config.json is silent: some of its versions write only what differs.
 _LAYERS = {"num_hidden_layers": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 _TEXT = _LAYERS | {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
 _TEXT |= {"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 49407}
