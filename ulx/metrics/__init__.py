@@ -11,6 +11,8 @@ Nothing is imported here; take the module you need:
 * `manifold`: `precision_recall` of generated features by balls that reach the third neighbour.
 * `features`: any network over any number of images, in batches of one fixed shape, on all of the process's devices.
 * `images`: `psnr` and `ssim` per image, and `nearest`, the search for an image's closest one in a reference set.
+* `clip`, `clip_score`: CLIP's networks, with weights from a folder that you name, and 100 times the cosine between an
+  image and its caption.
 * `lpips`: the distance between two images in the packaged VGG16's activations.
 * `examples`, `pairs`, `compare`: two folders of images or of videos, errors between files of one name, and all metrics
   on a card (`python -m ulx.metrics DIR_A DIR_B`).
