@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from ulx.config import Config
+    from ulx.nn.conditions import ConditionSpec
 
 __all__ = ["Stage", "Step"]
 
@@ -14,7 +15,8 @@ Stage = Literal["stage1", "stage2"]
 class Step:
     """A compiled training step, and what it is known to take."""
 
-    def __init__(self, config: "Config", stage: Stage):
+    def __init__(self, config: "Config", stage: Stage, told: "ConditionSpec | None" = None):
+        """Of data that have that much to tell, by default one class."""
         import equinox as eqx
         import jax
         import jax.numpy as jnp
@@ -26,7 +28,7 @@ class Step:
         from ulx.sharding import make_mesh
         from ulx.training import make_optimizer, make_step
 
-        plan = planned(config, ConditionSpec(num_classes=1), make=lambda build: build())
+        plan = planned(config, told or ConditionSpec(num_classes=1), make=lambda build: build())
         planned_step = plan.steps[stage]
         # A step gives its state away, and weights that are made equal may be one buffer.
         self.state, self.frozen = jax.tree.map(

@@ -80,7 +80,7 @@ def test_a_missing_condition_is_that_of_no_example(call, kind):
 def test_a_caption_is_its_tokens_in_any_padding(call):
     """Numbers behind the mask, and how much of it there is, change nothing; the tokens and their order do not matter to
     attention, their values do."""
-    text = texts(3)
+    text: Any = texts(3)
     found = call(Conditions(text=text))
     noise = jax.random.normal(jax.random.key(2), text.tokens.shape)
     padding = jnp.where(text.mask[..., None], text.tokens, 100 * noise)

@@ -166,6 +166,9 @@ class EvaluateConfig:
     """How it is shown the images: "clean-bicubic" is Clean-FID's way, and its distances are called so."""
     lpips: bool = False
     """LPIPS of the reconstructions too; needs pip install "ulx[lpips]"."""
+    clip_weights: str | None = None
+    """Of a run with captions, a folder of CLIP as Hugging Face lays it out (config.json, model.safetensors,
+    tokenizer.json): the CLIP score as well."""
     prompts: tuple[str, ...] = ()
     """Of a run with captions, prompts of which the report shows samples, beside captions of held-out images."""
     guidance_sweep: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
@@ -250,6 +253,8 @@ class Config:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if self.model.decoder_text and self.data.captions is None:
             raise ValueError("model.decoder_text tells the decoder a caption: it needs --data.captions")
+        if self.evaluate.clip_weights is not None and self.data.captions is None:
+            raise ValueError("evaluate.clip_weights measure how well images fit their captions: --data.captions")
         if self.evaluate.prompts and self.data.captions is None:
             raise ValueError("evaluate.prompts need a run with captions: --data.captions")
         if self.model.given_frames and not self.data.clips:

@@ -32,6 +32,11 @@ class Options:
     """The file of FID's InceptionV3: FID and KID as well. By default as the run was set."""
     inception_resize: inception.Resize = "tf1-bilinear"
     """How it is shown the images: "clean-bicubic" is Clean-FID's way, and its distances are called so."""
+    clip_weights: Path | None = None
+    """Folder of CLIP (config.json, model.safetensors, tokenizer.json), for a run with captions: the CLIP score too. By
+    default as the run was set."""
+    prompts: tuple[str, ...] = ()
+    """Prompts to show samples of, for a run with captions; by default as the run was set."""
     lpips: bool = False
     """LPIPS of the reconstructions too; needs pip install "ulx[lpips]"."""
 
@@ -49,6 +54,9 @@ def evaluate(options: Options) -> Path:
     if options.inception_weights is not None:
         weights, resize = str(options.inception_weights), options.inception_resize
         evaluate = dataclasses.replace(evaluate, inception_weights=weights, inception_resize=resize)
+    if options.clip_weights is not None:
+        evaluate = dataclasses.replace(evaluate, clip_weights=str(options.clip_weights))
+    evaluate = dataclasses.replace(evaluate, prompts=options.prompts or evaluate.prompts)
     evaluate = dataclasses.replace(evaluate, lpips=evaluate.lpips or options.lpips)
     config = dataclasses.replace(run.config, evaluate=evaluate)
     dataset = open_dataset(config.data)

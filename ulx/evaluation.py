@@ -23,7 +23,7 @@ from ulx.config import Config, EvaluateConfig
 from ulx.data.pixels import to_float
 from ulx.data.source import Dataset, Split
 from ulx.denoiser import Denoiser
-from ulx.metrics import compare, efficientnet, i3d, inception, lpips
+from ulx.metrics import clip_score, compare, efficientnet, i3d, inception, lpips
 from ulx.metrics.copies import copies_among, spread_over
 from ulx.metrics.entries import Metric, frechet, mean
 from ulx.metrics.features import FeatureNetwork, features
@@ -35,7 +35,7 @@ from ulx.models import UnifiedLatents
 from ulx.nn.conditions import ConditionSpec
 from ulx.progress import Progress
 from ulx.prompted import DEFINITIONS as DEFINITIONS_OF_PROMPTS
-from ulx.prompted import Asked, prompted
+from ulx.prompted import Asked, References, prompted
 from ulx.runner import FLOW_PROBES, Runner, Told
 from ulx.seeding import root_int
 from ulx.text.encoders import TextEncoder
@@ -121,8 +121,8 @@ def evaluate_autoencoder(model: UnifiedLatents, dataset: Dataset, config: Config
     return {**_bits(rate, model), "psnr": _psnr(reconstructions, held_out) | {"nfe": nfe}}
 
 
-def networks(config: Config) -> tuple[list[FeatureNetwork], lpips.LPIPS | None]:
-    """Those whose features are compared, of clips I3D, and LPIPS if asked for.
+def networks(config: Config) -> tuple[list[FeatureNetwork], lpips.LPIPS | None, clip_score.Clip | None]:
+    """Those whose features are compared, of clips I3D, and LPIPS and CLIP if asked for.
 
     Raises FileNotFoundError, ModuleNotFoundError, ValueError for weights that are not there or not the right ones.
     """
@@ -130,7 +130,8 @@ def networks(config: Config) -> tuple[list[FeatureNetwork], lpips.LPIPS | None]:
     found: list[FeatureNetwork] = [i3d.load() if config.data.clips else efficientnet.load()]
     if options.inception_weights is not None:
         found.append(inception.load(options.inception_weights, options.inception_resize))
-    return found, lpips.load() if options.lpips else None
+    clip = None if options.clip_weights is None else clip_score.load(options.clip_weights)
+    return found, lpips.load() if options.lpips else None, clip
 
 
 def evaluate(
@@ -141,10 +142,12 @@ def evaluate(
 
     Raises as `networks` does.
     """
-    compared, of_pairs = networks(config)
+    compared, of_pairs, clip = networks(config)
     held_out, _ = held_out_examples(dataset, config.evaluate)
     made = _Made.by(model, base, dataset, held_out, config, text)
-    sampled = config.sample
+    sampled, network = config.sample, compared[0]
+    references = References.of(dataset, network, config) if made.base_told.captions is not None else None
+    known = {} if references is None else {network.metric: references.features}
     metrics: dict[str, Any] = {
         "held_out": {"n": len(held_out), "data": dataset.name, "split": "validation"},
         "weights": "EMA",
@@ -164,7 +167,9 @@ def evaluate(
                 "reconstruction": (made.reconstructions, made.decoder_nfe),
             },
             held_out,
-            None if config.data.clips else lambda network: training_moments(dataset, network, config.data.cache_dir),
+            None
+            if config.data.clips
+            else lambda by: training_moments(dataset, by, config.data.cache_dir, found=known.get(by.metric)),
         ),
         "sampler": {
             "latent": sampled.solver,
@@ -223,11 +228,11 @@ def evaluate(
             "guidance_scale": sampled.guidance_scale,
             "guidance_interval": sampled.guidance_interval,
         }
-    if made.base_told.captions is not None and text is not None:
+    if references is not None and text is not None:
         asked = Asked(made.base_samples, made.base_rows, made.base_told, SAMPLE)
-        numbers, images = prompted(model, base, dataset, text, asked, compared[0], config)
+        numbers, images = prompted(model, base, dataset, text, asked, network, references, config, clip)
         metrics, pictures = metrics | numbers, pictures | images
-        of_network = {"network": {"definition": compared[0].definition, "sha256": compared[0].sha256}}
+        of_network = {"network": {"definition": network.definition, "sha256": network.sha256}}
         metrics["definitions"] |= {
             name: {"definition": text} | of_network for name, text in DEFINITIONS_OF_PROMPTS.items()
         }

@@ -17,9 +17,9 @@ from ulx.config import Config
 from ulx.data.captions import kinds
 from ulx.data.source import Dataset, Split
 from ulx.denoiser import Denoiser
-from ulx.metrics import retrieval
-from ulx.metrics.copies import spread_over
-from ulx.metrics.entries import Metric, frechet
+from ulx.metrics import clip_score, retrieval
+from ulx.metrics.copies import NEAREST_AMONG, spread_over
+from ulx.metrics.entries import Metric, frechet, mean
 from ulx.metrics.features import FeatureNetwork, features
 from ulx.metrics.frechet import Moments
 from ulx.models import UnifiedLatents
@@ -28,10 +28,8 @@ from ulx.runner import Runner, Told
 from ulx.text.encoders import TextEncoder
 from ulx.text.examples import Prompts
 
-__all__ = ["DEFINITIONS", "Asked", "prompted"]
+__all__ = ["DEFINITIONS", "Asked", "References", "prompted"]
 
-AMONG = 50_000
-"""Training images among which the nearest one is sought; in a larger set, that many spread over it."""
 SHOWN, EACH = 16, 3
 """Prompts of each kind on the report, and samples of each."""
 GUIDED = "guided prompts"
@@ -59,6 +57,24 @@ class Asked:
     """Of their noise."""
 
 
+@dataclasses.dataclass(frozen=True)
+class References:
+    """Training images among which the nearest one to a sample is sought."""
+
+    rows: list[int]
+    kinds: list[str]
+    features: Float[np.ndarray, "m d"]
+
+    @classmethod
+    def of(cls, dataset: Dataset, network: FeatureNetwork, config: Config) -> "References":
+        """All of them; of a large set, `NEAREST_AMONG` spread over it."""
+        train = dataset.train
+        rows, of_train = spread_over(len(train), NEAREST_AMONG), kinds(config.data.source, train)
+        images = (train[row]["image"][None] for row in rows)
+        found = features(network, images, total=len(rows), description="features of training images")
+        return cls(rows, [of_train[row] for row in rows], found)
+
+
 def prompted(
     model: UnifiedLatents,
     base: Denoiser,
@@ -66,117 +82,114 @@ def prompted(
     text: TextEncoder,
     asked: Asked,
     network: FeatureNetwork,
+    references: References,
     config: Config,
+    clip: clip_score.Clip | None = None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Numbers and pictures, for a metrics.json and a report.
 
-    `alignment` holds, for each guidance scale, the retrieval score and the distance to the training images; the score
-    of the prompts' own images (which do not find themselves), and of their reconstructions (which may find their
-    originals), as ceilings; and what shuffled prompts would give. `held_out_prompts` are captions of images that the
-    model never saw, guided, whose images are sought among all.
+    `alignment` holds, for each guidance scale, the retrieval score, the distance to the training images, and with
+    `clip` the CLIP score; what shuffled prompts would give; and as ceilings the scores of the prompts' own images
+    (which do not find themselves), and of their reconstructions (which may find their originals). `held_out_prompts`
+    are captions of images that the model never saw, guided, whose images are sought among all.
     """
-    options, train, held_out = config.evaluate, dataset.train, dataset.validation
-    scales = options.guidance_sweep if config.label_dropout > 0 else (1.0,)
-    guidance = jnp.asarray(config.sample.guidance_scale) if config.can_guide else 1.0
+    train, held_out = dataset.train, dataset.validation
+    options, guidance = config.evaluate, config.sample.guidance_scale if config.can_guide else 1.0
+    scales = options.guidance_sweep if config.label_dropout > 0 else ()
     count, held = len(asked.rows), spread_over(len(held_out), options.num_samples)
-    held_prompts = _prompts(text, held_out, held)
     shown = {
         "training": (train, spread_over(len(train), SHOWN)),
         "held_out": (held_out, spread_over(len(held_out), SHOWN)),
     }
-    own = [*options.prompts]
-    grid = [split.captions[row] for split, rows in shown.values() for row in rows if split.captions] + own
+    own = list(options.prompts)
+    grid = [caption for split, rows in shown.values() for caption in _captions(split, rows)] + own
     originals = _images(train, asked.rows)
     total = count * (2 + sum(scale != 1 for scale in scales)) + len(held) + EACH * len(grid)
     with Progress("prompts", total=total, unit="images") as progress:
         run = Runner(model, config, progress)
+        # Scales are arrays, so that one program is compiled for all.
         samples = {1.0: asked.samples} | {
             scale: run.sample(base, count, asked.purpose, asked.told, guidance=jnp.asarray(scale))[0]
             for scale in scales
             if scale != 1
         }
-        of_held_out, nfe = run.sample(base, len(held), GUIDED, Told(captions=held_prompts), guidance=guidance)
-        repeated = Prompts(text, [caption for caption in grid for _ in range(EACH)])
-        pictures, _ = run.sample(base, len(repeated), GUIDED, Told(captions=repeated), guidance=guidance)
-        reconstructions, _ = run.decode(run.encode(originals), GUIDED)
+        told = Told(captions=Prompts(text, _captions(held_out, held)))
+        of_held_out, nfe = run.sample(base, len(held), GUIDED, told, guidance=jnp.asarray(guidance))
+        told = Told(captions=Prompts(text, [caption for caption in grid for _ in range(EACH)]))
+        tiles, _ = run.sample(base, EACH * len(grid), GUIDED, told, guidance=jnp.asarray(guidance))
+        decoder_told = Told(captions=asked.told.captions) if config.model.decoder_text else Told()
+        reconstructions, _ = run.decode(run.encode(originals), GUIDED, decoder_told)
 
-    among = spread_over(len(train), AMONG)
-    of_train = kinds(config.data.source, train)
-    of_held = kinds(config.data.source, held_out)
-    references = features(
-        network, (train[i]["image"][None] for i in among), total=len(among), description="features of training images"
-    )
     seen = lambda images, what: features(network, images, description=f"features: {what}")  # noqa: E731
-    among_kinds = [of_train[i] for i in among]
-    wanted = [of_train[i] for i in asked.rows]
-    trained = Moments.of(references)
+    of_train, of_held = (kinds(config.data.source, split) for split in (train, held_out))
+    wanted, captions = [of_train[row] for row in asked.rows], _captions(train, asked.rows)
+    trained = Moments.of(references.features)
 
     def measured(images: Images, what: str) -> dict[str, Metric]:
         found = seen(images, what)
-        by_kind = retrieval.kinds_found(found, references, among_kinds)
+        by_kind = retrieval.kinds_found(found, references.features, references.kinds)
         scores = {
-            retrieval.METRIC: retrieval.score(by_kind, wanted) | {"n_reference": len(among)},
+            retrieval.METRIC: retrieval.score(by_kind, wanted) | {"n_reference": len(references.rows)},
             "shuffled_prompts": retrieval.chance(by_kind, wanted),
             network.metric: frechet(found, trained),
         }
+        if clip is not None:
+            scores[clip.metric] = mean(clip_score.score(clip, images, captions))
         return {name: metric | {"against": TRAINING} for name, metric in scores.items()}
 
-    alignment = {
-        "by_guidance": {f"{scale:g}": measured(samples[scale], f"guidance {scale:g}") for scale in sorted(samples)},
-        "ceilings": {
-            "real_images": _leave_one_out(
-                seen(originals, "real images"), asked.rows, wanted, references, among, of_train
-            ),
-            "reconstructions": measured(reconstructions, "reconstructions")[retrieval.METRIC],
-        },
+    ceilings = {
+        "real_images": _leave_one_out(seen(originals, "real images"), asked.rows, wanted, references),
+        "reconstructions": measured(reconstructions, "reconstructions")[retrieval.METRIC],
     }
-    everything = np.concatenate([references, seen(_images(held_out, range(len(held_out))), "held-out images")])
-    found = retrieval.kinds_found(seen(of_held_out, "held-out prompts"), everything, [*among_kinds, *of_held])
-    asked_for = [of_held[i] for i in held]
+    if clip is not None:
+        ceilings["real_images_clip_score"] = mean(clip_score.score(clip, originals, captions)) | {"against": TRAINING}
+    everything = np.concatenate([references.features, seen(_images(held_out, held), "held-out images")])
+    asked_for = [of_held[row] for row in held]
+    by_kind = retrieval.kinds_found(seen(of_held_out, "held-out prompts"), everything, [*references.kinds, *asked_for])
     metrics = {
-        "alignment": alignment,
+        "alignment": {
+            "by_guidance": {f"{scale:g}": measured(samples[scale], f"guidance {scale:g}") for scale in sorted(samples)},
+            "ceilings": ceilings,
+        },
         "held_out_prompts": {
-            retrieval.METRIC: retrieval.score(found, asked_for) | {"n_reference": len(everything)},
-            "shuffled_prompts": retrieval.chance(found, asked_for),
-            "guidance_scale": float(guidance),
+            retrieval.METRIC: retrieval.score(by_kind, asked_for) | {"n_reference": len(everything)},
+            "shuffled_prompts": retrieval.chance(by_kind, asked_for),
+            "guidance_scale": guidance,
             "nfe": nfe,
         },
     }
-    tiles = pictures.reshape(len(grid), EACH, *pictures.shape[1:])
-    split_at = np.cumsum([len(rows) for _, rows in shown.values()])
-    shown_pictures: dict[str, np.ndarray] = {}
-    for (name, (split, rows)), samples_of in zip(shown.items(), np.split(tiles, split_at), strict=False):
-        shown_pictures[f"{name}_prompts"] = np.array([split.captions[row] for row in rows] if split.captions else [])
-        shown_pictures[f"{name}_prompts_real"] = _images(split, rows)
-        shown_pictures[f"{name}_prompts_samples"] = samples_of
+    tiles = tiles.reshape(len(grid), EACH, *tiles.shape[1:])
+    pictures, begin = {}, 0
+    for name, (split, rows) in shown.items():
+        pictures |= {
+            f"{name}_prompts": np.array(_captions(split, rows)),
+            f"{name}_prompts_real": _images(split, rows),
+            f"{name}_prompts_samples": tiles[begin : begin + len(rows)],
+        }
+        begin += len(rows)
     if own:
-        shown_pictures |= {"own_prompts": np.array(own), "own_prompts_samples": tiles[split_at[-1] :]}
-    return metrics, shown_pictures
+        pictures |= {"own_prompts": np.array(own), "own_prompts_samples": tiles[begin:]}
+    return metrics, pictures
 
 
 def _leave_one_out(
-    found: Float[np.ndarray, "n d"],
-    rows: Int[np.ndarray, " n"],
-    wanted: Sequence[str],
-    references: Float[np.ndarray, "m d"],
-    among: Sequence[int],
-    of_train: Sequence[str],
+    found: Float[np.ndarray, "n d"], rows: Int[np.ndarray, " n"], wanted: Sequence[str], references: References
 ) -> Metric:
     """The score of the prompts' own images when they do not count, of those whose kind has others."""
-    place = {row: index for index, row in enumerate(among)}
-    count = Counter(of_train[i] for i in among)
-    kept = [i for i, row in enumerate(rows) if row in place and count[wanted[i]] > 1]
+    place, count = {row: index for index, row in enumerate(references.rows)}, Counter(references.kinds)
+    kept = [i for i, row in enumerate(rows.tolist()) if row in place and count[wanted[i]] > 1]
     if not kept:
-        return {"value": float("nan"), "n": 0}
+        return {"value": float("nan"), "n": 0, "against": TRAINING, "n_reference": len(references.rows)}
     itself = np.array([place[rows[i]] for i in kept])
-    kinds_of = [of_train[i] for i in among]
-    return retrieval.score(retrieval.kinds_found(found[kept], references, kinds_of, itself), [wanted[i] for i in kept])
+    by_kind = retrieval.kinds_found(found[kept], references.features, references.kinds, itself)
+    score = retrieval.score(by_kind, [wanted[i] for i in kept])
+    return score | {"against": TRAINING, "n_reference": len(references.rows)}
 
 
-def _prompts(text: TextEncoder, split: Split, rows: Sequence[int]) -> Prompts:
+def _captions(split: Split, rows: Sequence[int] | Int[np.ndarray, " n"]) -> list[str]:
     assert split.captions is not None, "a run with captions has some"
-    return Prompts(text, [split.captions[row] for row in rows])
+    return [split.captions[row] for row in rows]
 
 
-def _images(split: Split, rows: Sequence[int] | Int[np.ndarray, " n"] | range) -> Images:
+def _images(split: Split, rows: Sequence[int] | Int[np.ndarray, " n"]) -> Images:
     return np.stack([split[int(row)]["image"] for row in rows])

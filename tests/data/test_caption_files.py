@@ -76,7 +76,7 @@ def write_csv(path, rows, header=("path", "caption")):
 
 def write_parquet(path, rows, header=("path", "caption"), kind=None):
     """`kind` is the type of both columns, or "dictionary" of texts."""
-    arrow, parquet = (optional(module, extra="text") for module in ("pyarrow", "pyarrow.parquet"))
+    arrow, parquet = (optional(module, extra="parquet") for module in ("pyarrow", "pyarrow.parquet"))
     columns = [arrow.array(column) for column in zip(*rows, strict=True)]
     if kind == "dictionary":
         columns = [column.dictionary_encode() for column in columns]

@@ -1,4 +1,4 @@
-"""Tables of captions: CSV and TSV, in UTF-8, or Parquet (pyarrow, extra `text`), with the columns `path` and `caption`.
+"""Tables of captions: CSV and TSV, in UTF-8, or Parquet (extra `parquet`), with the columns `path` and `caption`.
 
 Other columns do no harm. A row that cannot be read costs no other one.
 """
@@ -81,7 +81,7 @@ def _long_fields() -> Iterator[None]:
 
 
 def _of_parquet(file: Path) -> list[Row]:
-    arrow, parquet = (optional(name, extra="text") for name in ("pyarrow", "pyarrow.parquet"))
+    arrow, parquet = (optional(name, extra="parquet") for name in ("pyarrow", "pyarrow.parquet"))
     rows: list[Row] = []
     try:
         with parquet.ParquetFile(file) as table:

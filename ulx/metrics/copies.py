@@ -8,7 +8,7 @@ from jaxtyping import Float, Int, UInt8
 from ulx.data.source import Split
 from ulx.metrics.images import nearest
 
-__all__ = ["copies_among", "spread_over"]
+__all__ = ["NEAREST_AMONG", "copies_among", "spread_over"]
 
 NEAREST_AMONG = 50_000
 """Training images among which the nearest one to a sample is sought; in a larger set, that many spread over it."""

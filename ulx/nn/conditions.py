@@ -90,8 +90,7 @@ class Conditions(eqx.Module):
 
 
 class TextTokens(eqx.Module):
-    """A caption as the blocks of a network see it. One token is always there, so that there is something to attend to
-    where there is no caption."""
+    """A caption as the blocks of a network see it."""
 
     tokens: Float[Array, "b n c"]
     mask: Bool[Array, "b n"]
@@ -100,35 +99,27 @@ class TextTokens(eqx.Module):
 class TextInput(eqx.Module):
     """Captions -> the tokens that every block attends to, and a vector, of their mean, that modulates every block.
 
-    Embeddings are normalised first, so that encoders of any scale will do. Without a caption the vector is a learned
-    one, as the null label's is.
+    Embeddings are normalised first, so that encoders of any scale will do. Without a caption there is nothing to attend
+    to, and the vector is a learned one, as the null label's is.
     """
 
     project: Linear
-    absent: Float[Array, " c"]
     pooled: Linear
     no_caption: Float[Array, " k"]
 
     def __init__(self, channels: int, width: int, cond_size: int, *, key: Key[Array, ""]):
-        keys = jax.random.split(key, 4)
-        self.project = Linear(channels, width, key=keys[0])
-        self.absent = draw(keys[1], (width,), 1.0)
-        self.pooled = Linear(channels, cond_size, key=keys[2])
-        self.no_caption = draw(keys[3], (cond_size,), 0.02)
+        project, pooled, no_caption = jax.random.split(key, 3)
+        self.project = Linear(channels, width, key=project)
+        self.pooled = Linear(channels, cond_size, key=pooled)
+        self.no_caption = draw(no_caption, (cond_size,), 0.02)
 
-    def __call__(self, text: Text | None, size: int) -> tuple[TextTokens, Float[Array, "b k"]]:
+    def __call__(self, text: Text | None, size: int) -> tuple[TextTokens | None, Float[Array, "b k"]]:
         """Of `size` examples."""
-        dtype = self.absent.dtype
-        absent = jnp.broadcast_to(self.absent, (size, 1, self.absent.size))
-        always = jnp.ones((size, 1), bool)
         no_caption = jnp.broadcast_to(self.no_caption, (size, self.no_caption.size))
         if text is None:
-            return TextTokens(absent, always), no_caption
-        tokens = layer_norm(text.tokens).astype(dtype)
-        weights = text.mask[..., None].astype(dtype)
+            return None, no_caption
+        tokens = layer_norm(text.tokens).astype(no_caption.dtype)
+        weights = text.mask[..., None].astype(tokens.dtype)
         count = weights.sum(axis=1)
         pooled = self.pooled(layer_norm((tokens * weights).sum(axis=1) / jnp.maximum(count, 1)))
-        seen = TextTokens(
-            jnp.concatenate([absent, self.project(tokens)], axis=1), jnp.concatenate([always, text.mask], axis=1)
-        )
-        return seen, jnp.where(count > 0, pooled, no_caption)
+        return TextTokens(self.project(tokens), text.mask), jnp.where(count > 0, pooled, no_caption)

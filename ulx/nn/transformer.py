@@ -38,77 +38,65 @@ class BlockConfig:
 
 
 class Attention(eqx.Module):
-    """Multi-head self-attention with QK-norm (an RMS norm with a learned scale on each query and key)."""
+    """Multi-head self-attention with QK-norm (an RMS norm with a learned scale on each query and key), in a network
+    that is given captions also to the caption's tokens, as further keys and values.
+
+    One softmax for both, as in Imagen's U-Nets: a caption costs the keys and values of its tokens, and no queries and
+    outputs of its own.
+    """
 
     qkv: Linear
+    text: Linear | None
+    """Keys and values of a caption's tokens."""
     out: Linear
     query_scale: Float[Array, " head"]
     key_scale: Float[Array, " head"]
     heads: int = eqx.field(static=True)
 
-    def __init__(self, channels: int, head_size: int, *, key: Key[Array, ""]):
+    def __init__(self, channels: int, head_size: int, *, text_size: int = 0, key: Key[Array, ""]):
         if channels % head_size:
             raise ValueError(f"channels={channels} is not a multiple of head_size={head_size}")
         qkv, out = jax.random.split(key)
         self.qkv = Linear(channels, 3 * channels, bias=False, key=qkv)
+        self.text = None
+        if text_size:
+            self.text = Linear(text_size, 2 * channels, bias=False, key=jax.random.fold_in(key, 2))
         self.out = Linear(channels, channels, key=out)
         self.query_scale = jnp.ones(head_size)
         self.key_scale = jnp.ones(head_size)
         self.heads = channels // head_size
 
     def __call__(
-        self, x: Float[Array, "b n c"], angles: Float[np.ndarray, "n pairs"] | None = None
+        self,
+        x: Float[Array, "b n c"],
+        angles: Float[np.ndarray, "n pairs"] | None = None,
+        text: TextTokens | None = None,
     ) -> Float[Array, "b n c"]:
-        """With `angles` queries and keys are turned by them."""
-        batch, tokens, channels = x.shape
-        heads = (batch, tokens, self.heads, channels // self.heads)
-        query, key, value = (part.reshape(heads) for part in jnp.split(self.qkv(x), 3, axis=-1))
+        """With `angles` queries and keys of the grid are turned by them."""
+        query, key, value = (self._by_heads(part) for part in jnp.split(self.qkv(x), 3, axis=-1))
         query, key = rms_norm(query, self.query_scale), rms_norm(key, self.key_scale)
         if angles is not None:
             query, key = rotary.rotate(query, angles), rotary.rotate(key, angles)
-        return self.out(attend(query, key, value).reshape(x.shape))
+        mask = None
+        if self.text is not None and text is not None:
+            key_of_text, value_of_text = map(self._by_heads, jnp.split(self.text(text.tokens), 2, axis=-1))
+            key = jnp.concatenate([key, rms_norm(key_of_text, self.key_scale)], axis=1)
+            value = jnp.concatenate([value, value_of_text], axis=1)
+            mask = jnp.concatenate([jnp.ones(x.shape[:2], bool), text.mask], axis=1)
+        return self.out(attend(query, key, value, mask).reshape(x.shape))
 
-
-class CrossAttention(eqx.Module):
-    """From a grid's tokens to those of a caption, with QK-norm. Its output starts at zero."""
-
-    query: Linear
-    key_value: Linear
-    out: Linear
-    query_scale: Float[Array, " head"]
-    key_scale: Float[Array, " head"]
-    heads: int = eqx.field(static=True)
-
-    def __init__(self, channels: int, text_size: int, head_size: int, *, key: Key[Array, ""]):
-        query, key_value, out = jax.random.split(key, 3)
-        self.query = Linear(channels, channels, bias=False, key=query)
-        self.key_value = Linear(text_size, 2 * channels, bias=False, key=key_value)
-        self.out = Linear(channels, channels, gain=0.0, key=out)
-        self.query_scale = jnp.ones(head_size)
-        self.key_scale = jnp.ones(head_size)
-        self.heads = channels // head_size
-
-    def __call__(self, x: Float[Array, "b n c"], text: TextTokens) -> Float[Array, "b n c"]:
-        head_size = x.shape[-1] // self.heads
-        query = self.query(x).reshape(*x.shape[:2], self.heads, head_size)
-        key, value = (
-            part.reshape(*text.mask.shape, self.heads, head_size)
-            for part in jnp.split(self.key_value(text.tokens), 2, axis=-1)
-        )
-        query, key = rms_norm(query, self.query_scale), rms_norm(key, self.key_scale)
-        return self.out(attend(query, key, value, text.mask).reshape(x.shape))
+    def _by_heads(self, x: Float[Array, "b n c"]) -> Float[Array, "b n h d"]:
+        return x.reshape(*x.shape[:2], self.heads, -1)
 
 
 class Block(eqx.Module):
     """x + g₁ · attention(mod₁(norm x)), then x + g₂ · mlp(mod₂(norm x)); mod and g are linear in the conditioning.
 
-    Between them, in a network that is given captions, x + attention from norm x to the caption's tokens. The gates
-    start at zero, so that a new block is the identity (DiT's adaLN-zero).
+    The gates start at zero, so that a new block is the identity (DiT's adaLN-zero).
     """
 
     modulation: Linear
     attention: Attention
-    cross: CrossAttention | None
     up: Linear
     down: Linear
     dropout: Dropout
@@ -116,10 +104,7 @@ class Block(eqx.Module):
     def __init__(self, channels: int, config: BlockConfig, *, cond_size: int, text_size: int = 0, key: Key[Array, ""]):
         keys = jax.random.split(key, 4)
         self.modulation = Linear(cond_size, 6 * channels, gain=0.0, key=keys[0])
-        self.attention = Attention(channels, config.head_size, key=keys[1])
-        self.cross = None
-        if text_size:
-            self.cross = CrossAttention(channels, text_size, config.head_size, key=jax.random.fold_in(key, 4))
+        self.attention = Attention(channels, config.head_size, text_size=text_size, key=keys[1])
         self.up = Linear(channels, config.mlp_ratio * channels, key=keys[2])
         self.down = Linear(config.mlp_ratio * channels, channels, key=keys[3])
         self.dropout = Dropout(config.dropout)
@@ -134,9 +119,7 @@ class Block(eqx.Module):
     ) -> Float[Array, "b n c"]:
         modulation = self.modulation(cond)[:, None]
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(modulation, 6, axis=-1)
-        x = x + gate_1 * self.attention(layer_norm(x) * (1 + scale_1) + shift_1, angles)
-        if self.cross is not None and text is not None:
-            x = x + self.cross(layer_norm(x), text)
+        x = x + gate_1 * self.attention(layer_norm(x) * (1 + scale_1) + shift_1, angles, text)
         hidden = jax.nn.gelu(self.up(layer_norm(x) * (1 + scale_2) + shift_2))
         return x + gate_2 * self.down(self.dropout(hidden, key))
 

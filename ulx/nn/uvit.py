@@ -157,9 +157,7 @@ class UViT(eqx.Module):
 
     Of the `conditions`, given frames are brought to the grid of the outermost patches and added before anything else,
     as if they were more channels of z_t; without them, none is given. λ, the class and the mean of a caption's tokens
-    modulate every block; every transformer block also attends to these tokens. (It attends to them beside the grid's
-    own attention, not within it: the tokens of a grid keep their places, positions and unmasked attention, and blocks
-    on coarse grids, where a caption has nearly as many tokens as the image, do not become half again as expensive.)
+    modulate every block; every transformer block also attends to these tokens.
     """
 
     project_in: Linear
