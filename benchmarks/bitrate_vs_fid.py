@@ -22,6 +22,7 @@ import points
 
 if TYPE_CHECKING:
     from ulx.config import Config
+    from ulx.nn.uvit import UViTConfig
 
 SHOWN = 12
 """Held-out images whose reconstructions are shown."""
@@ -39,14 +40,16 @@ class Settings(points.Settings):
     """Each trains all of them."""
 
 
+def eighth(base: "UViTConfig") -> "UViTConfig":
+    """An eighth of the FLOPs in its products: half of the width, in heads of half the size, and half of the blocks."""
+    block = dataclasses.replace(base.block, head_size=base.block.head_size // 2)
+    halves = [tuple(max(1, number // 2) for number in numbers) for numbers in (base.channels, base.blocks)]
+    return dataclasses.replace(base, channels=halves[0], blocks=halves[1], block=block)
+
+
 def configs_of(pair: tuple[float, float], seed: int, settings: Settings) -> dict[str, "Config"]:
     """The runs of one autoencoder, by the size of the base model; those after the first copy its stage 1."""
     preset, (bias, factor) = settings.config(), pair
-    base = preset.model.base
-    # An eighth of the FLOPs in its products: half of the width, in heads of half the size, and half of the blocks.
-    block = dataclasses.replace(base.block, head_size=base.block.head_size // 2)
-    halves = [tuple(max(1, number // 2) for number in numbers) for numbers in (base.channels, base.blocks)]
-    small = dataclasses.replace(base, channels=halves[0], blocks=halves[1], block=block)
     name = f"sweep_{settings.label}_b{bias:g}_c{factor:g}_s{seed}"
     train_base = points.of_length(preset.train_base, settings.base_steps or preset.train_base.steps // 2)
     large = dataclasses.replace(
@@ -59,7 +62,7 @@ def configs_of(pair: tuple[float, float], seed: int, settings: Settings) -> dict
         train_base=train_base,
         evaluate=dataclasses.replace(preset.evaluate, flow_images=0),
     )
-    model = dataclasses.replace(large.model, base=small)
+    model = dataclasses.replace(large.model, base=eighth(preset.model.base))
     return {
         "large": large,
         "small": dataclasses.replace(large, name=f"{name}_small", model=model, autoencoder=str(large.path)),

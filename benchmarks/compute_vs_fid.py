@@ -38,23 +38,25 @@ class Settings(points.Settings):
     """Seed of every run."""
 
 
-def configs_of(method: Method, settings: Settings) -> list["Config"]:
-    """The runs of one method by length; those after the first copy its stage 1."""
+def by_method(preset: "Config", method: Method) -> "Config":
+    """That preset by another method, with one architecture of base model: on pixels it sees as many tokens as on
+    latents."""
     from ulx.variants import VARIANTS
 
-    preset = settings.config()
-    config = VARIANTS[method].change(preset)
-    base, pixels = preset.model.base, config.model.latent == "pixels"
-    if pixels:
-        # As many tokens as the latents have.
-        reduction = preset.model.encoder.reduction(2)[0]
-        base = dataclasses.replace(base, patch=reduction * base.patch)
+    config, base = VARIANTS[method].change(preset), preset.model.base
+    if config.model.latent == "pixels":
+        base = dataclasses.replace(base, patch=preset.model.encoder.reduction(2)[0] * base.patch)
+    return dataclasses.replace(config, variant=method, model=dataclasses.replace(config.model, base=base))
+
+
+def configs_of(method: Method, settings: Settings) -> list["Config"]:
+    """The runs of one method by length; those after the first copy its stage 1."""
+    config = by_method(settings.config(), method)
+    pixels = config.model.latent == "pixels"
     config = dataclasses.replace(
         config,
-        variant=method,
         runs=settings.runs,
         seed=settings.seed,
-        model=dataclasses.replace(config.model, base=base),
         sample=dataclasses.replace(config.sample, num_steps=settings.sample_steps),
         evaluate=dataclasses.replace(config.evaluate, flow_images=0),
     )

@@ -150,14 +150,21 @@ ITEMS = (
     Item(
         "§5.1",
         "architectures",
-        ("presets.PAPER", "nn.encoder.Encoder", "nn.uvit.UViT", "frames.given_frames", "benchmarks/architectures.py"),
+        (
+            "presets.PAPER",
+            "nn.encoder.Encoder",
+            "nn.uvit.UViT",
+            "nn.conditions.Conditions",
+            "frames.given_frames",
+            "benchmarks/architectures.py",
+        ),
         (
             "test_presets.py::test_networks_are_those_of_section_5_1",
             "test_presets.py::test_preset_initialises_and_takes_a_step",
             "test_nn.py::test_network_of_a_still_video_is_the_image_network",
             "test_frames.py::test_samples_follow_the_given_frames_alone",
+            "test_conditions.py::test_a_tiny_set_is_overfitted_by_each_condition",
         ),
-        missing="conditioning on text",
     ),
     Item(
         "§5.2",
@@ -207,14 +214,31 @@ ITEMS = (
     ),
     Item(
         "Tab. 1, Fig. 6",
-        "text-to-image; its baselines: pixel diffusion, a KL autoencoder with a base model",
-        ("presets.PAPER", "variants.VARIANTS", "decoders.PixelDecoder", "decoders.RegressionDecoder"),
+        "text-to-image: captions, alignment (retrieval, CLIP score); its baselines: pixel diffusion, a KL autoencoder with "
+        "a base model",
         (
+            "nn.conditions.TextInput",
+            "text.encoders.TextEncoder",
+            "data.captions.captioned",
+            "prompted.prompted",
+            "metrics.clip_score.score",
+            "presets.PAPER",
+            "variants.VARIANTS",
+            "decoders.PixelDecoder",
+            "decoders.RegressionDecoder",
+            "benchmarks/text_to_image.py",
+        ),
+        (
+            "test_conditions.py::test_a_tiny_set_is_overfitted_by_each_condition",
+            "test_prompted.py::test_numbers_and_pictures_of_the_prompts",
+            "metrics/test_retrieval.py::test_chance_is_the_mean_over_all_other_prompts",
+            "text/test_bert.py",
+            "data/test_caption_files.py",
             "test_presets.py::test_base_flops",
             "test_variants.py::test_pixels_are_their_own_latent",
             "test_variants.py::test_runs_from_end_to_end",
         ),
-        missing="text",
+        missing="its 512 pixels and CLIP's weights",
     ),
     Item(
         "Tab. 2",

@@ -42,7 +42,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 NOT_MEASURED = (
     *("name", "runs", "resume", "data.cache_dir", "data.workers"),
     "autoencoder",  # where it was copied from tells nothing that its settings, which are there too, do not
-    *("evaluate.inception_weights", "evaluate.inception_resize", "evaluate.lpips"),  # add to what is measured
+    # Add to what is measured, or to what is shown.
+    *("evaluate.inception_weights", "evaluate.inception_resize", "evaluate.lpips", "evaluate.clip_weights"),
+    "evaluate.prompts",
 )
 """Settings by which no point differs from another."""
 

@@ -232,6 +232,7 @@ def evaluate(
         asked = Asked(made.base_samples, made.base_rows, made.base_told, SAMPLE)
         numbers, images = prompted(model, base, dataset, text, asked, network, references, config, clip)
         metrics, pictures = metrics | numbers, pictures | images
+        metrics["definitions"] |= {} if clip is None else clip_score.definitions(clip)
         of_network = {"network": {"definition": network.definition, "sha256": network.sha256}}
         metrics["definitions"] |= {
             name: {"definition": text} | of_network for name, text in DEFINITIONS_OF_PROMPTS.items()

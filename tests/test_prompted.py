@@ -1,0 +1,251 @@
+"""A run with captions from end to end: embedded, trained, measured, shown and asked again."""
+
+import dataclasses
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from stand_ins import Corner
+
+from ulx import evaluate, export, job, runs, sample
+from ulx.config import Config
+from ulx.data.source import Dataset, Split
+from ulx.evaluation import Evaluation
+from ulx.latents import encoded
+from ulx.metrics import efficientnet
+from ulx.nn.conditions import ConditionSpec
+from ulx.text.examples import Prompts, TextConfig, WithText, channels_of, embedded, open_encoder, with_text
+from ulx.text.precomputed import Precomputed, write
+
+WORDS = ("a red heart", "星", "", "👩‍🔬 a woman scientist", "moon " * 40)
+PROMPTS = ("a blue heart",)
+
+
+@pytest.fixture(scope="module")
+def embeddings(tmp_path_factory) -> Path:
+    """Any other encoder's: random, of 1 to 6 tokens."""
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("text") / "any.safetensors"
+    arrays = {
+        caption: rng.standard_normal((1 + i, 8)).astype(np.float32) for i, caption in enumerate((*WORDS, *PROMPTS))
+    }
+    write(path, arrays, "an encoder of the test")
+    return path
+
+
+@pytest.fixture(scope="module")
+def dataset(small_dataset) -> Dataset:
+    def captioned(split: Split) -> Split:
+        return dataclasses.replace(split, captions=tuple(WORDS[i % len(WORDS)] for i in range(len(split))))
+
+    parts = {"train": captioned(small_dataset.train), "validation": captioned(small_dataset.validation)}
+    return dataclasses.replace(small_dataset, **parts)
+
+
+@pytest.fixture(scope="module")
+def config(small_config, embeddings, tmp_path_factory) -> Config:
+    return dataclasses.replace(
+        small_config,
+        runs=str(tmp_path_factory.mktemp("runs")),
+        data=dataclasses.replace(small_config.data, captions="en", labels=False),
+        text=TextConfig(encoder=str(embeddings), length=4),
+        evaluate=dataclasses.replace(
+            small_config.evaluate, prompts=PROMPTS, guidance_sweep=(1.0, 3.0), flow_images=0, num_samples=6
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def replaced(dataset):
+    """The data, and a network that needs no package."""
+    with pytest.MonkeyPatch.context() as patch:
+        # `one_class` is what `--data.no-labels` makes of it.
+        told = dataclasses.replace(dataset, class_names=("all",))
+        patch.setattr(job, "open_dataset", lambda data: told)
+        patch.setattr(evaluate, "open_dataset", lambda data: told)
+        patch.setattr(efficientnet, "load", Corner)
+        yield
+
+
+@pytest.fixture(scope="module")
+def path(config, replaced) -> Path:
+    job.run(config)
+    return config.path
+
+
+@pytest.fixture(scope="module")
+def evaluation(path) -> Evaluation:
+    return Evaluation.load(path / "evaluation")
+
+
+def test_the_model_is_told_captions_and_no_class(path, config, embeddings):
+    run = runs.load(path)
+    assert run.base is not None
+    assert run.base.conditions == ConditionSpec(num_classes=0, text_channels=8)
+    assert run.model.decoder.conditions == ConditionSpec()
+    assert run.text == {"channels": 8, "definition": "an encoder of the test"}
+    assert channels_of(config.text) == 8
+    kept = list((path / "text").glob("*.safetensors"))
+    assert len(kept) == 1
+    assert Precomputed(kept[0]).captions == {*WORDS, *PROMPTS}
+
+
+def test_training_sees_each_image_s_own_caption(config, dataset, embeddings, tmp_path):
+    """In the examples of stage 2, whose latents are those of the same images."""
+    model = runs.stage1_state(config).model
+    text = embedded(dataset, open_encoder(config.text), tmp_path / "text", PROMPTS)
+    latents = encoded(dataset, model, tmp_path / "latents", batch_size=4, flip=True)
+    assert latents.train.captions is not None
+    examples, known = with_text(latents, text), Precomputed(embeddings, 4)
+    for i, name in enumerate(examples.train.names):
+        row = dataset.train.names.index(name.removesuffix(" mirrored"))
+        caption = WORDS[row % len(WORDS)]
+        assert latents.train.captions[i] == caption
+        tokens, mask = known([caption])
+        example = examples.train[i]
+        np.testing.assert_array_equal(example["text"], tokens[0])
+        np.testing.assert_array_equal(example["text_mask"], mask[0])
+        assert example["mean"].shape == model.latent_shape
+    # A loader's worker opens the file anew.
+    source = examples.train.source
+    assert isinstance(source, WithText)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(source))[3]["text"], examples.train[3]["text"])
+
+
+def test_numbers_and_pictures_of_the_prompts(evaluation, dataset):
+    metrics, pictures = evaluation.metrics, evaluation.pictures
+    by_guidance = metrics["alignment"]["by_guidance"]
+    assert list(by_guidance) == ["1", "3"]
+    # Without guidance they are the samples whose distance is reported.
+    assert by_guidance["1"]["fd_efflite0"]["value"] == pytest.approx(metrics["fd_efflite0"]["base"]["value"], rel=1e-6)
+    assert by_guidance["3"]["fd_efflite0"]["value"] != pytest.approx(by_guidance["1"]["fd_efflite0"]["value"], rel=1e-3)
+    for found in by_guidance.values():
+        assert found["retrieval"]["n"] == found["shuffled_prompts"]["n"] == 6
+        assert found["retrieval"]["n_reference"] == 12
+    # Every kind has two or three of the twelve images, so each has others.
+    assert metrics["alignment"]["ceilings"]["real_images"]["n"] == 6
+    assert metrics["held_out_prompts"]["retrieval"]["n"] == 5
+    assert metrics["held_out_prompts"]["retrieval"]["n_reference"] == 12 + 5
+    assert pictures["own_prompts"].tolist() == list(PROMPTS)
+    assert pictures["own_prompts_samples"].shape == (1, 3, 16, 16, 3)
+    assert pictures["training_prompts"].tolist() == list(dataset.train.captions or ())
+    np.testing.assert_array_equal(pictures["training_prompts_real"][7], dataset.train[7]["image"])
+    assert pictures["held_out_prompts_samples"].shape == (5, 3, 16, 16, 3)
+    # Three samples of a prompt are three.
+    assert (pictures["held_out_prompts_samples"][0, 0] != pictures["held_out_prompts_samples"][0, 1]).any()
+
+
+def test_the_report_shows_them(path):
+    page = (path / "report.html").read_text()
+    for words in ("Prompts and samples", "Do samples follow their prompts?", "a blue heart", "星"):
+        assert words in page
+    for picture in ("guidance", "own_prompts", "training_prompts", "held_out_prompts"):
+        assert (path / "figures" / f"{picture}.png").exists()
+
+
+def test_prompts_of_a_finished_run(path, embeddings, tmp_path):
+    out = sample.sample(sample.Options(path, tmp_path / "a", num=3, prompt=("a blue heart", "星"), guidance_scale=2.0))
+    facts = json.loads((out / "base-seed0.json").read_text())
+    assert [file["label"] for file in facts["files"]] == ["a blue heart", "星", "a blue heart"]
+    read = lambda folder, i: (folder / f"base-seed0-{i:06d}.png").read_bytes()  # noqa: E731
+    # The same noise and another caption is another image; the same caption, in another batch, is the same one.
+    again = sample.sample(sample.Options(path, tmp_path / "b", num=2, prompt=("星",), guidance_scale=2.0, batch_size=1))
+    assert read(out, 0) != read(again, 0)
+    assert np.abs(_pixels(out, 1) - _pixels(again, 1)).max() <= 1
+    bare = sample.sample(sample.Options(path, tmp_path / "c", num=1))
+    assert read(bare, 0) != read(again, 0)
+    exported = export.export(export.Options(path, out=tmp_path / "model.safetensors"))
+    same = sample.sample(sample.Options(exported, tmp_path / "d", num=2, prompt=("星",), guidance_scale=2.0))
+    assert np.abs(_pixels(same, 1) - _pixels(again, 1)).max() <= 1
+
+
+def _pixels(folder: Path, index: int) -> np.ndarray:
+    from PIL import Image
+
+    return np.asarray(Image.open(folder / f"base-seed0-{index:06d}.png")).astype(int)
+
+
+def test_what_cannot_be_asked_is_refused(path, trained_run, tmp_path, config):
+    ask = lambda *args, **options: sample.sample(sample.Options(*args, out=tmp_path / "no", **options))  # noqa: E731
+    with pytest.raises(ValueError, match=r"has no embedding of the caption 'a green heart'"):
+        ask(path, prompt=("a green heart",))
+    with pytest.raises(ValueError, match="was trained without captions"):
+        ask(trained_run, prompt=("a heart",))
+    with pytest.raises(ValueError, match="was trained without classes: sample it without --label"):
+        ask(path, label=("all",))
+    with pytest.raises(ValueError, match="guided towards captions: give a --prompt"):
+        ask(path, guidance_scale=2.0)
+    with pytest.raises(ValueError, match="knows no classes and captions"):
+        ask(path, prompt=("a heart",), prior=True)
+    assert not (tmp_path / "no").exists()
+    for changes, message in (
+        ({"evaluate": {"prompts": ("a",)}}, "evaluate.prompts need a run with captions"),
+        ({"model": {"decoder_text": True}}, "model.decoder_text tells the decoder a caption"),
+        ({"evaluate": {"clip_weights": "clip"}}, "evaluate.clip_weights measure how well images fit their captions"),
+    ):
+        parts = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in changes.items()}
+        plain = {"data": dataclasses.replace(config.data, captions=None)}
+        if "evaluate" not in parts:
+            plain["evaluate"] = dataclasses.replace(config.evaluate, prompts=())
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(config, **plain, **parts)
+    with pytest.raises(ValueError, match="encoder is minilm or the path"):
+        TextConfig(encoder="t5")
+
+
+def test_other_embeddings_are_refused(path, config, dataset, tmp_path):
+    other = tmp_path / "other.safetensors"
+    write(other, {caption: np.ones((2, 8), np.float32) for caption in (*WORDS, *PROMPTS)}, "another encoder")
+    changed = dataclasses.replace(config, text=dataclasses.replace(config.text, encoder=str(other)))
+    with pytest.raises(ValueError, match=r"text\.encoder"):
+        job.run(dataclasses.replace(changed, resume=True))
+    told = dataclasses.replace(dataset, class_names=("all",))
+    with pytest.raises(ValueError, match=r"embedded by .*an encoder of the test.*another encoder"):
+        runs.remember_data(path, told, Precomputed(other))
+
+
+def test_evaluated_again_with_other_prompts_and_clip(path, replaced, tmp_path, evaluation):
+    import clip_files
+
+    clip_files.write(tmp_path / "clip", clip_files.config())
+    evaluate.evaluate(evaluate.Options(path, prompts=("星",), clip_weights=tmp_path / "clip"))
+    again = Evaluation.load(path / "evaluation")
+    assert again.pictures["own_prompts"].tolist() == ["星"]
+    found = again.metrics["alignment"]["by_guidance"]
+    assert found["1"]["retrieval"] == evaluation.metrics["alignment"]["by_guidance"]["1"]["retrieval"]
+    assert -100 <= found["3"]["clip_score"]["value"] <= 100
+    assert "clip_score" in again.metrics["definitions"]
+    assert "real_images_clip_score" in again.metrics["alignment"]["ceilings"]
+
+
+def test_a_decoder_that_is_told_the_caption_and_a_prior_that_generates(config, replaced, path):
+    """Other places for a caption, through the same code."""
+    model = dataclasses.replace(config.model, decoder_text=True)
+    job.run(dataclasses.replace(config, name="decoder", model=model))
+    run = runs.load(Path(config.runs) / "decoder")
+    assert run.model.decoder.conditions == ConditionSpec(text_channels=8)
+    single = dataclasses.replace(config, name="single", single_stage=True)
+    job.run(single)
+    run = runs.load(Path(config.runs) / "single")
+    assert run.base is run.model.prior
+    assert run.model.prior.conditions == ConditionSpec(text_channels=8)
+
+
+def test_prompts_are_embedded_when_they_are_asked_for():
+    class Counting:
+        length, channels, definition = 2, 3, "counting"
+        asked: list[str] = []  # noqa: RUF012
+
+        def __call__(self, captions):
+            self.asked += captions
+            return np.ones((len(captions), 2, 3), np.float32), np.ones((len(captions), 2), bool)
+
+    encoder = Counting()
+    prompts: Any = Prompts(encoder, ["a", "b", "c", "d"])
+    assert not encoder.asked
+    found = prompts[1:][np.array([2, 0, 2])]
+    assert encoder.asked == ["d", "b", "d"]
+    assert found.tokens.shape == (3, 2, 3)
