@@ -214,8 +214,8 @@ ITEMS = (
     ),
     Item(
         "Tab. 1, Fig. 6",
-        "text-to-image: captions, alignment (retrieval, CLIP score); its baselines: pixel diffusion, a KL autoencoder with "
-        "a base model",
+        "text-to-image: captions, alignment (retrieval, CLIP score); its baselines: pixel diffusion, a KL autoencoder "
+        "with a base model",
         (
             "nn.conditions.TextInput",
             "text.encoders.TextEncoder",
@@ -232,8 +232,8 @@ ITEMS = (
             "test_conditions.py::test_a_tiny_set_is_overfitted_by_each_condition",
             "test_prompted.py::test_numbers_and_pictures_of_the_prompts",
             "metrics/test_retrieval.py::test_chance_is_the_mean_over_all_other_prompts",
-            "text/test_bert.py",
-            "data/test_caption_files.py",
+            "text/test_bert.py::test_the_network_with_drawn_weights",
+            "data/test_caption_files.py::test_bad_text_files_are_named_and_counted_or_refused",
             "test_presets.py::test_base_flops",
             "test_variants.py::test_pixels_are_their_own_latent",
             "test_variants.py::test_runs_from_end_to_end",

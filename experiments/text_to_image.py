@@ -78,7 +78,7 @@ def paper(gflops: int) -> Config:
 TINY = OPENMOJI["tiny"]
 
 PRESETS = {
-    # Fewer steps than openmoji.py, in stage 2 of which one with captions takes 1.1 times as long.
+    # Fewer steps than openmoji.py has, for there is more to measure afterwards.
     "tiny": captioned(
         TINY,
         "text-to-image",

@@ -40,7 +40,7 @@ DEFINITIONS = {
     retrieval.METRIC: retrieval.DEFINITION,
     "shuffled_prompts": "the retrieval score that is expected of the same images with their prompts shuffled",
     "ceilings": "the retrieval score of the prompts' own images, which do not find themselves, of those whose kind has "
-    "others; and of their reconstructions, which may find their originals. With CLIP, the CLIP score of the prompts' own "
+    "others; and of their reconstructions, which may find their originals. With CLIP, its score of the prompts' own "
     "images",
 }
 
