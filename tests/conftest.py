@@ -7,10 +7,10 @@ from pathlib import Path
 # Read when JAX first looks for devices, and by the processes that tests start.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
-import equinox as eqx
 import jax
 import numpy as np
 import pytest
+from stand_ins import drawn, moved
 
 from ulx import runs
 from ulx.checkpoint import Checkpoints
@@ -81,25 +81,15 @@ def trained_run(tmp_path_factory, small_config, small_dataset) -> Path:
     config, dataset = dataclasses.replace(small_config, runs=folder, train=train, train_base=train), small_dataset
     path = runs.open_folder(config)
     runs.remember_data(path, dataset)
-    stage1 = _drawn(runs.stage1_state(config), seed=1, step=6)
-    stage2 = _drawn(runs.stage2_state(config, stage1.ema_model, runs.told(dataset.class_names)), seed=2, step=4)
+    stage1 = drawn(runs.stage1_state(config), seed=1, step=6)
+    stage2 = drawn(runs.stage2_state(config, stage1.ema_model, runs.told(dataset.class_names)), seed=2, step=4)
     for name, state in (("stage1", stage1), ("stage2", stage2)):
         with Checkpoints(path / "checkpoints" / name) as checkpoints:
             checkpoints.save(int(state.step), state, {"data": train_batches(dataset, batch_size=4, seed=0)}, wait=True)
         for step in (2, 3, 4):
-            averages = [_moved(state.ema, seed=1000 * step + width) for width in (5, 10)]
+            averages = [moved(state.ema, seed=1000 * step + width) for width in (5, 10)]
             Snapshots(path / "snapshots" / name, train.posthoc_ema).save(step, averages)
     return path
-
-
-def _drawn(state, seed: int, step: int):
-    state = eqx.tree_at(lambda s: s.ema, state, _moved(state.ema, seed))
-    return eqx.tree_at(lambda s: s.step, state, jax.numpy.asarray(step, jax.numpy.int32))
-
-
-def _moved(average, seed: int):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: leaf + 0.15 * rng.standard_normal(leaf.shape).astype(np.float32), average)
 
 
 @pytest.fixture

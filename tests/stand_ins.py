@@ -1,6 +1,8 @@
 """What stands in for a packaged network in tests that are about something else."""
 
 import equinox as eqx
+import jax
+import numpy as np
 
 
 class Corner(eqx.Module):
@@ -23,3 +25,15 @@ class LastCorner(Corner):
 
     def __call__(self, clips):
         return clips[:, -1, 0, 0, :]
+
+
+def drawn(state, seed: int, step: int):
+    """A training state at that step, as if trained: its average is away from zero everywhere (untrained networks
+    predict nothing, whatever they are told)."""
+    state = eqx.tree_at(lambda s: s.ema, state, moved(state.ema, seed))
+    return eqx.tree_at(lambda s: s.step, state, jax.numpy.asarray(step, jax.numpy.int32))
+
+
+def moved(average, seed: int):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: leaf + 0.15 * rng.standard_normal(leaf.shape).astype(np.float32), average)

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stand_ins import Corner
+from stand_ins import Corner, drawn
 
 from ulx import evaluate, export, job, runs, sample
+from ulx.checkpoint import Checkpoints
 from ulx.config import Config
+from ulx.data.pipeline import train_batches
 from ulx.data.source import Dataset, Split
 from ulx.evaluation import Evaluation
 from ulx.latents import encoded
@@ -50,8 +52,9 @@ def config(small_config, embeddings, tmp_path_factory) -> Config:
     return dataclasses.replace(
         small_config,
         runs=str(tmp_path_factory.mktemp("runs")),
-        data=dataclasses.replace(small_config.data, captions="en", labels=False),
+        data=dataclasses.replace(small_config.data, source="folder", path="images", captions="txt", labels=False),
         text=TextConfig(encoder=str(embeddings), length=4),
+        model=dataclasses.replace(small_config.model, decoder_text=True),
         evaluate=dataclasses.replace(
             small_config.evaluate, prompts=PROMPTS, guidance_sweep=(1.0, 3.0), flow_images=0, num_samples=6
         ),
@@ -71,9 +74,22 @@ def replaced(dataset):
 
 
 @pytest.fixture(scope="module")
-def path(config, replaced) -> Path:
-    job.run(config)
-    return config.path
+def path(config, replaced, dataset) -> Path:
+    """A run as training leaves it, with drawn weights, evaluated."""
+    path = runs.open_folder(config)
+    told = dataclasses.replace(dataset, class_names=("all",))
+    text = embedded(told, open_encoder(config.text), path / "text", PROMPTS)
+    runs.remember_data(path, told, text)
+    known = runs.told(told.class_names, text.channels)
+    stage1 = drawn(runs.stage1_state(config, known), seed=1, step=6)
+    stage2 = drawn(runs.stage2_state(config, stage1.ema_model, known), seed=2, step=6)
+    for name, state in (("stage1", stage1), ("stage2", stage2)):
+        with Checkpoints(path / "checkpoints" / name) as checkpoints:
+            checkpoints.save(6, state, {"data": train_batches(told, batch_size=4, seed=0)}, wait=True)
+        line = {"step": 6, "time": 1.0, "images": 24, "loss": 1.0, "rate": 1.0, "decoder": 1.0, "latent_std": 1.0}
+        (path / f"{name}.jsonl").write_text(json.dumps(line) + "\n")
+    evaluate.evaluate(evaluate.Options(path))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +101,7 @@ def test_the_model_is_told_captions_and_no_class(path, config, embeddings):
     run = runs.load(path)
     assert run.base is not None
     assert run.base.conditions == ConditionSpec(num_classes=0, text_channels=8)
-    assert run.model.decoder.conditions == ConditionSpec()
+    assert run.model.decoder.conditions == ConditionSpec(text_channels=8)
     assert run.text == {"channels": 8, "definition": "an encoder of the test"}
     assert channels_of(config.text) == 8
     kept = list((path / "text").glob("*.safetensors"))
@@ -221,17 +237,26 @@ def test_evaluated_again_with_other_prompts_and_clip(path, replaced, tmp_path, e
     assert "real_images_clip_score" in again.metrics["alignment"]["ceilings"]
 
 
-def test_a_decoder_that_is_told_the_caption_and_a_prior_that_generates(config, replaced, path):
-    """Other places for a caption, through the same code."""
-    model = dataclasses.replace(config.model, decoder_text=True)
-    job.run(dataclasses.replace(config, name="decoder", model=model))
-    run = runs.load(Path(config.runs) / "decoder")
-    assert run.model.decoder.conditions == ConditionSpec(text_channels=8)
-    single = dataclasses.replace(config, name="single", single_stage=True)
-    job.run(single)
-    run = runs.load(Path(config.runs) / "single")
-    assert run.base is run.model.prior
-    assert run.model.prior.conditions == ConditionSpec(text_channels=8)
+def test_a_run_is_trained_on_captions(config, replaced, monkeypatch):
+    """From end to end but for what is measured, which is the same for a single stage: captions reach the weights that
+    they are for, of the base model and of a decoder that is told them, and of a prior that generates."""
+    found = {}
+
+    def measure(path, model, base, dataset, config, text):
+        found[config.name] = model, base
+        return path / "report.html"
+
+    monkeypatch.setattr(job, "measure", measure)
+    for name, single in (("two", False), ("one", True)):
+        job.run(dataclasses.replace(config, name=name, single_stage=single))
+    told = runs.told(("all",), 8)
+    before = runs.stage1_state(config, told).model, runs.stage2_state(config, found["two"][0], told).model
+    for then, now in ((before[0].decoder.denoiser, found["two"][0].decoder.denoiser), (before[1], found["two"][1])):
+        for where in (lambda d: d.network.text.project.weight, lambda d: d.network.middle.blocks.attention.text.weight):
+            assert np.abs(where(then) - where(now)).max() > 1e-7
+    model, base = found["one"]
+    assert base is model.prior
+    assert base.conditions == ConditionSpec(text_channels=8)
 
 
 def test_prompts_are_embedded_when_they_are_asked_for():

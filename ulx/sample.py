@@ -222,6 +222,7 @@ def told_in_turn(options: Options, run: runs.Run, spec: ConditionSpec) -> Told:
     labels = labels_in_turn(options.label, run.class_names, options.num) if spec.num_classes else None
     if options.prompt:
         encoder = run.open_text()
+        encoder(options.prompt)  # one that it does not know is refused before anything is written
         turn = itertools.islice(itertools.cycle(options.prompt), options.num)
         return Told(labels, Prompts(encoder, list(turn)))
     if spec.text_channels and not spec.num_classes and options.guidance_scale != 1:
