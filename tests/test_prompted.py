@@ -197,17 +197,17 @@ def test_what_cannot_be_asked_is_refused(path, trained_run, tmp_path, config):
     with pytest.raises(ValueError, match="knows no classes and captions"):
         ask(path, prompt=("a heart",), prior=True)
     assert not (tmp_path / "no").exists()
+    plain = dataclasses.replace(config.data, captions=None)
+    model = dataclasses.replace(config.model, decoder_text=False)
+    silent = dataclasses.replace(config.evaluate, prompts=())
+    clip = dataclasses.replace(silent, clip_weights="clip")
     for changes, message in (
-        ({"evaluate": {"prompts": ("a",)}}, "evaluate.prompts need a run with captions"),
-        ({"model": {"decoder_text": True}}, "model.decoder_text tells the decoder a caption"),
-        ({"evaluate": {"clip_weights": "clip"}}, "evaluate.clip_weights measure how well images fit their captions"),
+        ({"model": model}, "evaluate.prompts need a run with captions"),
+        ({"evaluate": silent}, "model.decoder_text tells the decoder a caption"),
+        ({"model": model, "evaluate": clip}, "evaluate.clip_weights measure how well images fit their captions"),
     ):
-        parts = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in changes.items()}
-        plain = {"data": dataclasses.replace(config.data, captions=None)}
-        if "evaluate" not in parts:
-            plain["evaluate"] = dataclasses.replace(config.evaluate, prompts=())
         with pytest.raises(ValueError, match=message):
-            dataclasses.replace(config, **plain, **parts)
+            dataclasses.replace(config, data=plain, **changes)
     with pytest.raises(ValueError, match="encoder is minilm or the path"):
         TextConfig(encoder="t5")
 
