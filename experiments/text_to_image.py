@@ -57,9 +57,9 @@ PROMPTS = (
 """Names of drawings and mixtures of what they show, which no drawing has."""
 
 
-def captioned(preset: Config, name: str, **changes) -> Config:
+def captioned(preset: Config, name: str, num_samples: int, **changes) -> Config:
     data = dataclasses.replace(preset.data, captions="en", labels=False)
-    evaluate = dataclasses.replace(preset.evaluate, prompts=PROMPTS)
+    evaluate = dataclasses.replace(preset.evaluate, num_samples=num_samples, prompts=PROMPTS)
     sample = dataclasses.replace(preset.sample, guidance_scale=4.0)
     return dataclasses.replace(preset, name=name, data=data, evaluate=evaluate, sample=sample, **changes)
 
@@ -78,15 +78,16 @@ def paper(gflops: int) -> Config:
 TINY = OPENMOJI["tiny"]
 
 PRESETS = {
-    # Fewer steps than openmoji.py has, for there is more to measure afterwards.
+    # Fewer steps and samples than openmoji.py has, for there is more to measure afterwards.
     "tiny": captioned(
         TINY,
         "text-to-image",
+        256,
         text=TextConfig(length=24),  # names of emoji have at most 17
-        train=dataclasses.replace(TINY.train, steps=800),
-        train_base=dataclasses.replace(TINY.train_base, steps=3000),
+        train=dataclasses.replace(TINY.train, steps=700),
+        train_base=dataclasses.replace(TINY.train_base, steps=2400),
     ),
-    "smoke": captioned(OPENMOJI["smoke"], "smoke-text"),
+    "smoke": captioned(OPENMOJI["smoke"], "smoke-text", 32),
     **{f"base-{gflops}": paper(gflops) for gflops in (100, 300, 970)},
 }
 

@@ -115,9 +115,8 @@ def guidance(
         right.grid(False)
         right.spines["right"].set_visible(True)
         axes.set(xlabel="guidance scale", ylabel="retrieval score", ylim=(0, None))
-        right.set(ylabel=distance, ylim=(0, None))
-        lines = [each.get_legend_handles_labels() for each in (axes, right)]
-        axes.legend(lines[0][0] + lines[1][0], lines[0][1] + lines[1][1])
+        right.set(ylabel=distance, ylim=(0, 1.05 * max(distances)))
+        axes.figure.legend(loc="outside lower center", ncols=3)  # of both axes, where no line runs
         return finish()
 
 
