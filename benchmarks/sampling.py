@@ -142,7 +142,8 @@ class Subject:
         assert self.run.base is not None
         count = config.evaluate.num_samples
         rows = rows_like(self.dataset.train, count, root_int(config.seed, "evaluation labels"))
-        told = told_of(self.dataset.train, rows, self.run.base.conditions, None)
+        text = self.run.open_text() if self.run.text else None
+        told = told_of(self.dataset.train, rows, self.run.base.conditions, text)
         with Progress("sample", total=count, unit="images") as progress:
             z_0, nfe = Runner(self.run.model, config, progress).latents(self.run.base, count, SAMPLE, told)
             # By the run's own settings, which decode the same: so the decoder is compiled once for all points.
