@@ -15,8 +15,9 @@ paper's middle size on them, with another text encoder's embeddings (`ulx.text.p
     python experiments/text_to_image.py --preset base-300 --data.path DIR --data.captions all.parquet \\
         --text.encoder t5.safetensors --text.length 128
 
-Needs pip install "ulx[all,text]". Leaves runs/NAME/report.html with prompts beside samples, of families that the model
-saw and of others, and what guidance does to alignment and distance. More prompts of your own: --evaluate.prompts.
+Needs pip install "ulx[all,text]", and "ulx[parquet]" for such tables. Leaves runs/NAME/report.html with prompts beside
+samples, of families that the model saw and of others, and what guidance does to alignment and distance. More prompts of
+your own: --evaluate.prompts.
 
 Presets: tiny (the default), smoke, and base-100, base-300, base-970, the paper's three sizes of base model by their
 forward GFLOPs at 512×512 pixels; how long the paper trains those, with what text encoder and learning rates, it does

@@ -172,9 +172,11 @@ class EvaluateConfig:
     prompts: tuple[str, ...] = ()
     """Of a run with captions, prompts of which the report shows samples, beside captions of held-out images."""
     guidance_sweep: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
-    """Of a run with captions, guidance scales at which samples' alignment and distance are measured."""
+    """Of a run with captions, guidance scales at which samples' alignment and distance are measured, besides 1."""
 
     def __post_init__(self):
+        if not all(map(math.isfinite, self.guidance_sweep)):
+            raise ValueError(f"guidance_sweep must hold finite numbers, got {self.guidance_sweep}")
         if self.flow_images < 0:
             raise ValueError(f"flow_images must not be negative, got {self.flow_images}")
         for name in ("num_samples", "batch_size", "levels", "draws", "held_out"):
@@ -227,7 +229,8 @@ class Config:
     base_frames_dropout: float = 0.1
     """How often the base model is not given them. What it has to learn is to continue."""
     label_dropout: float = 0.1
-    """How often the base model is trained without its class label and caption, for classifier-free guidance."""
+    """How often the base model (and a decoder that is told captions) is trained without its class label and caption,
+    for classifier-free guidance."""
     data: DataConfig = DataConfig()
     text: TextConfig = TextConfig()
     """How the captions are embedded that --data.captions names."""

@@ -159,7 +159,7 @@ def _batch_shapes(
             fields["std"] = fields["mean"]
         if config.model.given_frames:
             fields["first"] = ((size, config.model.given_frames, *shape[1:]), jnp.uint8)
-    if told.text_channels:
+    if told.text_channels and (stage == "stage2" or config.model.decoder_text or config.single_stage):
         fields["text"] = ((size, config.text.length, told.text_channels), jnp.float32)
         fields["text_mask"] = ((size, config.text.length), jnp.bool_)
     return {name: jax.ShapeDtypeStruct(*field) for name, field in fields.items()}

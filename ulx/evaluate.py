@@ -14,7 +14,7 @@ from ulx import job, runs
 from ulx.command_line import parse_arguments, run_together
 from ulx.data import open_dataset
 from ulx.metrics import inception
-from ulx.text.examples import embedded
+from ulx.text.examples import Remembered, embedded
 
 __all__ = ["Options", "evaluate"]
 
@@ -62,7 +62,8 @@ def evaluate(options: Options) -> Path:
     dataset = open_dataset(config.data)
     text = None
     if run.text is not None:
-        text = embedded(dataset, run.open_text(), run.path / "text", evaluate.prompts)
+        encoder = run.open_text()
+        text = Remembered(embedded(dataset, encoder, run.path / "text"), encoder)
     runs.remember_data(run.path, dataset, text)
     return job.measure(run.path, run.model, run.base, dataset, config, text, weights=run.weights)
 

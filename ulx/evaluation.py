@@ -153,7 +153,7 @@ def evaluate(
         "weights": "EMA",
         **_bits(made.rate, model),
         "bits_per_pixel_base": _bits_per_pixel(made.base_rate.rate, made.base_rate.diffusion, model)
-        | {"labels": "the images' own" if made.told else "none: the base model's null label"},
+        | {"labels": "the images' own" if made.is_told else "none: without class and caption"},
         "decoder_bits_per_pixel": _bits_per_pixel(made.decoder.total, made.decoder, model)
         | {"leaves_out": "x's terminal KL and -log p(x | x_0)"},
         **_errors(made.reconstructions, held_out, of_pairs),
@@ -230,12 +230,13 @@ def evaluate(
         }
     if references is not None and text is not None:
         asked = Asked(made.base_samples, made.base_rows, made.base_told, SAMPLE)
-        numbers, images = prompted(model, base, dataset, text, asked, network, references, config, clip)
+        trained = training_moments(dataset, network, config.data.cache_dir)
+        numbers, images = prompted(model, base, dataset, text, asked, network, references, trained, config, clip)
         metrics, pictures = metrics | numbers, pictures | images
         metrics["definitions"] |= {} if clip is None else clip_score.definitions(clip)
         of_network = {"network": {"definition": network.definition, "sha256": network.sha256}}
         metrics["definitions"] |= {
-            name: {"definition": text} | of_network for name, text in DEFINITIONS_OF_PROMPTS.items()
+            name: {"definition": words} | of_network for name, words in DEFINITIONS_OF_PROMPTS.items()
         }
     return Evaluation(metrics, pictures)
 
@@ -246,7 +247,7 @@ class _Made:
 
     rate: RateEstimate
     base_rate: RateEstimate
-    told: bool
+    is_told: bool
     """Whether the base model's rate was asked for with what the images are: one never without it in training."""
     decoder: DiffusionEstimate
     flow_of: list[int]
@@ -291,7 +292,8 @@ class _Made:
         decoder_told = Told(captions=own.captions) if config.model.decoder_text else Told()
         # Copies are sought among images alone: there is no end of clips.
         compared = 0 if config.data.clips else 2 * PICTURES
-        originals = np.stack([dataset.train[i]["image"] for i in spread_over(len(dataset.train), max(1, compared))])
+        of_train = spread_over(len(dataset.train), max(1, compared))
+        originals = np.stack([dataset.train[i]["image"] for i in of_train])
         flow_of = spread_over(len(held_out), options.flow_images)
         total = 5 * len(held_out) + len(flow_of) + min(PICTURES, len(held_out)) + 2 * count + PICTURES
         with Progress("evaluate", total=total + 2 * len(originals), unit="images") as progress:
@@ -301,7 +303,8 @@ class _Made:
             flow, flow_steps = run.flow_nats(held_out[flow_of]) if flow_of else (np.zeros(0), 0)
             latents = run.encode(held_out)
             reconstructions, decoder_nfe = run.decode(latents, RECONSTRUCT, decoder_told)
-            swapped, _ = run.decode(np.roll(latents, 1, axis=0)[:PICTURES], RECONSTRUCT)
+            before = (np.arange(len(held_out)) - 1)[:PICTURES]
+            swapped, _ = run.decode(latents[before], RECONSTRUCT, decoder_told[before])
             prior_samples, prior_nfe = run.sample(model.prior, count, SAMPLE)
             of_clips = dataclasses.replace(base_told, first=first)
             base_samples, base_nfe = run.sample(base, count, SAMPLE, of_clips)
@@ -310,11 +313,12 @@ class _Made:
                 turn = Told(label=np.arange(PICTURES, dtype=np.int32) % len(dataset.class_names))
                 images, nfe = run.sample(base, PICTURES, SAMPLE, turn, guidance=config.sample.guidance_scale)
                 guided = images, turn, nfe
-            train_reconstructions, _ = run.decode(run.encode(originals), RECONSTRUCT)
+            captions = told_of(dataset.train, of_train, model.decoder.conditions, text).captions
+            train_reconstructions, _ = run.decode(run.encode(originals), RECONSTRUCT, Told(captions=captions))
         return cls(
             rate=rate,
             base_rate=base_rate,
-            told=config.label_dropout == 0,
+            is_told=config.label_dropout == 0,
             decoder=decoder,
             flow_of=flow_of,
             flow=flow,

@@ -27,7 +27,7 @@ from ulx.seeding import root_int, root_key
 from ulx.snapshots import Snapshots
 from ulx.stages import CollapseWatch, autoencoder_loss, base_loss, collapsed, decoder_loss
 from ulx.text.encoders import TextEncoder
-from ulx.text.examples import embedded, open_encoder, with_text
+from ulx.text.examples import Remembered, captions_of, embedded, open_encoder, with_text
 from ulx.text.precomputed import Precomputed
 from ulx.training import Controller, Loss, TrainState, fit, make_optimizer, make_step, pace
 
@@ -47,10 +47,12 @@ def run(config: Config) -> Path:
             continue  # trained already
         sharding.check_batch(train.batch_size, mesh, pieces=train.accumulate, of=stage)
     dataset = processes.in_turn(lambda: open_dataset(config.data))
+    if encoder is not None:
+        _check_captions(dataset, encoder, config)
     told = runs.told(dataset.class_names, encoder.channels if encoder else 0)
     state = runs.stage1_state(config, told)
     path = runs.open_folder(config)
-    text = embedded(dataset, encoder, path / "text", config.evaluate.prompts) if encoder else None
+    text = embedded(dataset, encoder, path / "text") if encoder else None
     runs.remember_data(path, dataset, text)
     runs.copy_autoencoder(config)
     print(f"{dataset.name}: {len(dataset.train)} training and {len(dataset.validation)} held-out images -> {path}")
@@ -59,9 +61,21 @@ def run(config: Config) -> Path:
         model = train_autoencoder(state, dataset, config, text)
     else:
         model, _ = runs.autoencoder(path, config, told)
-    written = measure(path, model, train_base(model, dataset, config, text), dataset, config, text)
+    prompts = Remembered(text, encoder) if text and encoder else None
+    written = measure(path, model, train_base(model, dataset, config, text), dataset, config, prompts)
     print(f"{duration(time.monotonic() - began)} in all -> {written}")
     return written
+
+
+def _check_captions(dataset: Dataset, encoder: TextEncoder, config: Config) -> None:
+    """Raises ValueError for captions and prompts that the encoder's file lacks, or too few images to ask about."""
+    if isinstance(encoder, Precomputed):
+        encoder.require([*captions_of(dataset), *config.evaluate.prompts])
+    if min(len(dataset.validation), config.evaluate.num_samples) < 2:
+        raise ValueError(
+            "a run with captions asks whether samples follow them, and needs at least 2 held-out images and 2 samples: "
+            f"got {len(dataset.validation)} and {config.evaluate.num_samples}"
+        )
 
 
 def train_autoencoder(
@@ -199,7 +213,7 @@ def train_stage(
 
 def cost(model, base, config: Config) -> dict[str, Any]:
     """Forward FLOPs per image of each network, and of the whole training (3 × forward, the paper's convention)."""
-    costs = network_costs(model, base)
+    costs = network_costs(model, base, config.text.length)
     examples = {stage: train.steps * train.batch_size for stage, train in config.train_configs.items()}
     trained = {"stage1": ("encoder", "prior", "decoder"), "decoder": ("decoder",), "stage2": ("base",)}
     training = {

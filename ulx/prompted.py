@@ -32,6 +32,8 @@ __all__ = ["DEFINITIONS", "Asked", "References", "prompted"]
 
 SHOWN, EACH = 16, 3
 """Prompts of each kind on the report, and samples of each."""
+CEILING = 2048
+"""Of the prompts' own images, so many are measured."""
 GUIDED = "guided prompts"
 """The purpose of the noise of what is not sampled for a distance."""
 
@@ -84,47 +86,37 @@ def prompted(
     asked: Asked,
     network: FeatureNetwork,
     references: References,
+    trained: Moments,
     config: Config,
     clip: clip_score.Clip | None = None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Numbers and pictures, for a metrics.json and a report.
 
-    `alignment` holds, for each guidance scale, the retrieval score, the distance to the training images, and with
-    `clip` the CLIP score; what shuffled prompts would give; and as ceilings the scores of the prompts' own images
-    (which do not find themselves), and of their reconstructions (which may find their originals). `held_out_prompts`
-    are captions of images that the model never saw, guided, whose images are sought among all.
+    `alignment` holds, for each guidance scale, the retrieval score, the distance to the training images, whose moments
+    are `trained`, and with `clip` the CLIP score; what shuffled prompts would give; and as ceilings the scores of the
+    prompts' own images (which do not find themselves; left out where no kind has two), and of their reconstructions
+    (which may find their originals). `held_out_prompts` are captions of images that the model never saw, guided, whose
+    images are sought among all.
     """
     train, held_out = dataset.train, dataset.validation
     options, guidance = config.evaluate, config.sample.guidance_scale if config.can_guide else 1.0
     scales = options.guidance_sweep if config.label_dropout > 0 else ()
-    count, held = len(asked.rows), spread_over(len(held_out), options.num_samples)
+    held = spread_over(len(held_out), options.num_samples)
     shown = {
         "training": (train, spread_over(len(train), SHOWN)),
         "held_out": (held_out, spread_over(len(held_out), SHOWN)),
     }
     own = list(options.prompts)
     grid = [caption for split, rows in shown.values() for caption in _captions(split, rows)] + own
-    originals = _images(train, asked.rows)
-    total = count * (2 + sum(scale != 1 for scale in scales)) + len(held) + EACH * len(grid)
-    with Progress("prompts", total=total, unit="images") as progress:
-        run = Runner(model, config, progress)
-        # Scales are arrays, so that one program is compiled for all.
-        samples = {1.0: asked.samples} | {
-            scale: run.sample(base, count, asked.purpose, asked.told, guidance=jnp.asarray(scale))[0]
-            for scale in scales
-            if scale != 1
-        }
-        told = Told(captions=Prompts(text, _captions(held_out, held)))
-        of_held_out, nfe = run.sample(base, len(held), GUIDED, told, guidance=jnp.asarray(guidance))
-        told = Told(captions=Prompts(text, [caption for caption in grid for _ in range(EACH)]))
-        tiles, _ = run.sample(base, EACH * len(grid), GUIDED, told, guidance=jnp.asarray(guidance))
-        decoder_told = Told(captions=asked.told.captions) if config.model.decoder_text else Told()
-        reconstructions, _ = run.decode(run.encode(originals), GUIDED, decoder_told)
-
-    seen = lambda images, what: features(network, images, description=f"features: {what}")  # noqa: E731
     of_train, of_held = (kinds(config.data.source, split) for split in (train, held_out))
     wanted, captions = [of_train[row] for row in asked.rows], _captions(train, asked.rows)
-    trained = Moments.of(references.features)
+    seen = lambda images, what: features(network, images, description=f"features: {what}")  # noqa: E731
+
+    def sampled(told: Told, count: int, scale: float, purpose: str, what: str) -> tuple[Images, int]:
+        with Progress(f"sample: {what}", total=count, unit="images") as progress:
+            # As an array, so that one program is compiled for all scales; 1 needs no guidance, and half of the calls.
+            by = scale if scale == 1 else jnp.asarray(scale)
+            return Runner(model, config, progress).sample(base, count, purpose, told, guidance=by)
 
     def measured(images: Images, what: str) -> dict[str, Metric]:
         found = seen(images, what)
@@ -138,18 +130,38 @@ def prompted(
             scores[clip.metric] = mean(clip_score.score(clip, images, captions))
         return {name: metric | {"against": TRAINING} for name, metric in scores.items()}
 
-    ceilings = {
-        "real_images": _leave_one_out(seen(originals, "real images"), asked.rows, wanted, references),
-        "reconstructions": measured(reconstructions, "reconstructions")[retrieval.METRIC],
+    by_guidance = {}
+    for scale in sorted({1.0, *scales}):  # one at a time: there may be many images, and large ones
+        what = f"guidance {scale:g}"
+        images = asked.samples
+        if scale != 1:
+            images, _ = sampled(asked.told, len(asked.rows), scale, asked.purpose, what)
+        by_guidance[f"{scale:g}"] = measured(images, what)
+
+    some = asked.rows[:CEILING]
+    originals = _images(train, some)
+    with Progress("reconstruct", total=2 * len(some), unit="images") as progress:
+        run = Runner(model, config, progress)
+        told = Told(captions=Prompts(text, captions[:CEILING])) if config.model.decoder_text else Told()
+        reconstructions, _ = run.decode(run.encode(originals), GUIDED, told)
+    by_kind = retrieval.kinds_found(seen(reconstructions, "reconstructions"), references.features, references.kinds)
+    ceilings = _leave_one_out(seen(originals, "real images"), some, wanted, references) | {
+        "reconstructions": retrieval.score(by_kind, wanted[:CEILING]) | {"n_reference": len(references.rows)}
     }
     if clip is not None:
-        ceilings["real_images_clip_score"] = mean(clip_score.score(clip, originals, captions)) | {"against": TRAINING}
+        ceilings["real_images_clip_score"] = mean(clip_score.score(clip, originals, captions[:CEILING]))
+    ceilings = {name: metric | {"against": TRAINING} for name, metric in ceilings.items()}
+
+    told = Told(captions=Prompts(text, _captions(held_out, held)))
+    of_held_out, nfe = sampled(told, len(held), guidance, GUIDED, "held-out prompts")
     everything = np.concatenate([references.features, seen(_images(held_out, held), "held-out images")])
     asked_for = [of_held[row] for row in held]
     by_kind = retrieval.kinds_found(seen(of_held_out, "held-out prompts"), everything, [*references.kinds, *asked_for])
+    told = Told(captions=Prompts(text, [caption for caption in grid for _ in range(EACH)]))
+    tiles, _ = sampled(told, EACH * len(grid), guidance, GUIDED, "prompts to show")
     metrics = {
         "alignment": {
-            "by_guidance": {f"{scale:g}": measured(samples[scale], f"guidance {scale:g}") for scale in sorted(samples)},
+            "by_guidance": by_guidance,
             "ceilings": ceilings,
         },
         "held_out_prompts": {
@@ -175,16 +187,17 @@ def prompted(
 
 def _leave_one_out(
     found: Float[np.ndarray, "n d"], rows: Int[np.ndarray, " n"], wanted: Sequence[str], references: References
-) -> Metric:
-    """The score of the prompts' own images when they do not count, of those whose kind has others."""
+) -> dict[str, Metric]:
+    """The score of the prompts' own images when they do not count, of those whose kind has others; nothing where none
+    has."""
     place, count = {row: index for index, row in enumerate(references.rows)}, Counter(references.kinds)
     kept = [i for i, row in enumerate(rows.tolist()) if row in place and count[wanted[i]] > 1]
     if not kept:
-        return {"value": float("nan"), "n": 0, "against": TRAINING, "n_reference": len(references.rows)}
+        return {}
     itself = np.array([place[rows[i]] for i in kept])
     by_kind = retrieval.kinds_found(found[kept], references.features, references.kinds, itself)
     score = retrieval.score(by_kind, [wanted[i] for i in kept])
-    return score | {"against": TRAINING, "n_reference": len(references.rows)}
+    return {"real_images": score | {"n_reference": len(references.rows)}}
 
 
 def _captions(split: Split, rows: Sequence[int] | Int[np.ndarray, " n"]) -> list[str]:

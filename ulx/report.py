@@ -328,19 +328,23 @@ def _prompted(run: _Run, metrics: Metrics) -> list[str]:
     rows = alignment["by_guidance"]
     scales = [float(scale) for scale in rows]
     scores = [rows[scale]["retrieval"] for scale in rows]
-    chance = next(iter(rows.values()))["shuffled_prompts"]
-    ceilings = {name.replace("_", " "): score for name, score in alignment["ceilings"].items()}
+    chance = rows["1"]["shuffled_prompts"]
+    ceilings = {name.replace("_", " "): score for name, score in alignment["ceilings"].items() if "clip" not in name}
     distances = [rows[scale][run.distance]["value"] for scale in rows]
     plot = lambda dark: figures.guidance(  # noqa: E731
         scales, scores, distances, levels=ceilings | {"shuffled prompts": chance}, distance=run.distance, dark=dark
     )
+    real = ""
+    if "real images" in ceilings:
+        real = f"These images themselves find others of their kind in {plus_minus(ceilings['real images'])}. "
+    own, shuffled = plus_minus(rows["1"]["retrieval"]), plus_minus(chance)
+    unseen, unseen_shuffled = plus_minus(held["retrieval"]), plus_minus(held["shuffled_prompts"])
     found = (
-        f"<p>The nearest training image is of the prompt's kind for {plus_minus(scores[0])} of the samples without "
-        f"guidance; shuffled prompts would give {plus_minus(chance)}. The prompts' own images find others of their "
-        f"kind in {plus_minus(ceilings['real images'])} of the cases, their reconstructions, which may find their "
-        f"originals, in {plus_minus(ceilings['reconstructions'])}. Of the captions of held-out images, guided by "
-        f"{held['guidance_scale']:g}, {plus_minus(held['retrieval'])} (shuffled {plus_minus(held['shuffled_prompts'])})"
-        f", with held-out images among those that can be found.</p>"
+        f"<p>The nearest training image is of the prompt's kind for {own} of the samples without guidance; shuffled "
+        f"prompts would give {shuffled}. {real}Reconstructions of the prompts' own images, which may find their "
+        f"originals, find their kind in {plus_minus(ceilings['reconstructions'])} of the cases. Of the captions of "
+        f"held-out images, guided by {held['guidance_scale']:g}, {unseen} (shuffled {unseen_shuffled}), with held-out "
+        "images among those that can be found.</p>"
     )
     return [
         page.section("Prompts and samples", f"<p>{how}</p>", *grids),

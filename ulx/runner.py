@@ -10,7 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32, Key, UInt8
+from jaxtyping import Array, Float, Int, Int32, Key, UInt8
 
 from ulx.bound import DiffusionEstimate, RateEstimate, estimate_decoder, estimate_rate
 from ulx.config import Config
@@ -47,7 +47,7 @@ class Told:
     first: Images | None = None
     """The first frames of clips that are to be continued."""
 
-    def __getitem__(self, rows: slice) -> "Told":
+    def __getitem__(self, rows: slice | Int[np.ndarray, " m"]) -> "Told":
         """Of some of them."""
         return jax.tree.map(lambda each: each[rows], self)
 

@@ -75,7 +75,9 @@ HARMLESS = (
     "name",
     "sample",
     "evaluate",
-    "data.path",  # the data itself is known by its fingerprint
+    "data.path",  # the data itself, captions included, is known by its fingerprint
+    "data.captions",
+    "text.encoder",  # known by its definition
     "data.cache_dir",
     "data.workers",
     "fsdp",
@@ -181,10 +183,9 @@ def told_by(data: Mapping[str, Any]) -> ConditionSpec:
 def told(class_names: Sequence[str], text_channels: int = 0) -> ConditionSpec:
     """What data of these classes, and with captions of so many channels (0: without), have to tell of an example.
 
-    Beside a caption one class of everything says nothing.
+    A caption takes the class's place: a prompt of one's own comes without a class.
     """
-    classes = 0 if text_channels and len(class_names) == 1 else len(class_names)
-    return ConditionSpec(num_classes=classes, text_channels=text_channels)
+    return ConditionSpec(num_classes=0 if text_channels else len(class_names), text_channels=text_channels)
 
 
 def remember_data(path: Path, dataset: Dataset, text: TextEncoder | None = None) -> None:
@@ -318,17 +319,23 @@ class Run:
         """Where what is made of the run goes: its own folder, or that of its file."""
         return self.path if self.path.is_dir() else self.path.parent
 
-    def open_text(self) -> TextEncoder:
-        """What embeds prompts for this run. Raises ValueError for a run without captions, or an encoder that is not
-        the one that it was trained with; and as `ulx.text.examples.open_encoder`."""
+    def open_text(self, file: Path | None = None) -> TextEncoder:
+        """What embeds prompts for this run: its own encoder, or, of a run that was trained on a file of embeddings,
+        another file with those of new prompts, which is believed to be by the same encoder.
+
+        Raises ValueError for a run without captions, or an encoder that cannot be the one that it was trained with;
+        and as `ulx.text.examples.open_encoder`.
+        """
         if self.text is None:
             raise ValueError(f"{self.path} was trained without captions (--data.captions): it takes no prompts")
-        encoder = open_encoder(self.config.text)
-        # A file of embeddings may be another than that of the training set: for new prompts it has to be.
-        if self.config.text.encoder == "minilm" and encoder.definition != self.text["definition"]:
+        config = self.config.text
+        encoder = open_encoder(config if file is None else dataclasses.replace(config, encoder=str(file)))
+        known, found = dict(self.text), {"channels": encoder.channels, "definition": encoder.definition}
+        if file is not None:  # of a file by other means the sha256 is all that its definition says
+            known, found = {"channels": known["channels"]}, {"channels": encoder.channels}
+        if known != found:
             raise ValueError(
-                f"{self.path} was trained on captions embedded by {self.text['definition']}, and the encoder here is "
-                f"{encoder.definition}"
+                f"{self.path} was trained on captions embedded by {known}, and the encoder here is {found}"
             )
         return encoder
 

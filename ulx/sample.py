@@ -90,6 +90,8 @@ class Options:
     """Classes to sample, by name or index, in turn; by default all of them."""
     prompt: tuple[str, ...] = ()
     """Of a run with captions, what to sample, in turn: --prompt "a red heart"; by default without a caption."""
+    text_encoder: Path | None = None
+    """A safetensors file with the prompts' embeddings by the run's encoder, for a run trained on such a file."""
     guidance_scale: float = 1.0
     """Classifier-free guidance: 1 is off, above 1 trades variety for typical members of the class."""
     frames: int | None = None
@@ -221,7 +223,7 @@ def told_in_turn(options: Options, run: runs.Run, spec: ConditionSpec) -> Told:
         raise ValueError(f"{options.run} was trained without classes: sample it without --label")
     labels = labels_in_turn(options.label, run.class_names, options.num) if spec.num_classes else None
     if options.prompt:
-        encoder = run.open_text()
+        encoder = run.open_text(options.text_encoder)
         encoder(options.prompt)  # one that it does not know is refused before anything is written
         turn = itertools.islice(itertools.cycle(options.prompt), options.num)
         return Told(labels, Prompts(encoder, list(turn)))

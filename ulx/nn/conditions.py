@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from ulx.nn.layers import Linear, draw, layer_norm
 
-__all__ = ["NO_LABEL", "ConditionSpec", "Conditions", "Text", "TextInput", "TextTokens"]
+__all__ = ["NO_LABEL", "ConditionSpec", "Conditions", "Text", "TextInput"]
 
 NO_LABEL = -1
 """In a batch of labels, that an example has none."""
@@ -89,13 +89,6 @@ class Conditions(eqx.Module):
             raise ValueError(f"this network was built {built}, but got some of {self.text.tokens.shape[-1]}")
 
 
-class TextTokens(eqx.Module):
-    """A caption as the blocks of a network see it."""
-
-    tokens: Float[Array, "b n c"]
-    mask: Bool[Array, "b n"]
-
-
 class TextInput(eqx.Module):
     """Captions -> the tokens that every block attends to, and a vector, of their mean, that modulates every block.
 
@@ -113,7 +106,7 @@ class TextInput(eqx.Module):
         self.pooled = Linear(channels, cond_size, key=pooled)
         self.no_caption = draw(no_caption, (cond_size,), 0.02)
 
-    def __call__(self, text: Text | None, size: int) -> tuple[TextTokens | None, Float[Array, "b k"]]:
+    def __call__(self, text: Text | None, size: int) -> tuple[Text | None, Float[Array, "b k"]]:
         """Of `size` examples."""
         no_caption = jnp.broadcast_to(self.no_caption, (size, self.no_caption.size))
         if text is None:
@@ -122,4 +115,4 @@ class TextInput(eqx.Module):
         weights = text.mask[..., None].astype(tokens.dtype)
         count = weights.sum(axis=1)
         pooled = self.pooled(layer_norm((tokens * weights).sum(axis=1) / jnp.maximum(count, 1)))
-        return TextTokens(self.project(tokens), text.mask), jnp.where(count > 0, pooled, no_caption)
+        return Text(self.project(tokens), text.mask), jnp.where(count > 0, pooled, no_caption)

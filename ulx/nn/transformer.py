@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key
 from ulx.diffusion import split_keys
 from ulx.nn import rotary
 from ulx.nn.attention import attend
-from ulx.nn.conditions import TextTokens
+from ulx.nn.conditions import Text
 from ulx.nn.layers import Dropout, Linear, layer_norm, rms_norm
 from ulx.nn.split import whole
 
@@ -70,7 +70,7 @@ class Attention(eqx.Module):
         self,
         x: Float[Array, "b n c"],
         angles: Float[np.ndarray, "n pairs"] | None = None,
-        text: TextTokens | None = None,
+        text: Text | None = None,
     ) -> Float[Array, "b n c"]:
         """With `angles` queries and keys of the grid are turned by them."""
         query, key, value = (self._by_heads(part) for part in jnp.split(self.qkv(x), 3, axis=-1))
@@ -115,7 +115,7 @@ class Block(eqx.Module):
         cond: Float[Array, "b k"],
         key: Key[Array, " b"] | None = None,
         angles: Float[np.ndarray, "n pairs"] | None = None,
-        text: TextTokens | None = None,
+        text: Text | None = None,
     ) -> Float[Array, "b n c"]:
         modulation = self.modulation(cond)[:, None]
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(modulation, 6, axis=-1)
@@ -163,7 +163,7 @@ class Stack(eqx.Module):
         x: Float[Array, "b *grid c"],
         cond: Float[Array, "b k"],
         key: Key[Array, " b"] | None = None,
-        text: TextTokens | None = None,
+        text: Text | None = None,
     ) -> Float[Array, "b *grid c"]:
         grid = x.shape[1:-1]
         angles = rotary.angles(grid, self.head_size) if self.rotary else None

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from ulx.diffusion import per_example_keys, split_keys
-from ulx.nn.conditions import NO_LABEL, Conditions, ConditionSpec, TextInput, TextTokens
+from ulx.nn.conditions import NO_LABEL, Conditions, ConditionSpec, Text, TextInput
 from ulx.nn.grid import (
     Down,
     PerAxis,
@@ -139,12 +139,12 @@ class TransformerStage(eqx.Module):
         self.after = Stack(depth // 2, width, config, **sizes, key=keys[4])
 
     def go_in(
-        self, x: Float[Array, "b *grid c"], cond: Float[Array, "b k"], key, text: TextTokens | None
+        self, x: Float[Array, "b *grid c"], cond: Float[Array, "b k"], key, text: Text | None
     ) -> Float[Array, "b *grid c"]:
         return self.before(x + self.position, cond, key, text)
 
     def go_out(
-        self, x: Float[Array, "b *grid c"], cond: Float[Array, "b k"], key, text: TextTokens | None
+        self, x: Float[Array, "b *grid c"], cond: Float[Array, "b k"], key, text: Text | None
     ) -> Float[Array, "b *grid c"]:
         return self.after(x, cond, key, text)
 

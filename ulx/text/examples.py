@@ -1,7 +1,7 @@
 """Captions where a run wants them: as fields of examples to train on, and as rows of images to be made.
 
 Every caption of a data set is embedded once, into a file in the run's folder (`embedded`), and read from there. Prompts
-that are no caption of it need the encoder itself (`open_encoder`).
+that are no caption of it need the encoder itself (`open_encoder`, `Remembered`).
 """
 
 import dataclasses
@@ -16,10 +16,21 @@ from jaxtyping import Int
 from ulx.data.source import Dataset, Example, Source, drawn
 from ulx.nn.conditions import Text
 from ulx.text import bert
-from ulx.text.encoders import MiniLM, TextEncoder
+from ulx.text.encoders import Embedded, MiniLM, TextEncoder
 from ulx.text.precomputed import Precomputed, cached
+from ulx.text.wordpiece import readable
 
-__all__ = ["Prompts", "TextConfig", "WithText", "channels_of", "embedded", "open_encoder", "with_text"]
+__all__ = [
+    "Prompts",
+    "Remembered",
+    "TextConfig",
+    "WithText",
+    "captions_of",
+    "channels_of",
+    "embedded",
+    "open_encoder",
+    "with_text",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +60,37 @@ def channels_of(config: TextConfig) -> int:
     return bert.CHANNELS if config.encoder == "minilm" else open_encoder(config).channels
 
 
-def embedded(dataset: Dataset, encoder: TextEncoder, folder: Path, prompts: Sequence[str] = ()) -> Precomputed:
-    """The embeddings of all captions of a data set, and of `prompts`, made once and kept in `folder`.
-
-    Raises ValueError for a data set without captions, and as `precomputed.cached` does.
-    """
+def captions_of(dataset: Dataset) -> set[str]:
+    """All captions of a data set. Raises ValueError for one without."""
     if dataset.train.captions is None or dataset.validation.captions is None:
         raise ValueError(f"{dataset.name} has no captions to embed")
-    return cached(encoder, {*dataset.train.captions, *dataset.validation.captions, *prompts}, folder)
+    return {*dataset.train.captions, *dataset.validation.captions}
+
+
+def embedded(dataset: Dataset, encoder: TextEncoder, folder: Path) -> Precomputed:
+    """The embeddings of all captions of a data set: those of a file, where the encoder is one, or made once and kept in
+    `folder`.
+
+    Raises ValueError for a data set without captions, or a file that lacks one, and as `precomputed.cached` does.
+    """
+    captions = captions_of(dataset)
+    if isinstance(encoder, Precomputed):
+        encoder.require(captions)
+        return encoder
+    return cached(encoder, captions, folder)
+
+
+class Remembered:
+    """A text encoder that looks captions up in a file, and embeds those that are not there."""
+
+    def __init__(self, file: Precomputed, encoder: TextEncoder):
+        self.file, self.encoder = file, encoder
+        self.length, self.channels, self.definition = encoder.length, encoder.channels, encoder.definition
+
+    def __call__(self, captions: Sequence[str]) -> Embedded:
+        if all(readable(caption) in self.file.captions for caption in captions):
+            return self.file(captions)
+        return self.encoder(captions)
 
 
 class Prompts:

@@ -74,16 +74,20 @@ class Precomputed:
     def __call__(self, captions: Sequence[str]) -> Embedded:
         """Raises ValueError, naming the file and the caption, for one that it lacks or that has no finite numbers."""
         captions = [readable(caption) for caption in captions]
-        missing = [caption for caption in dict.fromkeys(captions) if caption not in self.captions]
-        if missing:
-            more = f" and of {len(missing) - 1} more" if missing[1:] else ""
-            raise ValueError(f"{self.path} has no embedding of the caption {_short(missing[0])}{more}")
+        self.require(captions)
         tokens = np.zeros((len(captions), self.length, self.channels), np.float32)
         mask = np.zeros(tokens.shape[:2], bool)
         for row, caption in enumerate(captions):
             found = self[caption][: self.length]
             tokens[row, : len(found)], mask[row, : len(found)] = found, True
         return tokens, mask
+
+    def require(self, captions: Iterable[str]) -> None:
+        """Raises ValueError, naming the file and the first of them, for captions that it lacks."""
+        missing = [caption for caption in dict.fromkeys(map(readable, captions)) if caption not in self.captions]
+        if missing:
+            more = f" and of {len(missing) - 1} more" if missing[1:] else ""
+            raise ValueError(f"{self.path} has no embedding of the caption {_short(missing[0])}{more}")
 
     def __getitem__(self, caption: str) -> Float32[np.ndarray, "n c"]:
         found = self._file.get_tensor(caption)
