@@ -218,6 +218,7 @@ def test_other_embeddings_are_refused(path, config, dataset, tmp_path):
     changed = dataclasses.replace(config, text=dataclasses.replace(config.text, encoder=str(other)))
     with pytest.raises(ValueError, match=r"text\.encoder"):
         job.run(dataclasses.replace(changed, resume=True))
+    assert runs.read_config(path) == config  # nothing was changed
     told = dataclasses.replace(dataset, class_names=("all",))
     with pytest.raises(ValueError, match=r"embedded by .*an encoder of the test.*another encoder"):
         runs.remember_data(path, told, Precomputed(other))
@@ -234,7 +235,7 @@ def test_evaluated_again_with_other_prompts_and_clip(path, replaced, dataset: An
     assert found["1"]["retrieval"] == evaluation.metrics["alignment"]["by_guidance"]["1"]["retrieval"]
     assert "clip_score" in again.metrics["definitions"]
     assert found["3"]["clip_score"]["value"] != found["1"]["clip_score"]["value"]
-    train, rows = dataset.train, rows_like(dataset.train, 6, root_int(0, "evaluation labels"))
+    train, rows = dataset.train, rows_like(dataset.train, 6, root_int(0, "evaluation labels")).tolist()
     images, captions = np.stack([train[row]["image"] for row in rows]), [train.captions[row] for row in rows]
     scores = clip_score.score(clip_score.load(tmp_path / "clip"), images, captions)
     assert again.metrics["alignment"]["ceilings"]["real_images_clip_score"]["value"] == pytest.approx(scores.mean())

@@ -51,6 +51,8 @@ def run(config: Config) -> Path:
         _check_captions(dataset, encoder, config)
     told = runs.told(dataset.class_names, encoder.channels if encoder else 0)
     state = runs.stage1_state(config, told)
+    if config.resume:  # before the folder learns of other settings
+        runs.check_data(config.path, dataset, encoder)
     path = runs.open_folder(config)
     text = embedded(dataset, encoder, path / "text") if encoder else None
     runs.remember_data(path, dataset, text)

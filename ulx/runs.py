@@ -46,6 +46,7 @@ __all__ = [
     "Stage",
     "adopt",
     "autoencoder",
+    "check_data",
     "check_facts",
     "copy_autoencoder",
     "decoder_state",
@@ -189,13 +190,34 @@ def told(class_names: Sequence[str], text_channels: int = 0) -> ConditionSpec:
 
 
 def remember_data(path: Path, dataset: Dataset, text: TextEncoder | None = None) -> None:
-    """Write `dataset.json`, with what embeds its captions; a run that is resumed on other data, or with other
-    embeddings, is refused with ValueError."""
+    """Write `dataset.json`, with what embeds its captions. Raises as `check_data`."""
     first(lambda: _remember_data(path, dataset, text))
 
 
+def check_data(path: Path, dataset: Dataset, text: TextEncoder | None = None) -> None:
+    """Raises ValueError for a run, if there is one, that was trained on other data, or on other embeddings of them."""
+    file = path / "dataset.json"
+    if not file.exists():
+        return
+    before, embedded = json.loads(file.read_text()), _embedded(text)
+    if before["fingerprint"] != dataset.fingerprint:
+        raise ValueError(
+            f"{path} was trained on other data than is there now ({before['train']} training images then, "
+            f"{len(dataset.train)} now): restore the data, or choose another --name"
+        )
+    if before.get("text") != embedded:
+        raise ValueError(
+            f"{path} was trained on captions embedded by {before.get('text')}, and this is {embedded}: give the "
+            "--text.encoder that it had, or choose another --name"
+        )
+
+
+def _embedded(text: TextEncoder | None) -> dict[str, Any] | None:
+    return None if text is None else {"channels": text.channels, "definition": text.definition}
+
+
 def _remember_data(path: Path, dataset: Dataset, text: TextEncoder | None) -> None:
-    embedded = None if text is None else {"channels": text.channels, "definition": text.definition}
+    check_data(path, dataset, text)
     facts = {
         "name": dataset.name,
         "resolution": dataset.resolution,
@@ -204,21 +226,9 @@ def _remember_data(path: Path, dataset: Dataset, text: TextEncoder | None) -> No
         "train": len(dataset.train),
         "validation": len(dataset.validation),
         "attribution": dataset.attribution,
-        "text": embedded,
+        "text": _embedded(text),
     }
     file = path / "dataset.json"
-    if file.exists():
-        before = json.loads(file.read_text())
-        if before["fingerprint"] != dataset.fingerprint:
-            raise ValueError(
-                f"{path} was trained on other data than is there now ({before['train']} training images then, "
-                f"{len(dataset.train)} now): restore the data, or choose another --name"
-            )
-        if before.get("text") != embedded:
-            raise ValueError(
-                f"{path} was trained on captions embedded by {before.get('text')}, and this is {embedded}: give the "
-                "--text.encoder that it had, or choose another --name"
-            )
     aside = file.with_suffix(".tmp")
     aside.write_text(json.dumps(facts, indent=2) + "\n")
     aside.replace(file)
@@ -330,7 +340,7 @@ class Run:
             raise ValueError(f"{self.path} was trained without captions (--data.captions): it takes no prompts")
         config = self.config.text
         encoder = open_encoder(config if file is None else dataclasses.replace(config, encoder=str(file)))
-        known, found = dict(self.text), {"channels": encoder.channels, "definition": encoder.definition}
+        known, found = dict(self.text), _embedded(encoder)
         if file is not None:  # of a file by other means the sha256 is all that its definition says
             known, found = {"channels": known["channels"]}, {"channels": encoder.channels}
         if known != found:
