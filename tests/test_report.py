@@ -35,15 +35,15 @@ class Runner:
     def __init__(self, model, config, progress):
         self.model, self.config = model, config
 
-    def rate(self, images, denoiser, labels=None):
+    def rate(self, images, denoiser, told=None):
         # Nats: 1, 2, 3, 4 in the four slices and 0.5 of terminal KL, each image i with (i + 1) times that; the base
         # model (of three classes) needs twice the nats of every slice.
         times = jnp.arange(1.0, len(images) + 1)
-        slices = jnp.arange(1.0, 5.0) * (2 if denoiser.num_classes else 1)
+        slices = jnp.arange(1.0, 5.0) * (2 if denoiser.conditions.num_classes else 1)
         nats = times[:, None, None] * slices
         return RateEstimate(DiffusionEstimate(nats, self.model.latent_schedule), 0.5 * times, 0 * times)
 
-    def decoder_nats(self, images):
+    def decoder_nats(self, images, told):
         nats = jnp.full((len(images), 1, 4), 25.0).at[0].set(30.0)
         return DiffusionEstimate(nats, self.model.decoder.schedule)
 
@@ -53,11 +53,11 @@ class Runner:
     def encode(self, images):
         return images.astype(np.float32)
 
-    def decode(self, latents, purpose):
+    def decode(self, latents, purpose, told=None):
         return (latents + SHIFT).astype(np.uint8), 2
 
-    def sample(self, denoiser, label, count, purpose, *, guidance=1.0, first=None):
-        level = np.full(count, 120) if label is None else 40 + 50 * label
+    def sample(self, denoiser, count, purpose, told=None, *, guidance=1.0):
+        level = np.full(count, 120) if told is None else 40 + 50 * told.label
         level = level + 20 * (guidance != 1) + np.arange(count) % 7
         return np.broadcast_to(level[:, None, None, None], (count, 16, 16, 3)).astype(np.uint8), 4
 
@@ -91,7 +91,7 @@ def finished(tmp_path_factory, small_config, small_dataset) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "Runner", Runner)
         patch.setattr(evaluation, "features", corners)
-        patch.setattr(evaluation, "training_moments", lambda *_: Moments.of(corners(None, train)))
+        patch.setattr(evaluation, "training_moments", lambda *_, **__: Moments.of(corners(None, train)))
         patch.setattr(evaluation.efficientnet, "load", Corner)
         found = evaluation.evaluate(model, base, dataset, config)
     found.metrics["collapsed"] = False
