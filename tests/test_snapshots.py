@@ -170,7 +170,7 @@ class TestCommands:
     def test_evaluate_measures_that_average_and_says_so(self, trained_run, small_dataset, monkeypatch):
         measured = {}
 
-        def measure(path, model, base, dataset, config, *, weights):
+        def measure(path, model, base, dataset, config, text, *, weights):
             measured.update(base=base, weights=weights, held_out=config.evaluate.held_out)
             return path / "report.html"
 

@@ -200,7 +200,7 @@ def quick(monkeypatch, small_dataset):
     features = lambda network, images, **_: images.reshape(len(images), -1)[:, ::97].astype(np.float64)  # noqa: E731
     monkeypatch.setattr("ulx.evaluation.features", features)
 
-    def moments(dataset, network, cache_dir):
+    def moments(dataset, network, cache_dir, found=None):
         from ulx.metrics.frechet import Moments
 
         return Moments.of(features(None, np.stack([example["image"] for example in dataset.train])))
