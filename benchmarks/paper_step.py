@@ -43,7 +43,7 @@ def step(experiment: str, preset: str, stage: str) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from ulx import runs, stages
+    from ulx import run_folder, runs, stages
     from ulx.command_line import use_compilation_cache
     from ulx.data import open_dataset
     from ulx.sharding import bytes_per_device, make_mesh
@@ -59,7 +59,7 @@ def step(experiment: str, preset: str, stage: str) -> dict[str, Any]:
     if stage == "stage2":
         frozen = state.model
         del state  # the moments and the average
-        state = runs.stage2_state(config, frozen, runs.told(dataset.class_names))
+        state = runs.stage2_state(config, frozen, run_folder.spec_of(dataset.class_names))
         train, loss = config.train_base, stages.base_loss(config, math.prod(config.data.shape[:-1]))
     batch = {name: value[None] for name, value in dataset.train[0].items()}
     began = time.perf_counter()

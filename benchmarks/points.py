@@ -158,8 +158,15 @@ def command(
 
 def here() -> dict[str, str]:
     """The machine and the day, for a results file."""
-    machine = f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, CPU"
-    return {"machine": machine, "date": datetime.date.today().isoformat()}
+    return {"machine": f"{os.cpu_count()} cores, {_processor()}, CPU", "date": datetime.date.today().isoformat()}
+
+
+def _processor() -> str:
+    """Its name, which Linux keeps in a file."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def leave(results: dict[str, Any], folder: str, name: str, page: str | None = None) -> None:
@@ -201,15 +208,15 @@ def resumable(config: "Config") -> "Config":
 
 def stage1(config: "Config") -> dict[str, Any]:
     """Train stage 1 and measure it on held-out images: bits and PSNR."""
-    from ulx import job, runs
+    from ulx import job, run_folder, runs
     from ulx.data import open_dataset
     from ulx.evaluation import evaluate_autoencoder
     from ulx.metrics_log import read_metrics
     from ulx.stages import collapsed
 
-    path = runs.open_folder(config)
+    path = run_folder.open_folder(config)
     dataset = open_dataset(config.data)
-    runs.remember_data(path, dataset)
+    run_folder.remember_data(path, dataset)
     model = job.train_autoencoder(runs.stage1_state(config), dataset, config)
     found = evaluate_autoencoder(model, dataset, config)
     log = read_metrics(path / "stage1.jsonl")

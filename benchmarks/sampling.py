@@ -107,7 +107,7 @@ class Subject:
 
     @cached_property
     def held_out(self) -> "np.ndarray":
-        from ulx.evaluation import held_out_examples
+        from ulx.evaluation_data import held_out_examples
 
         return held_out_examples(self.dataset, self.config.evaluate)[0]
 
@@ -133,7 +133,8 @@ class Subject:
 
     def of_latents(self, config: "Config") -> dict[str, Any]:
         """Samples of the base model by the settings in `config.sample`."""
-        from ulx.evaluation import SAMPLE, rows_like, told_of
+        from ulx.evaluation import SAMPLE
+        from ulx.evaluation_data import rows_like, told_of
         from ulx.metrics.entries import frechet
         from ulx.progress import Progress
         from ulx.runner import Runner
@@ -226,7 +227,7 @@ def plot(shown: list[Point], path: Path) -> None:
 
 def trained(settings: Settings) -> "Config":
     """The settings of the run, which is trained now if it is the preset's and not there."""
-    from ulx import job, runs
+    from ulx import job, run_folder
 
     if settings.run is None:
         preset = dataclasses.replace(settings.config(), runs=settings.runs)
@@ -239,7 +240,7 @@ def trained(settings: Settings) -> "Config":
             raise FileNotFoundError(f"--run {path} is not a run: it has no config.json")
     # Wherever it was trained, and whatever it was called then.
     path = path.resolve()
-    config = dataclasses.replace(runs.read_config(path), runs=str(path.parent), name=path.name)
+    config = dataclasses.replace(run_folder.read_config(path), runs=str(path.parent), name=path.name)
     if settings.num_samples is not None:
         evaluate = dataclasses.replace(config.evaluate, num_samples=settings.num_samples)
         config = dataclasses.replace(config, evaluate=evaluate)

@@ -3,7 +3,8 @@
     python benchmarks/speed.py
     python benchmarks/speed.py --against torch                     the extra torch; eager, and torch.compile
     python benchmarks/speed.py --experiment kinetics600 --work stage1 stage2
-    python benchmarks/speed.py --experiment imagenet512 --preset small --batch-size 1 --repeats 1 --rounds-before 0
+    python benchmarks/speed.py --experiment imagenet512 --preset small --batch-size 1 --dtype float32 --work stage1 \
+        --repeats 2 --rounds-before 1 --out FILE       and the rest in processes of their own, into the same file
 
 | work | what is timed |
 |---|---|
@@ -17,14 +18,14 @@ All are timed in turn, PyTorch's and ours, so that ratios mean something on a sh
 share of the machine's speed is the FLOPs of the model (`ulx.flops`, without recomputation) over those of a 2048³ matrix
 product in the same precision, measured between them by both libraries, of which the faster counts. Training steps take
 their batches from the data pipeline; the time that they wait for it is counted, in ours and in PyTorch's alike.
+
+All works of a command are in memory at once. A file that has other works of the same preset and batch keeps them.
 """
 
 import dataclasses
-import datetime
 import importlib
 import json
 import math
-import platform
 import statistics
 import sys
 import tempfile
@@ -33,7 +34,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+import points
 
 Work = Literal["stage1", "stage2", "stage2_online", "encode", "decode", "sample"]
 TRAINS = ("stage1", "stage2", "stage2_online")
@@ -57,6 +58,8 @@ class Settings:
     """Timed rounds."""
     rounds_before: int = 2
     """Rounds that are not timed."""
+    sampling_steps: int | None = None
+    """Euler steps of decoding and sampling, whose time grows with them; by default the preset's."""
     out: str | None = None
     """Also write the numbers to this JSON file."""
 
@@ -81,7 +84,7 @@ class Setting:
         import jax.numpy as jnp
         import numpy as np
 
-        from ulx import job, runs
+        from ulx import job, run_folder, runs
         from ulx.data import open_dataset
         from ulx.data.pipeline import train_batches
         from ulx.flops import TRAINING
@@ -93,12 +96,18 @@ class Setting:
             config,
             train=dataclasses.replace(config.train, **change),
             train_base=dataclasses.replace(config.train_base, **change),
-            sample=dataclasses.replace(config.sample, solver="euler", decoder_solver="euler"),
+            sample=dataclasses.replace(
+                config.sample,
+                solver="euler",
+                decoder_solver="euler",
+                num_steps=settings.sampling_steps or config.sample.num_steps,
+                decoder_num_steps=settings.sampling_steps or config.sample.decoder_num_steps,
+            ),
         )
         self.config = config
         limit = 4 * max(config.train.batch_size, config.train_base.batch_size)
         dataset = open_dataset(dataclasses.replace(config.data, limit=limit))
-        self.told = runs.told(dataset.class_names)
+        self.told = run_folder.spec_of(dataset.class_names)
         state = runs.stage1_state(config, self.told)
         self.model = jax.tree.map(lambda leaf: jnp.array(leaf) if hasattr(leaf, "shape") else leaf, state.model)
         self.base = runs.stage2_state(config, self.model, self.told).model
@@ -322,20 +331,24 @@ def measure(settings: Settings) -> dict[str, Any]:
             if timed:
                 peaks.append(max(speeds))
         print(f"round {done + 1} of {settings.rounds_before + settings.repeats}", file=sys.stderr)
-    peak = statistics.median(peaks)
+    peak, sampler = statistics.median(peaks), setting.config.sample
     results: dict[str, Any] = {
         "experiment": settings.experiment,
         "preset": settings.preset,
         "dtype": dtype,
         "device": jax.devices()[0].device_kind,
-        "machine": platform.machine(),
-        "date": datetime.date.today().isoformat(),
-        "matmul_gflop_per_s": peak / 1e9,
+        "machine": points.here()["machine"],
         "work": {},
     }
     for name, libraries in jobs.items():
         size, flops = setting.size[name], setting.flops[name]
-        found = results["work"][name] = {"batch_size": size, "gflops_per_example": flops / 1e9}
+        found = results["work"][name] = {
+            "batch_size": size,
+            "gflops_per_example": flops / 1e9,
+            "steps": {"decode": sampler.decoder_num_steps, "sample": sampler.num_steps}.get(name, 1),
+            "matmul_gflop_per_s": peak / 1e9,
+            "date": points.here()["date"],
+        }
         if waits.get(name):
             found["input_share"] = sum(waits[name]) / sum(libraries["ulx"].seconds)
         for library, job in libraries.items():
@@ -353,6 +366,14 @@ def measure(settings: Settings) -> dict[str, Any]:
         pairs = zip(jobs["stage2_online"]["ulx"].seconds, jobs["stage2"]["ulx"].seconds, strict=True)
         results["online_over_cached"] = spread([online / cached for online, cached in pairs])
     return results
+
+
+def merged(results: dict[str, Any], file: Path) -> dict[str, Any]:
+    """With the works that the file has beside them, if it is of the same preset on the same machine."""
+    before = json.loads(file.read_text()) if file.exists() else {}
+    if any(before.get(name) != results[name] for name in ("experiment", "preset", "dtype", "device", "machine")):
+        return results
+    return before | results | {"work": before["work"] | results["work"]}
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -396,7 +417,7 @@ def main() -> None:
         ratio = results["online_over_cached"]["median"]
         print(f"\nA step of stage 2 that encodes its batch takes {ratio:.2f} times one on cached latents.")
     if settings.out:
-        Path(settings.out).write_text(json.dumps(results, indent=2) + "\n")
+        Path(settings.out).write_text(json.dumps(merged(results, Path(settings.out)), indent=2) + "\n")
 
 
 if __name__ == "__main__":

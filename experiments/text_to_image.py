@@ -71,7 +71,7 @@ def paper(gflops: int) -> Config:
         IMAGENET,
         preset=f"base-{gflops}",
         name=f"text-to-image-{gflops}",
-        data=DataConfig(source="folder", path="images", resolution=512, captions="txt", labels=False, workers=8),
+        data=DataConfig(source="folder", path="your-images", resolution=512, captions="txt", labels=False, workers=8),
         model=PAPER[f"text-to-image-{gflops}"].model,
     )
 

@@ -10,9 +10,10 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 import jax
 import numpy as np
 import pytest
+from small_training import trained
 from stand_ins import drawn, moved
 
-from ulx import runs
+from ulx import run_folder, runs
 from ulx.checkpoint import Checkpoints
 from ulx.config import Config, EvaluateConfig, SampleConfig, TrainConfig
 from ulx.data import DataConfig
@@ -79,10 +80,10 @@ def trained_run(tmp_path_factory, small_config, small_dataset) -> Path:
     train = dataclasses.replace(small_config.train, posthoc_ema=(0.05, 0.10), posthoc_snapshots=3)
     folder = str(tmp_path_factory.mktemp("runs"))
     config, dataset = dataclasses.replace(small_config, runs=folder, train=train, train_base=train), small_dataset
-    path = runs.open_folder(config)
-    runs.remember_data(path, dataset)
+    path = run_folder.open_folder(config)
+    run_folder.remember_data(path, dataset)
     stage1 = drawn(runs.stage1_state(config), seed=1, step=6)
-    stage2 = drawn(runs.stage2_state(config, stage1.ema_model, runs.told(dataset.class_names)), seed=2, step=4)
+    stage2 = drawn(runs.stage2_state(config, stage1.ema_model, run_folder.spec_of(dataset.class_names)), seed=2, step=4)
     for name, state in (("stage1", stage1), ("stage2", stage2)):
         with Checkpoints(path / "checkpoints" / name) as checkpoints:
             checkpoints.save(int(state.step), state, {"data": train_batches(dataset, batch_size=4, seed=0)}, wait=True)
@@ -106,3 +107,9 @@ def copy_of(tmp_path):
         return target
 
     return copy
+
+
+@pytest.fixture
+def quiet(tmp_path):
+    """A small training that nothing happens to: its folder, and its last state."""
+    return tmp_path / "quiet", trained(tmp_path / "quiet")

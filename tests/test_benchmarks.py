@@ -1,6 +1,7 @@
 """The benchmarks of whole runs: what each row is trained as, that none is measured twice, and the pages they leave."""
 
 import dataclasses
+import importlib
 import importlib.util
 import json
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ablations
+import costs
 import equinox as eqx
 import jax
 import latent_shape
@@ -19,7 +21,7 @@ import speed
 import tune_grid
 from stand_ins import Corner
 
-from ulx import evaluation, runs
+from ulx import evaluation, run_folder, runs
 from ulx.config import Config, differences, to_json
 from ulx.cost import network_costs
 from ulx.denoiser import Denoiser
@@ -225,7 +227,7 @@ def finished_run(trained_run, small_dataset, tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr("ulx.metrics.efficientnet.load", lambda: Corner())
     path = tmp_path / "finished"
     shutil.copytree(trained_run, path)
-    config = runs.read_config(path)
+    config = run_folder.read_config(path)
     train = dataclasses.replace(config.train_base, steps=runs.load(path).step[1])
     data = dataclasses.replace(config.data, cache_dir=str(tmp_path / "cache"))
     (path / "config.json").write_text(to_json(dataclasses.replace(config, train_base=train, data=data)))
@@ -287,11 +289,27 @@ def test_speed_measures_what_is_asked(monkeypatch, capsys, tmp_path):
         ours = one["ulx"]
         assert ours["examples_per_s"] * ours["seconds"] == pytest.approx(4)
         rate = ours["examples_per_s"] * one["gflops_per_example"]
-        assert ours["share_of_matmul"] == pytest.approx(rate / found["matmul_gflop_per_s"])
+        assert ours["share_of_matmul"] == pytest.approx(rate / one["matmul_gflop_per_s"])
         assert ours["time_over_ulx"] == {"median": 1, "low": 1, "high": 1}
         assert ours["compile_s"] > 0 < ours["memory_mib"]
         assert f"| {name} | ulx | {ours['examples_per_s']:.3g} |" in shown
     assert 0 < found["work"]["stage2"]["input_share"] < 1
+    # Another work joins them in the file, with half of the network calls.
+    monkeypatch.setattr(sys, "argv", ["speed", *small, "--work", "sample", "--sampling-steps", "3"])
+    speed.main()
+    more = json.loads(out.read_text())["work"]
+    assert list(more) == ["stage2", "encode", "sample"]
+    assert more["encode"] == found["work"]["encode"]
+    assert more["sample"]["steps"] == 3
+    # The table of costs has all of them.
+    monkeypatch.setattr(sys, "argv", ["costs", "--results", str(tmp_path)])
+    costs.main()
+    page = (tmp_path / "costs.md").read_text()
+    train = importlib.import_module("openmoji").PRESETS["smoke"].train_base
+    hours = train.steps * train.batch_size / found["work"]["stage2"]["ulx"]["examples_per_s"] / 3600
+    row = next(line for line in page.splitlines() if "| stage2 |" in line)
+    assert row.endswith(f"| {costs.length(hours * 3600)} |")
+    assert "| sample, 3 steps |" in page
 
 
 def test_a_spacing_is_tuned_against_the_fine_solution(finished_run, monkeypatch, capsys, tmp_path):

@@ -7,7 +7,7 @@ import sys
 import pytest
 from openmoji import PRESETS
 
-from ulx import runs, weightings
+from ulx import run_folder, weightings
 from ulx.command_line import parse, run_command
 from ulx.config import Config, SampleConfig, TrainConfig, differences, from_json, to_json
 from ulx.data import DataConfig
@@ -171,15 +171,15 @@ def test_exit_status_says_who_stopped_a_run(number, status, capsys, monkeypatch)
 def test_run_folder_that_is_a_file(tmp_path):
     (tmp_path / "mine").write_text("not a folder")
     with pytest.raises(NotADirectoryError, match="mine is a file"):
-        runs.open_folder(Config(name="mine", runs=str(tmp_path)))
+        run_folder.open_folder(Config(name="mine", runs=str(tmp_path)))
 
 
 def test_run_that_exists_is_not_overwritten(tmp_path):
     config = Config(name="mine", runs=str(tmp_path))
-    runs.open_folder(config)
+    run_folder.open_folder(config)
     with pytest.raises(FileExistsError, match="--resume, or choose another --name"):
-        runs.open_folder(config)
-    runs.open_folder(dataclasses.replace(config, resume=True))
+        run_folder.open_folder(config)
+    run_folder.open_folder(dataclasses.replace(config, resume=True))
 
 
 def test_importing_the_package_loads_nothing(tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import ulx
-from ulx import encode, evaluate, export, runs, sample, weights_file
+from ulx import encode, evaluate, export, run_folder, runs, sample, weights_file
 from ulx.checkpoint import Checkpoints
 from ulx.config import to_json
 from ulx.image_files import write_png
@@ -144,8 +144,8 @@ def test_the_best_checkpoint_of_a_run(small_config, small_dataset, tmp_path):
     """Of stage 1, by hand: the loss was lowest at the second of four checkpoints."""
     train = dataclasses.replace(small_config.train, keep_best=True)
     config = dataclasses.replace(small_config, runs=str(tmp_path), train=train)
-    path = runs.open_folder(config)
-    runs.remember_data(path, small_dataset)
+    path = run_folder.open_folder(config)
+    run_folder.remember_data(path, small_dataset)
     state, weights = runs.stage1_state(config), {}
 
     with Checkpoints(path / "checkpoints" / "stage1", keep_best=True) as checkpoints:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ulx import guard, job, runs
+from ulx import guard, job, run_folder, runs
 from ulx.config import TrainConfig
 from ulx.metrics_log import read_metrics
 from ulx.nn.transformer import BlockConfig, Stack
@@ -107,7 +107,7 @@ def test_a_step_that_is_left_out_changes_nothing(where):
 def test_a_run_leaves_steps_out_says_so_and_stops_in_the_end(small_config, small_dataset, tmp_path):
     train = dataclasses.replace(small_config.train, steps=8, save_every=4, skip_nonfinite=2)
     config = dataclasses.replace(small_config, name="guarded", runs=str(tmp_path), train=train)
-    path = runs.open_folder(config)
+    path = run_folder.open_folder(config)
     plain = autoencoder_loss(config)
 
     def loss(model, frozen, batch, draws, step, control):

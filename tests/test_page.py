@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ulx import page
+from ulx.report import page
 
 
 def test_tiles_enlarge_by_whole_numbers():

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from stand_ins import Corner, drawn
 
-from ulx import evaluate, export, job, runs, sample
+from ulx import evaluate, export, job, prompted, run_folder, runs, sample
 from ulx.checkpoint import Checkpoints
 from ulx.config import Config
 from ulx.data.pipeline import train_batches
 from ulx.data.source import Dataset, Split
-from ulx.evaluation import Evaluation, rows_like
+from ulx.evaluation import Evaluation
+from ulx.evaluation_data import rows_like
 from ulx.latents import encoded
 from ulx.metrics import clip_score, efficientnet
 from ulx.nn.conditions import ConditionSpec
@@ -77,11 +78,11 @@ def replaced(dataset):
 @pytest.fixture(scope="module")
 def path(config, replaced, dataset) -> Path:
     """A run as training leaves it, with drawn weights, evaluated."""
-    path = runs.open_folder(config)
+    path = run_folder.open_folder(config)
     told = dataclasses.replace(dataset, class_names=("all",))
     text = embedded(told, open_encoder(config.text), path / "text")
-    runs.remember_data(path, told, text)
-    known = runs.told(told.class_names, text.channels)
+    run_folder.remember_data(path, told, text)
+    known = run_folder.spec_of(told.class_names, text.channels)
     stage1 = drawn(runs.stage1_state(config, known), seed=1, step=6)
     stage2 = drawn(runs.stage2_state(config, stage1.ema_model, known), seed=2, step=6)
     for name, state in (("stage1", stage1), ("stage2", stage2)):
@@ -154,6 +155,21 @@ def test_numbers_and_pictures_of_the_prompts(evaluation, dataset):
     assert (pictures["held_out_prompts_samples"][0, 0] != pictures["held_out_prompts_samples"][0, 1]).any()
 
 
+def test_images_find_others_of_their_kind_and_never_themselves():
+    """On a circle, at 0, 10, 50, 60 and 160 degrees; the last is the only one of its kind, and does not count."""
+    at = lambda *degrees: np.stack([f(np.radians(degrees)) for f in (np.cos, np.sin)], axis=1)  # noqa: E731
+    places = at(0, 10, 50, 60, 160)
+    of_line = lambda *kinds: prompted.References([3, 4, 7, 8, 9], list(kinds), places)  # noqa: E731
+    asked = np.array([3, 7, 8, 9, 100])  # the last is not among the references
+    found = at(0, 50, 60, 160, 0)
+    score = lambda kinds, wanted: prompted.left_out(found, asked, wanted, of_line(*kinds))  # noqa: E731
+    (one,) = score("aabbc", ["a", "b", "b", "c", "a"]).values()
+    assert (one["value"], one["n"]) == (1, 3)
+    (one,) = score("abbac", ["a", "b", "a", "c", "a"]).values()
+    assert (one["value"], one["n"]) == (0, 3)
+    assert score("abcde", ["a", "c", "d", "e", "a"]) == {}
+
+
 def test_the_report_shows_them(path):
     page = (path / "report.html").read_text()
     for words in ("Prompts and samples", "Do samples follow their prompts?", "a blue heart", "星"):
@@ -218,10 +234,16 @@ def test_other_embeddings_are_refused(path, config, dataset, tmp_path):
     changed = dataclasses.replace(config, text=dataclasses.replace(config.text, encoder=str(other)))
     with pytest.raises(ValueError, match=r"text\.encoder"):
         job.run(dataclasses.replace(changed, resume=True))
-    assert runs.read_config(path) == config  # nothing was changed
+    assert run_folder.read_config(path) == config  # nothing was changed
     told = dataclasses.replace(dataset, class_names=("all",))
     with pytest.raises(ValueError, match=r"embedded by .*an encoder of the test.*another encoder"):
-        runs.remember_data(path, told, Precomputed(other))
+        run_folder.remember_data(path, told, Precomputed(other))
+    # Neither does another run take its autoencoder, whose decoder was told captions by the first.
+    taking = dataclasses.replace(changed, name="second", autoencoder=str(path))
+    with pytest.raises(ValueError, match=r"the decoder of .* embedded by .*an encoder of the test.*another encoder"):
+        job.run(taking)
+    assert not taking.path.exists()
+    assert run_folder.adopt(taking, Precomputed(Path(config.text.encoder))).model == config.model
 
 
 def test_evaluated_again_with_other_prompts_and_clip(path, replaced, dataset: Any, tmp_path, evaluation):
@@ -255,7 +277,7 @@ def test_a_run_is_trained_on_captions(config, replaced, monkeypatch):
     trains = {name: dataclasses.replace(getattr(config, name), weight_decay=0.0) for name in ("train", "train_base")}
     for name, single in (("two", False), ("one", True)):
         job.run(dataclasses.replace(config, name=name, single_stage=single, **trains))
-    told = runs.told(("all",), 8)
+    told = run_folder.spec_of(("all",), 8)
     before = runs.stage1_state(config, told).model, runs.stage2_state(config, found["two"][0], told).model
     for then, now in ((before[0].decoder.denoiser, found["two"][0].decoder.denoiser), (before[1], found["two"][1])):
         for where in (lambda d: d.network.text.project.weight, lambda d: d.network.middle.blocks.attention.text.weight):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ulx import job, rate_control, runs
+from ulx import job, rate_control, run_folder, runs
 from ulx.config import Config, TrainConfig
 from ulx.metrics_log import read_metrics
 from ulx.rate_control import Control, RateConfig, RateController, held_out_images
@@ -153,8 +153,8 @@ def config(small_config, tmp_path) -> Config:
 
 
 def trained(config, dataset, on_log=lambda step, metrics: None):
-    path = runs.open_folder(config)
-    runs.remember_data(path, dataset)
+    path = run_folder.open_folder(config)
+    run_folder.remember_data(path, dataset)
     images = held_out_images(dataset, config.rate.images)
     control = RateController(config.rate, pace(config.train), config.train.ema_decay, 0, images, KEY)
     loss = autoencoder_loss(config)

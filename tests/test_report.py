@@ -18,13 +18,17 @@ from matplotlib.axes import Axes
 from PIL import Image
 from stand_ins import Corner
 
-from ulx import evaluation, figures, job, report, report_text, runs
+from ulx import evaluation, job, run_folder, runs
 from ulx.bound import DiffusionEstimate, RateEstimate
 from ulx.image_files import contact_sheet
+from ulx.metrics.entries import number, rounded
 from ulx.metrics.frechet import Moments
 from ulx.metrics.kernel import kernel_distance
 from ulx.metrics_log import MetricsLog
 from ulx.nn.conditions import ConditionSpec
+from ulx.report import document, figures
+from ulx.report import text as report_text
+from ulx.report.__main__ import main
 
 SHIFT = 5  # levels by which the decoder is off: PSNR 20 log10(255 / 5) = 34.15 dB everywhere
 
@@ -77,8 +81,8 @@ def zeros(module):
 def finished(tmp_path_factory, small_config, small_dataset) -> Path:
     """A run's folder with logs and evaluation, and its report."""
     config, dataset = dataclasses.replace(small_config, runs=str(tmp_path_factory.mktemp("finished"))), small_dataset
-    path = runs.open_folder(config)
-    runs.remember_data(path, dataset)
+    path = run_folder.open_folder(config)
+    run_folder.remember_data(path, dataset)
     for name, factor in (("stage1", 1.0), ("stage2", 0.1)):
         with MetricsLog(path / f"{name}.jsonl") as log:
             for step in range(1, 7):
@@ -102,7 +106,7 @@ def finished(tmp_path_factory, small_config, small_dataset) -> Path:
         "device": "abacus",
     }
     found.save(path / "evaluation")
-    report.write(path)
+    document.write(path)
     return path
 
 
@@ -212,7 +216,7 @@ class TestPage:
         rows = re.findall(r"<tr>(.*?)</tr>", sections(html)["All metrics"], re.S)
         cells = {row[0]: row[1:] for row in (re.findall(r"<td>(.*?)</td>", row) for row in rows) if row}
         assert cells["PSNR, dB"][0].startswith("34.15")  # and as many digits as images differ by in rounding
-        assert cells["fd_efflite0, base"][0] == report_text.number(metrics["fd_efflite0"]["base"]["value"])
+        assert cells["fd_efflite0, base"][0] == number(metrics["fd_efflite0"]["base"]["value"])
         assert cells["fd_efflite0, base"][2:4] == ["8", "4"]
         assert "against training images, N = 12; rank-deficient" in cells["fd_efflite0, base"][4]
         full = metrics | {"fd_efflite0": {"base": metrics["fd_efflite0"]["base"] | {"rank_deficient": False}}}
@@ -222,8 +226,8 @@ class TestPage:
         originals = np.stack([example["image"] for example in small_dataset.validation])
         grey = np.repeat(120.0 + np.arange(8)[:, None] % 7, 8, axis=1)  # the Runner's samples of the prior
         kernel = kernel_distance(corners(None, originals), grey)
-        rounded = report_text.rounded({"value": kernel.value, "standard_error": kernel.standard_error})
-        assert tuple(cells["kd_efflite0, prior"][:2]) == rounded
+        found = rounded({"value": kernel.value, "standard_error": kernel.standard_error})
+        assert tuple(cells["kd_efflite0, prior"][:2]) == found
         assert cells["precision, reconstruction"][2] == cells["recall, reconstruction"][2] == "5"
         assert "against held-out images, N = 5" in cells["recall, base"][4]
         assert cells["SSIM"][0].startswith("0.9")
@@ -296,7 +300,7 @@ class TestCurves:
             return b""
 
         monkeypatch.setattr(figures, "curves", record)
-        report.write(finished)
+        document.write(finished)
         seen, lines, levels, span = called["bits/pixel"]
         assert seen.tolist() == [4, 8, 12, 16, 20, 24]
         np.testing.assert_allclose(lines["loss"], [12, 6, 4, 3, 2.4, 2])
@@ -324,7 +328,7 @@ class TestIncomplete:
         lines = (path / "stage1.jsonl").read_text().splitlines()[:4]
         (path / "stage1.jsonl").write_text("\n".join(lines) + '\n{"step": 5, "los')  # cut short by a crash
         (path / "evaluation" / "metrics.json").unlink()
-        shown = text(report.write(path).read_text())
+        shown = text(document.write(path).read_text())
         assert "Stage 1 is at step 4 of 6." in shown
         assert "Stage 2 has no stage2.jsonl: it has not been trained yet." in shown
         assert "No evaluation yet" in shown
@@ -336,7 +340,7 @@ class TestIncomplete:
         log = (path / "stage1.jsonl").read_text().splitlines()
         log[3] = log[3].replace('"latent_std": 0.5', '"latent_std": 0.03')
         (path / "stage1.jsonl").write_text("\n".join(log))
-        assert "Latent collapsed" in text(report.write(path).read_text())
+        assert "Latent collapsed" in text(document.write(path).read_text())
 
     def test_one_held_out_image_and_no_cost(self, finished, copy_of):
         """One image has no standard error and nobody to swap with; an evaluation run by itself has no cost."""
@@ -348,7 +352,7 @@ class TestIncomplete:
             found.metrics[name]["standard_error"] = math.nan
         del found.metrics["cost"], found.metrics["collapsed"]
         found.save(path / "evaluation")
-        html = report.write(path).read_text()
+        html = document.write(path).read_text()
         assert "swap test" not in "".join(sections(html))
         assert "nan" not in text(html)
         assert "counted at the end of training" in text(html)
@@ -361,12 +365,12 @@ class TestIncomplete:
         lines = [json.loads(line) for line in (path / "stage1.jsonl").read_text().splitlines()]
         added = [json.dumps(line | {"loss_factor": 2.25, "felt_loss_factor": 2.75}) for line in lines]
         (path / "stage1.jsonl").write_text("\n".join(added) + "\n")
-        assert "Loss factor 2.75 (adapted for 0.3 bits/pixel)" in text(report.write(path).read_text())
+        assert "Loss factor 2.75 (adapted for 0.3 bits/pixel)" in text(document.write(path).read_text())
         assert (path / "figures" / "stage1_loss_factor.png").exists()
 
     def test_another_average_than_training_s_is_named(self, finished, html, small_dataset, copy_of, monkeypatch):
         path = copy_of(finished)
-        found, config = evaluation.Evaluation.load(path / "evaluation"), runs.read_config(path)
+        found, config = evaluation.Evaluation.load(path / "evaluation"), run_folder.read_config(path)
         monkeypatch.setattr(job, "evaluate", lambda *_: found)
         monkeypatch.setattr(job, "cost", lambda *_: found.metrics["cost"])
         model = eqx.filter_eval_shape(runs.stage1_state, config).model
@@ -383,7 +387,7 @@ class TestIncomplete:
         found = evaluation.Evaluation.load(path / "evaluation")
         del found.metrics["guided_samples"], found.pictures["guided_samples"], found.pictures["guided_labels"]
         found.save(path / "evaluation")
-        titles = sections(report.write(path).read_text())
+        titles = sections(document.write(path).read_text())
         assert "Samples of the base model" in titles
         assert not any("guidance" in title for title in titles)
 
@@ -392,7 +396,7 @@ class TestIncomplete:
         found = evaluation.Evaluation.load(path / "evaluation")
         big = {"prior_samples": np.zeros((64, 512, 512, 3), np.uint8)}
         dataclasses.replace(found, pictures=found.pictures | big).save(path / "evaluation")
-        assert len(tiles(sections(report.write(path).read_text())["Samples of the raw prior"])) == 8
+        assert len(tiles(sections(document.write(path).read_text())["Samples of the raw prior"])) == 8
 
     @pytest.mark.parametrize(
         ("break_it", "error", "message"),
@@ -419,15 +423,15 @@ class TestIncomplete:
         before = (path / "report.html").read_bytes()
         break_it(path)
         with pytest.raises(error, match=message):
-            report.write(path)
+            document.write(path)
         assert (path / "report.html").read_bytes() == before
 
     def test_command_line(self, finished, tmp_path, capsys, monkeypatch):
         monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
-        report.main([str(finished)])
+        main([str(finished)])
         assert capsys.readouterr().out.strip() == str(finished / "report.html")
         (tmp_path / "file").write_text("")
         for path, message in ((tmp_path / "no", "is not a run"), (tmp_path / "file", "is a file")):
             with pytest.raises(SystemExit):
-                report.main([str(path)])
+                main([str(path)])
             assert re.fullmatch(rf"error: {path} {message}.*\n", capsys.readouterr().err)

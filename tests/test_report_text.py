@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from ulx import report_text
+from ulx.metrics.entries import number, plus_minus
+from ulx.report import text as report_text
 
 COPIES = {
     "threshold": 19.0,
@@ -26,7 +27,7 @@ COPIES = {
     ],
 )
 def test_plus_minus(value, error, expected):
-    assert report_text.plus_minus({"value": value, "standard_error": error}) == expected
+    assert plus_minus({"value": value, "standard_error": error}) == expected
 
 
 def test_solvers_in_words():
@@ -39,7 +40,7 @@ def test_solvers_in_words():
 
 
 def test_numbers():
-    assert [report_text.number(x) for x in (0.0372149, 21.336, 12345.6, -1.5, 0.0)] == [
+    assert [number(x) for x in (0.0372149, 21.336, 12345.6, -1.5, 0.0)] == [
         "0.03721", "21.34", "12346", "-1.500", "0",
     ]  # fmt: skip
     assert [report_text.si(x) for x in (1234567, 2.5e15, 12.0)] == ["1.23 M", "2.5 P", "12 "]

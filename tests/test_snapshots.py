@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ulx import encode, evaluate, job, reconstruct, runs, sample
+from ulx import encode, evaluate, job, reconstruct, run_folder, runs, sample
 from ulx.checkpoint import Checkpoints
 from ulx.config import TrainConfig
 from ulx.data.pipeline import train_batches
@@ -126,8 +126,8 @@ class TestRun:
 
     def test_a_run_without_snapshots(self, small_config, small_dataset, tmp_path):
         config = dataclasses.replace(small_config, runs=str(tmp_path))
-        path = runs.open_folder(config)
-        runs.remember_data(path, small_dataset)
+        path = run_folder.open_folder(config)
+        run_folder.remember_data(path, small_dataset)
         with Checkpoints(path / "checkpoints" / "stage1") as checkpoints:
             batches = train_batches(small_dataset, batch_size=4, seed=0)
             checkpoints.save(6, runs.stage1_state(config), {"data": batches}, wait=True)

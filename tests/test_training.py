@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from ulx import job, runs
+from ulx import job, run_folder, runs
 from ulx.checkpoint import Checkpoints
 from ulx.config import TrainConfig
 from ulx.data.pipeline import train_batches
@@ -114,8 +114,8 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
 
 
 def run_stage(config, dataset, on_log=lambda step, metrics: None):
-    path = runs.open_folder(config)
-    runs.remember_data(path, dataset)
+    path = run_folder.open_folder(config)
+    run_folder.remember_data(path, dataset)
     state, loss = runs.stage1_state(config), autoencoder_loss(config)
     return job.train_stage("stage1", state, None, loss, dataset, config, on_log)
 
@@ -195,7 +195,7 @@ def test_no_step_recompiles(config, small_dataset):
 
 def test_non_finite_values_stop_the_run_and_say_where(config, small_dataset, tmp_path):
     config = dataclasses.replace(config, name="nan")
-    path = runs.open_folder(config)
+    path = run_folder.open_folder(config)
     state = runs.stage1_state(config)
     poisoned = state.model.decoder.denoiser.network.project_out.bias.at[0].set(jnp.nan)
     state = eqx.tree_at(lambda s: s.model.decoder.denoiser.network.project_out.bias, state, poisoned)
@@ -258,14 +258,14 @@ def test_checkpoint_of_another_model_is_refused(config, small_dataset):
     ):
         checkpoints.restore(runs.stage1_state(other))
     with pytest.raises(ValueError, match=r"model.prior.channels: \(16,\) -> \(32,\)"):
-        runs.open_folder(dataclasses.replace(other, resume=True))
+        run_folder.open_folder(dataclasses.replace(other, resume=True))
 
 
 def test_other_data_is_refused(config, small_dataset):
-    path = runs.open_folder(config)
-    runs.remember_data(path, small_dataset)
+    path = run_folder.open_folder(config)
+    run_folder.remember_data(path, small_dataset)
     with pytest.raises(ValueError, match="other data than is there now"):
-        runs.remember_data(path, dataclasses.replace(small_dataset, fingerprint="another"))
+        run_folder.remember_data(path, dataclasses.replace(small_dataset, fingerprint="another"))
 
 
 def test_log_drops_what_is_taken_again_and_a_torn_line(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from stand_ins import Corner
 
-from ulx import job, losses, runs, schedules
+from ulx import job, losses, run_folder, runs, schedules
 from ulx.config import Config, from_json, to_json
 from ulx.decoders import DiffusionDecoder, PixelDecoder, RegressionDecoder
 from ulx.denoiser import Denoiser, StandardNormal
@@ -256,7 +256,7 @@ def test_an_autoencoder_of_another_run(quick, small_config, small_dataset, tmp_p
     """Tab. 6, C: stage 1 is taken with its settings; stage 2 is this run's own."""
     first = dataclasses.replace(small_config, runs=str(tmp_path), name="first", loss_factor=1.7)
     with pytest.raises(FileNotFoundError, match="not a run"):
-        runs.adopt(dataclasses.replace(small_config, autoencoder=str(tmp_path / "nothing")))
+        run_folder.adopt(dataclasses.replace(small_config, autoencoder=str(tmp_path / "nothing")))
     job.run(first)
     second = dataclasses.replace(small_config, runs=str(tmp_path), name="second", seed=5, autoencoder=str(first.path))
     job.run(second)
@@ -270,4 +270,4 @@ def test_an_autoencoder_of_another_run(quick, small_config, small_dataset, tmp_p
     unfinished = Path(a.path) / "config.json"
     unfinished.write_text(to_json(dataclasses.replace(first, train=dataclasses.replace(first.train, steps=7))))
     with pytest.raises(FileNotFoundError, match="not finished stage1"):
-        runs.adopt(second)
+        run_folder.adopt(second)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ulx.command_line import parse_arguments, run_command
-from ulx.report_text import plus_minus
+from ulx.metrics.entries import plus_minus
 
 __all__ = ["Options", "differences", "main", "read", "table"]
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from ulx import job, runs
+from ulx import job, run_folder, runs
 from ulx.config import Config, TrainConfig
 from ulx.data import num_classes
 from ulx.denoiser import Denoiser
@@ -75,21 +75,21 @@ class Plan:
 
 
 def planned(
-    config: Config, told: ConditionSpec, make: Callable[[Callable[[], TrainState]], TrainState] = eqx.filter_eval_shape
+    config: Config, spec: ConditionSpec, make: Callable[[Callable[[], TrainState]], TrainState] = eqx.filter_eval_shape
 ) -> Plan:
     """What a run would train. Its arrays are shapes alone, or with `make` what that makes of the calls."""
-    states = {"stage1": make(lambda: runs.stage1_state(config, told))}
+    states = {"stage1": make(lambda: runs.stage1_state(config, spec))}
     model = states["stage1"].model
     losses = {"stage1": autoencoder_loss(config)}
     if "decoder" in config.stages:
-        states["decoder"] = make(lambda: runs.decoder_state(config, model, told))
+        states["decoder"] = make(lambda: runs.decoder_state(config, model, spec))
         losses["decoder"] = decoder_loss(config)
     if not config.single_stage:
-        states["stage2"] = make(lambda: runs.stage2_state(config, model, told))
+        states["stage2"] = make(lambda: runs.stage2_state(config, model, spec))
         losses["stage2"] = base_loss(config, math.prod(config.data.shape[:-1]))
     steps = {}
     for stage, train in config.train_configs.items():
-        frozen, batch = None if stage == "stage1" else model, _batch_shapes(config, model, stage, train, told)
+        frozen, batch = None if stage == "stage1" else model, _batch_shapes(config, model, stage, train, spec)
         steps[stage] = PlannedStep(train, losses[stage], states[stage], frozen, batch)
     return Plan(model, model.prior if config.single_stage else states["stage2"].model, steps)
 
@@ -98,7 +98,7 @@ def describe(config: Config, *, compiled: bool = True) -> str:
     """The networks and the stages of a run, as two tables. Compiling takes from seconds to minutes."""
     classes = num_classes(config.data)
     channels = channels_of(config.text) if config.data.captions else 0
-    plan = planned(config, runs.told(("",) * classes, channels))
+    plan = planned(config, run_folder.spec_of(("",) * classes, channels))
     model, base = plan.model, plan.base
     cost = job.cost(model, base, config)
     kind = "clips" if config.data.clips else "images"
@@ -148,7 +148,7 @@ def matmul_speed(dtype: str, size: int = 2048, rounds: int = 5) -> float:
 
 
 def _batch_shapes(
-    config: Config, model: Any, stage: str, train: TrainConfig, told: ConditionSpec
+    config: Config, model: Any, stage: str, train: TrainConfig, spec: ConditionSpec
 ) -> dict[str, jax.ShapeDtypeStruct]:
     size, shape = train.batch_size, config.data.shape
     fields = {"label": ((size,), jnp.int32), "image": ((size, *shape), jnp.uint8)}
@@ -159,8 +159,8 @@ def _batch_shapes(
             fields["std"] = fields["mean"]
         if config.model.given_frames:
             fields["first"] = ((size, config.model.given_frames, *shape[1:]), jnp.uint8)
-    if told.text_channels and (stage == "stage2" or config.model.decoder_text or config.single_stage):
-        fields["text"] = ((size, config.text.length, told.text_channels), jnp.float32)
+    if spec.text_channels and (stage == "stage2" or config.model.decoder_text or config.single_stage):
+        fields["text"] = ((size, config.text.length, spec.text_channels), jnp.float32)
         fields["text_mask"] = ((size, config.text.length), jnp.bool_)
     return {name: jax.ShapeDtypeStruct(*field) for name, field in fields.items()}
 

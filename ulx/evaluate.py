@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from ulx import job, runs
+from ulx import job, run_folder, runs
 from ulx.command_line import parse_arguments, run_together
 from ulx.data import open_dataset
 from ulx.metrics import inception
@@ -64,7 +64,7 @@ def evaluate(options: Options) -> Path:
     if run.text is not None:
         encoder = run.open_text()
         text = Remembered(embedded(dataset, encoder, run.path / "text"), encoder)
-    runs.remember_data(run.path, dataset, text)
+    run_folder.remember_data(run.path, dataset, text)
     return job.measure(run.path, run.model, run.base, dataset, config, text, weights=run.weights)
 
 

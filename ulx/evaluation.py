@@ -14,15 +14,16 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, Int32, UInt8
+from jaxtyping import Float, Int, UInt8
 
 import ulx
 from ulx import losses
 from ulx.bound import DiffusionEstimate, RateEstimate
-from ulx.config import Config, EvaluateConfig
+from ulx.config import Config
 from ulx.data.pixels import to_float
-from ulx.data.source import Dataset, Split
+from ulx.data.source import Dataset
 from ulx.denoiser import Denoiser
+from ulx.evaluation_data import held_out_examples, held_out_rows, mean_image, rows_like, told_of
 from ulx.metrics import clip_score, compare, efficientnet, i3d, inception, lpips
 from ulx.metrics.copies import copies_among, spread_over
 from ulx.metrics.entries import Metric, frechet, mean
@@ -32,14 +33,12 @@ from ulx.metrics.images import SSIM_WINDOW, psnr, ssim
 from ulx.metrics.pairs import SSIM, PairMeasure
 from ulx.metrics.reference import training_moments
 from ulx.models import UnifiedLatents
-from ulx.nn.conditions import ConditionSpec
 from ulx.progress import Progress
 from ulx.prompted import DEFINITIONS as DEFINITIONS_OF_PROMPTS
 from ulx.prompted import Asked, References, prompted
 from ulx.runner import FLOW_PROBES, Runner, Told
 from ulx.seeding import root_int
 from ulx.text.encoders import TextEncoder
-from ulx.text.examples import Prompts
 from ulx.typing import PerExample
 
 __all__ = [
@@ -48,10 +47,7 @@ __all__ = [
     "Evaluation",
     "evaluate",
     "evaluate_autoencoder",
-    "held_out_examples",
     "networks",
-    "rows_like",
-    "told_of",
 ]
 
 RECONSTRUCT, SAMPLE = "reconstruct", "sample"
@@ -60,8 +56,6 @@ PICTURES = 64
 """Images of each kind that the report shows."""
 NEXT = 3
 """Frames after the given ones by which continuations are judged against the last of these, repeated."""
-AVERAGED = 8192
-"""Training images of which the mean is taken; of a larger set, so many spread over it."""
 
 TRAINING, HELD_OUT = "training images", "held-out images"
 """What numbers are measured against; all others than distances are measured on held-out images."""
@@ -157,7 +151,7 @@ def evaluate(
         "decoder_bits_per_pixel": _bits_per_pixel(made.decoder.total, made.decoder, model)
         | {"leaves_out": "x's terminal KL and -log p(x | x_0)"},
         **_errors(made.reconstructions, held_out, of_pairs),
-        "psnr_of_mean_training_image": _psnr(np.broadcast_to(_mean_image(dataset), held_out.shape), held_out),
+        "psnr_of_mean_training_image": _psnr(np.broadcast_to(mean_image(dataset), held_out.shape), held_out),
         "swap": _swap(made.swapped, held_out),
         **_distances(
             compared,
@@ -438,40 +432,6 @@ def _swap(swapped: Images, originals: Images) -> dict[str, Any]:
     own = psnr(to_float(swapped), to_float(np.roll(originals, 1, axis=0)[:count]))
     other = psnr(to_float(swapped), to_float(originals[:count]))
     return {"psnr_to_the_latents_image": mean(own), "psnr_to_the_other": mean(other), "gap": mean(own - other)}
-
-
-def held_out_rows(dataset: Dataset, options: EvaluateConfig) -> list[int]:
-    """Which held-out examples are measured on: all of them, or as many as are asked for."""
-    return spread_over(len(dataset.validation), options.held_out or len(dataset.validation))
-
-
-def held_out_examples(dataset: Dataset, options: EvaluateConfig) -> tuple[Images, Int32[np.ndarray, " n"]]:
-    """Those held-out images and their labels."""
-    held_out, rows = dataset.validation, held_out_rows(dataset, options)
-    return np.stack([held_out[i]["image"] for i in rows]), held_out.labels[rows]
-
-
-def _mean_image(dataset: Dataset) -> UInt8[np.ndarray, "..."]:
-    rows = spread_over(len(dataset.train), AVERAGED)
-    total = np.zeros(dataset.train[0]["image"].shape)
-    for i in rows:
-        total += dataset.train[i]["image"]
-    return (total / len(rows)).round().astype(np.uint8)
-
-
-def rows_like(split: Split, count: int, seed: int) -> Int[np.ndarray, " m"]:
-    """Examples drawn anew, so that classes and captions are as frequent among them as in the split."""
-    return np.random.default_rng(seed).choice(len(split), count)
-
-
-def told_of(
-    split: Split, rows: Sequence[int] | Int[np.ndarray, " m"], spec: ConditionSpec, text: TextEncoder | None
-) -> Told:
-    """What a model of that spec is told of those examples."""
-    captions = None
-    if spec.text_channels and text is not None and split.captions is not None:
-        captions = Prompts(text, [split.captions[row] for row in rows])
-    return Told(split.labels[np.asarray(rows)] if spec.num_classes else None, captions)
 
 
 def _said(name: str, told: Told) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ulx import runs, weights_file
+from ulx import run_folder, runs, weights_file
 from ulx.checkpoint import versions
 from ulx.command_line import parse_arguments, run_command
 
@@ -51,7 +51,7 @@ def export(options: Options) -> Path:
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     facts = {
-        **runs.facts(run.config),
+        **run_folder.facts(run.config),
         "dataset": json.loads((options.run / "dataset.json").read_text()),
         "steps": run.step,
         "weights": run.weights,

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from ulx import processes, runs, sharding
+from ulx import processes, run_folder, runs, sharding
 from ulx.checkpoint import Checkpoints
 from ulx.config import Config
 from ulx.cost import network_costs
@@ -40,7 +40,7 @@ def run(config: Config) -> Path:
     # Whatever can be refused is refused before the folder is taken, let alone after hours of training.
     networks(config)
     encoder = open_encoder(config.text) if config.data.captions else None
-    config = runs.adopt(config)
+    config = run_folder.adopt(config, encoder)
     mesh = sharding.make_mesh(config.fsdp)
     for stage, train in config.train_configs.items():
         if stage != "stage2" and config.autoencoder is not None:
@@ -49,20 +49,20 @@ def run(config: Config) -> Path:
     dataset = processes.in_turn(lambda: open_dataset(config.data))
     if encoder is not None:
         _check_captions(dataset, encoder, config)
-    told = runs.told(dataset.class_names, encoder.channels if encoder else 0)
-    state = runs.stage1_state(config, told)
+    spec = run_folder.spec_of(dataset.class_names, encoder.channels if encoder else 0)
+    state = runs.stage1_state(config, spec)
     if config.resume:  # before the folder learns of other settings
-        runs.check_data(config.path, dataset, encoder)
-    path = runs.open_folder(config)
+        run_folder.check_data(config.path, dataset, encoder)
+    path = run_folder.open_folder(config)
     text = embedded(dataset, encoder, path / "text") if encoder else None
-    runs.remember_data(path, dataset, text)
-    runs.copy_autoencoder(config)
+    run_folder.remember_data(path, dataset, text)
+    run_folder.copy_autoencoder(config)
     print(f"{dataset.name}: {len(dataset.train)} training and {len(dataset.validation)} held-out images -> {path}")
 
     if config.autoencoder is None:
         model = train_autoencoder(state, dataset, config, text)
     else:
-        model, _ = runs.autoencoder(path, config, told)
+        model, _ = runs.autoencoder(path, config, spec)
     prompts = Remembered(text, encoder) if text and encoder else None
     written = measure(path, model, train_base(model, dataset, config, text), dataset, config, prompts)
     print(f"{duration(time.monotonic() - began)} in all -> {written}")
@@ -107,8 +107,8 @@ def train_autoencoder(
             print(f"rate control ended at --loss-factor {found:.4g}, which is to give about the same rate without it")
             config = dataclasses.replace(config, loss_factor=found)
     if "decoder" in config.stages:
-        told = runs.told(dataset.class_names, text.channels if text else 0)
-        untrained = runs.decoder_state(config, model, told)
+        spec = run_folder.spec_of(dataset.class_names, text.channels if text else 0)
+        untrained = runs.decoder_state(config, model, spec)
         decoder = train_stage("decoder", untrained, model, decoder_loss(config), dataset, config).ema_model
         model = runs.with_decoder(model, decoder)
     return model
@@ -119,7 +119,7 @@ def train_base(model: UnifiedLatents, dataset: Dataset, config: Config, text: Pr
     if config.single_stage:
         assert isinstance(model.prior, Denoiser)  # Config refuses the others
         return model.prior
-    untrained = runs.stage2_state(config, model, runs.told(dataset.class_names, text.channels if text else 0))
+    untrained = runs.stage2_state(config, model, run_folder.spec_of(dataset.class_names, text.channels if text else 0))
     examples = dataset
     if config.cache_latents:
         examples = encoded(
@@ -145,7 +145,7 @@ def measure(
     weights: str = "EMA",
 ) -> Path:
     """Evaluate a trained run and write its report; returns the report's path. `weights` says which average it is."""
-    from ulx import report
+    from ulx.report import document
 
     began = time.monotonic()
     model, base = sharding.place((model, base), sharding.make_mesh())
@@ -161,7 +161,7 @@ def measure(
 
     def write() -> None:
         evaluation.save(path / "evaluation")
-        report.write(path)
+        document.write(path)
 
     processes.first(write)
     return path / "report.html"
@@ -191,10 +191,10 @@ def train_stage(
         workers=config.data.workers if are_images else 0,
     )
     folder, guard = config.path / "checkpoints" / name, Guard.of(state.model, train)
-    with Checkpoints(folder, runs.facts(config), keep_best=train.keep_best) as checkpoints:
+    with Checkpoints(folder, run_folder.facts(config), keep_best=train.keep_best) as checkpoints:
         if checkpoints.latest is not None:
             positions = {"data": batches, "guard": guard}
-            state = checkpoints.restore(state, positions, check=lambda facts: runs.check_facts(facts, config))
+            state = checkpoints.restore(state, positions, check=lambda facts: run_folder.check_facts(facts, config))
         with MetricsLog(config.path / f"{name}.jsonl", resume_step=int(state.step)) as log:
             return fit(
                 state,

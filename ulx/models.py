@@ -31,7 +31,7 @@ from ulx.schedules import Schedule
 from ulx.typing import Keys, PerExample
 from ulx.weightings import TruncatedLogistic, Weighting
 
-__all__ = ["ModelConfig", "UnifiedLatents", "base_conditions", "decoder_conditions"]
+__all__ = ["ModelConfig", "UnifiedLatents", "base_spec", "decoder_spec"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,16 +71,16 @@ class ModelConfig:
             )
 
 
-def base_conditions(shape: tuple[int, ...], config: ModelConfig, told: ConditionSpec) -> ConditionSpec:
+def base_spec(shape: tuple[int, ...], config: ModelConfig, spec: ConditionSpec) -> ConditionSpec:
     """What the base model of examples of `shape` can be given, where the data have that much to tell."""
     frames_shape = given_shape(shape) if config.given_frames else None
-    return dataclasses.replace(told, frames_shape=frames_shape)
+    return dataclasses.replace(spec, frames_shape=frames_shape)
 
 
-def decoder_conditions(shape: tuple[int, ...], config: ModelConfig, told: ConditionSpec) -> ConditionSpec:
+def decoder_spec(shape: tuple[int, ...], config: ModelConfig, spec: ConditionSpec) -> ConditionSpec:
     """What the decoder can be given: frames as the base model, captions if it is to know them, and no classes."""
-    captions = told.text_channels if config.decoder_text else 0
-    return dataclasses.replace(base_conditions(shape, config, told), num_classes=0, text_channels=captions)
+    captions = spec.text_channels if config.decoder_text else 0
+    return dataclasses.replace(base_spec(shape, config, spec), num_classes=0, text_channels=captions)
 
 
 class UnifiedLatents(eqx.Module):
@@ -98,12 +98,12 @@ class UnifiedLatents(eqx.Module):
         shape: tuple[int, ...],
         config: ModelConfig,
         *,
-        told: ConditionSpec = ConditionSpec(),
-        prior_told: bool = False,
+        spec: ConditionSpec = ConditionSpec(),
+        prior_conditioned: bool = False,
         key: Key[Array, ""],
     ):
-        """`shape` is that of one image or video, `(h, w, c)` or `(t, h, w, c)`; `told` what the data have to tell of
-        it. The prior is told only if `prior_told`: where no base model comes after it.
+        """`shape` is that of one image or video, `(h, w, c)` or `(t, h, w, c)`; `spec` what the data have to tell of
+        it. The prior is told only if `prior_conditioned`: where no base model comes after it.
         """
         encoder_key, prior_key, decoder_key = jax.random.split(key, 3)
         self.latent_schedule = schedules.linear(config.logsnr_0, config.logsnr_1)
@@ -117,7 +117,7 @@ class UnifiedLatents(eqx.Module):
         if config.latent_prior == "normal":
             self.prior = StandardNormal(latent_shape)
         else:
-            conditions = told if prior_told else ConditionSpec()
+            conditions = spec if prior_conditioned else ConditionSpec()
             self.prior = Denoiser(UViT(latent_shape, config.prior, conditions=conditions, key=prior_key))
         if config.logsnr_0_bias is not None:
             self.logsnr_0 = TruncatedLogistic(config.logsnr_0_bias, config.logsnr_0, config.logsnr_1)
@@ -126,7 +126,7 @@ class UnifiedLatents(eqx.Module):
             config.decoder,
             context_shape=latent_shape,
             context_logsnr=self.logsnr_0 is not None,
-            conditions=decoder_conditions(shape, config, told),
+            conditions=decoder_spec(shape, config, spec),
             key=decoder_key,
         )
         image_schedule = schedules.image_schedule(shape[-2])

@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Float, Int32, Key, UInt8
 
 import ulx
-from ulx import losses, runs, schedules, tokenizers
+from ulx import losses, run_folder, schedules, tokenizers
 from ulx.checkpoint import Checkpoints
 from ulx.command_line import parse_arguments, run_command
 from ulx.config import Config, SampleConfig, TrainConfig
@@ -39,7 +39,7 @@ from ulx.generate import in_batches, sample_latents
 from ulx.guard import Guard
 from ulx.image_files import claim, contact_sheet, write_png
 from ulx.metrics import compare, efficientnet
-from ulx.metrics.entries import frechet, mean
+from ulx.metrics.entries import frechet, mean, plus_minus
 from ulx.metrics.features import features
 from ulx.metrics.frechet import Moments
 from ulx.metrics.images import psnr
@@ -50,7 +50,6 @@ from ulx.nn.conditions import Conditions, ConditionSpec
 from ulx.nn.transformer import BlockConfig
 from ulx.nn.uvit import UViT, UViTConfig
 from ulx.progress import Progress
-from ulx.report_text import plus_minus
 from ulx.seeding import root_int, root_key
 from ulx.sharding import check_batch, make_mesh, place
 from ulx.snapshots import Snapshots
@@ -283,7 +282,7 @@ def run(options: Options) -> dict[str, Any]:
     if out is None:
         raise ValueError(f"{options.tokenizer} is no folder of a run: give an --out for the card")
     claim(out, FILES, options.overwrite)
-    data = runs.read_config(path).data if is_run else options.data
+    data = run_folder.read_config(path).data if is_run else options.data
     dataset = open_dataset(data)
     metrics, pictures = measure(
         tokenizers.load(options.tokenizer),

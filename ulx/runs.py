@@ -1,37 +1,24 @@
-"""A run's folder, and loading what was trained in it.
-
-runs/NAME/
-    config.json           every setting
-    dataset.json          which data, its classes
-    stage1.jsonl, stage2.jsonl, tensorboard/   metrics while training, for each stage that the run has
-    checkpoints/stage1, checkpoints/stage2
-    snapshots/stage1, snapshots/stage2         averages to make others of (`posthoc_ema`)
-    evaluation/           metrics.json, pictures.npz
-    report.html, figures/
-"""
+"""The untrained states of a run's stages, and loading what was trained in its folder (`ulx.run_folder`)."""
 
 import dataclasses
-import hashlib
 import json
-import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
 import equinox as eqx
 
-from ulx.checkpoint import Checkpoints, versions
-from ulx.config import Config, TrainConfig, differences, from_json, to_json
-from ulx.data.source import Dataset
+from ulx.checkpoint import Checkpoints
+from ulx.config import Config, TrainConfig, from_json
 from ulx.decoders import DiffusionDecoder
 from ulx.denoiser import Denoiser
 from ulx.ema import gamma_of
 from ulx.models import UnifiedLatents
 from ulx.nn.conditions import ConditionSpec
-from ulx.processes import first
 from ulx.rate_control import Control
+from ulx.run_folder import described, latest, read_config, read_data, spec_in
 from ulx.seeding import root_key
 from ulx.sharding import make_mesh, place
 from ulx.snapshots import Snapshots
@@ -44,23 +31,12 @@ from ulx.weights_file import WeightsFile
 __all__ = [
     "Run",
     "Stage",
-    "adopt",
     "autoencoder",
-    "check_data",
-    "check_facts",
-    "copy_autoencoder",
     "decoder_state",
-    "facts",
     "load",
-    "open_folder",
     "parts",
-    "read_config",
-    "read_data",
-    "remember_data",
     "stage1_state",
     "stage2_state",
-    "told",
-    "told_by",
     "with_decoder",
 ]
 
@@ -69,184 +45,24 @@ Widths = Mapping[Stage, float | Literal["best"]]
 
 _OPTION = {"stage1": "--train", "decoder": "--train-decoder", "stage2": "--train-base"}
 
-HARMLESS = (
-    "variant",  # a name for what other fields say
-    "resume",
-    "runs",
-    "name",
-    "sample",
-    "evaluate",
-    "data.path",  # the data itself, captions included, is known by its fingerprint
-    "data.captions",
-    "text.encoder",  # known by its definition
-    "data.cache_dir",
-    "data.workers",
-    "fsdp",
-    *(
-        f"{stage}.{field}"
-        for stage in ("train", "train_decoder", "train_base")
-        for field in (
-            "accumulate",
-            "log_every",
-            "save_every",
-            "keep_best",
-            "posthoc_snapshots",
-            "spike",
-            "rollbacks",
-            "hang_minutes",
-        )
-    ),
-)
-"""Fields that may change between the parts of an interrupted run: they do not touch what is trained."""
-
 
 TOO_FAR = 0.05
 """Error of a profile above which `load` warns. 32 snapshots of widths 0.05 and 0.10 make 0.02 to 0.25 below it."""
 
 
-def open_folder(config: Config) -> Path:
-    """Create the run's folder, or, with `config.resume`, check that it belongs to this configuration.
-
-    Raises:
-        NotADirectoryError: the path is a file.
-        FileExistsError: the run exists and `resume` is off.
-        ValueError: the run was started with other settings; the fields that differ are named.
-        OSError: the folder cannot be written.
-    """
-    path = config.path
-    first(lambda: _open_folder(path, config))
-    return path
-
-
-def _open_folder(path: Path, config: Config) -> None:
-    for part in (path, *path.parents):
-        if part.exists() and not part.is_dir():
-            raise NotADirectoryError(f"{part} is a file; runs need a folder there: choose another --name or --runs")
-    written = path / "config.json"
-    if written.exists():
-        if not config.resume:
-            raise FileExistsError(f"{path} already holds a run: continue it with --resume, or choose another --name")
-        changed = differences(read_config(path), config, ignore=HARMLESS)
-        if changed:
-            raise ValueError(
-                f"{path} was started with other settings, so its checkpoints do not belong to this run:\n  "
-                + "\n  ".join(changed)
-                + "\nPass the old values to continue it, or choose another --name"
-            )
-    path.mkdir(parents=True, exist_ok=True)
-    aside = path / "config.tmp"
-    aside.write_text(to_json(config))
-    aside.replace(written)
-
-
-def facts(config: Config) -> dict[str, Any]:
-    """What a checkpoint says of the run that it is of."""
-    text = to_json(config)
-    return {"config": json.loads(text), "config_sha256": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def check_facts(saved: Mapping[str, Any], config: Config) -> None:
-    """Refuses a checkpoint of another configuration with ValueError, naming the fields that differ; warns where other
-    versions of packages go on with it than began."""
-    before = from_json(json.dumps(saved["config"]))
-    changed = differences(before, config, ignore=HARMLESS)
-    if changed:
-        raise ValueError(
-            "the checkpoint was saved with other settings:\n  "
-            + "\n  ".join(changed)
-            + "\nPass the old values to go on with it, or choose another --name"
-        )
-    was, now = saved["versions"], versions()
-    others = [f"{name} {was.get(name)} -> {version}" for name, version in now.items() if was.get(name) != version]
-    if others:
-        warnings.warn(f"numbers may differ in rounding from here on: {', '.join(others)}", stacklevel=2)
-
-
-def read_config(path: Path) -> Config:
-    """The settings of a run. Raises ValueError, naming the file, if they cannot be read."""
-    try:
-        return from_json((path / "config.json").read_text())
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path / 'config.json'} cannot be read: {error}") from error
-
-
-def read_data(path: Path) -> dict[str, Any]:
-    """What `dataset.json` says of the data that a run was trained on."""
-    return json.loads((path / "dataset.json").read_text())
-
-
-def told_by(data: Mapping[str, Any]) -> ConditionSpec:
-    """What data have to tell of an example, of which `dataset.json` says this."""
-    text = data.get("text")  # not in a run from before there were captions
-    return told(data["class_names"], text["channels"] if text else 0)
-
-
-def told(class_names: Sequence[str], text_channels: int = 0) -> ConditionSpec:
-    """What data of these classes, and with captions of so many channels (0: without), have to tell of an example.
-
-    A caption takes the class's place: a prompt of one's own comes without a class.
-    """
-    return ConditionSpec(num_classes=0 if text_channels else len(class_names), text_channels=text_channels)
-
-
-def remember_data(path: Path, dataset: Dataset, text: TextEncoder | None = None) -> None:
-    """Write `dataset.json`, with what embeds its captions. Raises as `check_data`."""
-    first(lambda: _remember_data(path, dataset, text))
-
-
-def check_data(path: Path, dataset: Dataset, text: TextEncoder | None = None) -> None:
-    """Raises ValueError for a run, if there is one, that was trained on other data, or on other embeddings of them."""
-    file = path / "dataset.json"
-    if not file.exists():
-        return
-    before, embedded = json.loads(file.read_text()), _embedded(text)
-    if before["fingerprint"] != dataset.fingerprint:
-        raise ValueError(
-            f"{path} was trained on other data than is there now ({before['train']} training images then, "
-            f"{len(dataset.train)} now): restore the data, or choose another --name"
-        )
-    if before.get("text") != embedded:
-        raise ValueError(
-            f"{path} was trained on captions embedded by {before.get('text')}, and this is {embedded}: give the "
-            "--text.encoder that it had, or choose another --name"
-        )
-
-
-def _embedded(text: TextEncoder | None) -> dict[str, Any] | None:
-    return None if text is None else {"channels": text.channels, "definition": text.definition}
-
-
-def _remember_data(path: Path, dataset: Dataset, text: TextEncoder | None) -> None:
-    check_data(path, dataset, text)
-    facts = {
-        "name": dataset.name,
-        "resolution": dataset.resolution,
-        "fingerprint": dataset.fingerprint,
-        "class_names": list(dataset.class_names),
-        "train": len(dataset.train),
-        "validation": len(dataset.validation),
-        "attribution": dataset.attribution,
-        "text": _embedded(text),
-    }
-    file = path / "dataset.json"
-    aside = file.with_suffix(".tmp")
-    aside.write_text(json.dumps(facts, indent=2) + "\n")
-    aside.replace(file)
-
-
-def stage1_state(config: Config, told: ConditionSpec = ConditionSpec()) -> TrainState:
+def stage1_state(config: Config, spec: ConditionSpec = ConditionSpec()) -> TrainState:
     """Untrained encoder, prior and decoder with their optimizer, for data that have that much to tell. The prior is
     told it where it is the base too."""
     key = root_key(config.seed, "stage1 weights")
-    model = UnifiedLatents(config.data.shape, config.model, told=told, prior_told=config.single_stage, key=key)
+    model = UnifiedLatents(config.data.shape, config.model, spec=spec, prior_conditioned=config.single_stage, key=key)
     control = None if config.rate.target_bits_per_pixel is None else Control.start(config.loss_factor)
     posthoc = len(config.train.posthoc_ema)
     return TrainState(model, make_optimizer(config.train), posthoc=posthoc, control=control)
 
 
-def decoder_state(config: Config, model: UnifiedLatents, told: ConditionSpec) -> TrainState:
+def decoder_state(config: Config, model: UnifiedLatents, spec: ConditionSpec) -> TrainState:
     """Untrained diffusion decoder for a trained encoder, with its optimizer."""
-    decoder = make_decoder(model, config.model, told, key=root_key(config.seed, "decoder weights"))
+    decoder = make_decoder(model, config.model, spec, key=root_key(config.seed, "decoder weights"))
     return TrainState(decoder, make_optimizer(config.train_decoder), posthoc=len(config.train_decoder.posthoc_ema))
 
 
@@ -255,56 +71,10 @@ def with_decoder(model: UnifiedLatents, decoder: DiffusionDecoder) -> UnifiedLat
     return eqx.tree_at(lambda m: m.decoder, model, decoder)
 
 
-def stage2_state(config: Config, model: UnifiedLatents, told: ConditionSpec) -> TrainState:
+def stage2_state(config: Config, model: UnifiedLatents, spec: ConditionSpec) -> TrainState:
     """Untrained base model with its optimizer."""
-    base = make_base(model, config.model, told, key=root_key(config.seed, "stage2 weights"))
+    base = make_base(model, config.model, spec, key=root_key(config.seed, "stage2 weights"))
     return TrainState(base, make_optimizer(config.train_base), posthoc=len(config.train_base.posthoc_ema))
-
-
-def adopt(config: Config) -> Config:
-    """`config` with the autoencoder of the run that `config.autoencoder` names: all that stage 1 follows from.
-
-    Raises:
-        FileNotFoundError: no such run, or its stage 1 is not finished.
-        ValueError: its images are of another resolution.
-    """
-    if config.autoencoder is None:
-        return config
-    path = Path(config.autoencoder)
-    if not (path / "config.json").exists():
-        raise FileNotFoundError(f"autoencoder={config.autoencoder} is not a run: it has no config.json")
-    other = read_config(path)
-    for stage, train in other.train_configs.items():
-        if stage != "stage2" and _latest(path, stage) != train.steps:
-            raise FileNotFoundError(f"{path} has not finished {stage}: continue it with --resume first")
-    if other.data.resolution != config.data.resolution:
-        raise ValueError(
-            f"{path} was trained on images of {other.data.resolution} pixels, this run has {config.data.resolution}: "
-            "give it the same --data.resolution"
-        )
-    taken = {name: getattr(other, name) for name in (*_STAGE_1, "train", "train_decoder")}
-    return dataclasses.replace(config, model=dataclasses.replace(other.model, base=config.model.base), **taken)
-
-
-_STAGE_1 = ("loss_factor", "sigmoid_bias", "prior_warmup", "prior_gradient", "kl_weight", "single_stage", "rate")
-"""Fields that say how stage 1 was trained."""
-
-
-def copy_autoencoder(config: Config) -> None:
-    """Stage 1 of the run that `config.autoencoder` names, copied into this one's folder: the run stands on its own."""
-    if config.autoencoder is not None:
-        first(lambda: _copy_autoencoder(config, Path(config.autoencoder or "")))
-
-
-def _copy_autoencoder(config: Config, source: Path) -> None:
-    for stage in config.stages:
-        target = config.path / "checkpoints" / stage
-        if stage != "stage2" and not target.exists():
-            shutil.copy(source / f"{stage}.jsonl", config.path / f"{stage}.jsonl")
-            aside = target.with_name(f"{stage}.aside")
-            shutil.rmtree(aside, ignore_errors=True)
-            shutil.copytree(source / "checkpoints" / stage, aside)
-            aside.rename(target)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,7 +110,7 @@ class Run:
             raise ValueError(f"{self.path} was trained without captions (--data.captions): it takes no prompts")
         config = self.config.text
         encoder = open_encoder(config if file is None else dataclasses.replace(config, encoder=str(file)))
-        known, found = dict(self.text), _embedded(encoder)
+        known, found = dict(self.text), described(encoder)
         if file is not None:  # of a file by other means the sha256 is all that its definition says
             known, found = {"channels": known["channels"]}, {"channels": encoder.channels}
         if known != found:
@@ -388,7 +158,7 @@ def load(path: str | Path, *, ema: float | None = None, stage: Stage = "stage2",
             raise FileNotFoundError(f"{path} is not a run: it has no {file}")
     config = read_config(path)
     data = read_data(path)
-    classes, text, known = tuple(data["class_names"]), data.get("text"), told_by(data)
+    classes, text, known = tuple(data["class_names"]), data.get("text"), spec_in(data)
     if (ema is not None or best) and stage not in config.stages:
         raise ValueError(f"{path} has no {stage} to choose weights of: it trained {', '.join(config.stages)}")
     weights = "EMA" if ema is None else f"EMA; {stage}: sigma_rel {ema:g}"
@@ -402,7 +172,7 @@ def load(path: str | Path, *, ema: float | None = None, stage: Stage = "stage2",
     if width and stage == "stage1":
         return Run(path, config, classes, model, None, (steps, 0), weights, text)
     base, base_steps = None, 0
-    if _latest(path, "stage2") is not None:
+    if latest(path, "stage2") is not None:
         base, base_steps = _averaged(path, "stage2", stage2_state(config, model, known), config, width)
     elif stage in width:
         raise FileNotFoundError(f"{path} has no base model yet: finish stage 2 first (--resume)")
@@ -421,7 +191,7 @@ def _from_file(path: Path) -> Run:
     file = WeightsFile(path)
     config = from_json(json.dumps(file.facts["config"]))
     data, (steps, base_steps) = file.facts["dataset"], file.facts["steps"]
-    classes, text, known = tuple(data["class_names"]), data.get("text"), told_by(data)
+    classes, text, known = tuple(data["class_names"]), data.get("text"), spec_in(data)
     model = stage1_state(config, known).model
     if "decoder" in config.stages:
         model = with_decoder(model, decoder_state(config, model, known).model)
@@ -434,18 +204,18 @@ def _from_file(path: Path) -> Run:
 
 
 def autoencoder(
-    path: Path, config: Config, told: ConditionSpec, width: Widths = MappingProxyType({})
+    path: Path, config: Config, spec: ConditionSpec, width: Widths = MappingProxyType({})
 ) -> tuple[UnifiedLatents, int]:
     """The newest encoder, prior and decoder of a run, and the steps of its stage 1. Raises as `load`.
 
     `width` holds σ_rel, or "best", for a stage that is not to have the newest of its moving average.
     """
-    state = stage1_state(config, told)
+    state = stage1_state(config, spec)
     model, steps = state.model, 0
     if "stage1" in config.stages:
         model, steps = _averaged(path, "stage1", state, config, width)
     if "decoder" in config.stages:
-        decoder, _ = _averaged(path, "decoder", decoder_state(config, model, told), config, width)
+        decoder, _ = _averaged(path, "decoder", decoder_state(config, model, spec), config, width)
         model = with_decoder(model, decoder)
     return model, steps
 
@@ -463,13 +233,6 @@ def _averaged(path: Path, stage: Stage, state: TrainState, config: Config, width
     if isinstance(chosen, float):
         return _synthesised(path, stage, train, state, chosen)
     return state.ema_model, int(state.step)
-
-
-def _latest(path: Path, stage: str) -> int | None:
-    if not (path / "checkpoints" / stage).is_dir():
-        return None
-    with Checkpoints(path / "checkpoints" / stage, read_only=True) as checkpoints:
-        return checkpoints.latest
 
 
 def _synthesised(path: Path, stage: Stage, train: TrainConfig, state: TrainState, sigma_rel: float) -> tuple[Any, int]:

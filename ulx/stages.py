@@ -17,7 +17,7 @@ from ulx.data.pixels import to_float
 from ulx.decoders import Decoder, DiffusionDecoder
 from ulx.denoiser import Denoiser
 from ulx.frames import given_frames, padded
-from ulx.models import ModelConfig, UnifiedLatents, base_conditions, decoder_conditions
+from ulx.models import ModelConfig, UnifiedLatents, base_spec, decoder_spec
 from ulx.nn.conditions import Conditions, ConditionSpec, Text
 from ulx.nn.uvit import UViT
 from ulx.posterior import Posterior
@@ -90,10 +90,10 @@ def autoencoder_loss(config: Config) -> Loss:
 
 
 def make_decoder(
-    model: UnifiedLatents, config: ModelConfig, told: ConditionSpec, *, key: Key[Array, ""]
+    model: UnifiedLatents, config: ModelConfig, spec: ConditionSpec, *, key: Key[Array, ""]
 ) -> DiffusionDecoder:
     """An untrained diffusion decoder for that autoencoder's latents, in the place of its own."""
-    conditions = decoder_conditions(model.shape, config, told)
+    conditions = decoder_spec(model.shape, config, spec)
     network = UViT(model.shape, config.decoder, context_shape=model.latent_shape, conditions=conditions, key=key)
     return DiffusionDecoder(Denoiser(network), schedules.image_schedule(model.shape[-2]))
 
@@ -121,9 +121,9 @@ def decoder_loss(config: Config) -> Loss:
     return loss
 
 
-def make_base(model: UnifiedLatents, config: ModelConfig, told: ConditionSpec, *, key: Key[Array, ""]) -> Denoiser:
+def make_base(model: UnifiedLatents, config: ModelConfig, spec: ConditionSpec, *, key: Key[Array, ""]) -> Denoiser:
     """The untrained base model for that autoencoder's latents, of data that have that much to tell."""
-    conditions = base_conditions(model.shape, config, told)
+    conditions = base_spec(model.shape, config, spec)
     return Denoiser(UViT(model.latent_shape, config.base, conditions=conditions, key=key))
 
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from ulx import runs
+from ulx import run_folder, runs
 from ulx.config import SampleConfig
 from ulx.generate import decode, example_keys
 from ulx.latents import posterior
@@ -96,8 +96,8 @@ def load(name: str) -> Tokenizer:
     """
     path = Path(name)
     if (path / "config.json").exists():
-        config = runs.read_config(path)
-        model, _ = runs.autoencoder(path, config, runs.told_by(runs.read_data(path)))
+        config = run_folder.read_config(path)
+        model, _ = runs.autoencoder(path, config, run_folder.spec_in(run_folder.read_data(path)))
         kind = RunTokenizer if config.model.latent == "pixels" else RatedRunTokenizer
         return kind(model, config.sample)
     module, colon, attribute = name.partition(":")

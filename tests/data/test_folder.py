@@ -185,7 +185,7 @@ def test_a_folder_that_cannot_serve(tmp_path, write, message):
 
 
 def test_a_folder_that_is_none(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"missing is no folder: give the one that holds the images"):
+    with pytest.raises(FileNotFoundError, match=r"missing is no folder: give the one .* images \(--data\.path\)"):
         open_folder(tmp_path / "missing", 32)
     text(tmp_path / "file")
     with pytest.raises(NotADirectoryError, match=r"file is no folder: give the one that holds the images"):

@@ -75,7 +75,7 @@ def open_folder(
 
 def list_splits(root: Path, kind: Literal["image", "video"]) -> tuple[list[Item], list[Item], tuple[str, ...]]:
     """Training items, validation items and class names. Raises as `open_folder` does."""
-    require_folder(root, f"{kind}s")
+    require_folder(root, f"{kind}s (--data.path)")
     names = find_images(root) if kind == "image" else find_videos(root)
     if not names:
         looked_for = " ".join(SUFFIXES if kind == "image" else VIDEO_SUFFIXES + ANIMATIONS)

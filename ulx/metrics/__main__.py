@@ -29,8 +29,8 @@ from ulx.command_line import parse_arguments, run_command
 from ulx.data.video import Clip
 from ulx.metrics import inception
 from ulx.metrics.compare import compare
+from ulx.metrics.entries import plus_minus
 from ulx.metrics.inception import Resize
-from ulx.report_text import plus_minus
 
 __all__ = ["Options", "main", "table"]
 

@@ -1,5 +1,8 @@
-"""Numbers as they stand in metrics.json and on cards: each beside its N and its standard error."""
+"""Numbers as they stand in metrics.json and on cards, each beside its N and its standard error, and how they are
+written."""
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -7,7 +10,7 @@ from jaxtyping import Float
 
 from ulx.metrics.frechet import Moments, frechet_distance
 
-__all__ = ["Metric", "frechet", "mean"]
+__all__ = ["Metric", "frechet", "mean", "number", "plus_minus", "rounded"]
 
 Metric = dict[str, Any]
 
@@ -28,3 +31,25 @@ def frechet(found: Float[np.ndarray, "n d"], reference: Moments) -> Metric:
         "n_reference": reference.count,
         "rank_deficient": moments.rank_deficient or reference.rank_deficient,
     }
+
+
+def number(value: float) -> str:
+    """Four significant digits, without an exponent: 0.03721, 21.34, 1235."""
+    if not math.isfinite(value) or value == 0:
+        return f"{value:g}"
+    return f"{value:.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
+
+
+def plus_minus(metric: Mapping[str, Any]) -> str:
+    """Value and standard error: 0.3721 ± 0.0043. Without an error the value alone."""
+    value, error = rounded(metric)
+    return f"{value} ± {error}" if error else value
+
+
+def rounded(metric: Mapping[str, Any]) -> tuple[str, str]:
+    """Value and standard error, both to the error's second digit; "" for an error that is not known."""
+    value, error = metric["value"], metric.get("standard_error", math.nan)
+    if not (math.isfinite(value) and math.isfinite(error) and error > 0):
+        return number(value), ""
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{digits}f}", f"{error:.{digits}f}"

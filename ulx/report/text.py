@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from ulx import page, weightings
+from ulx import weightings
 from ulx.config import Config
+from ulx.metrics.entries import number, rounded
+from ulx.report import page
 
 __all__ = [
     "FRECHET",
@@ -15,8 +17,6 @@ __all__ = [
     "copies",
     "definitions",
     "metrics_rows",
-    "number",
-    "plus_minus",
     "settings",
     "si",
     "solver_in_words",
@@ -32,28 +32,6 @@ NEXT_FRAMES = {
     "gap": "gap",
 }
 METRICS_HEADER = ("metric", "value", "standard error", "N", "NFE", "measured")
-
-
-def number(value: float) -> str:
-    """Four significant digits, without an exponent: 0.03721, 21.34, 1235."""
-    if not math.isfinite(value) or value == 0:
-        return f"{value:g}"
-    return f"{value:.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
-
-
-def plus_minus(metric: Metric) -> str:
-    """Value and standard error: 0.3721 ± 0.0043. Without an error the value alone."""
-    value, error = rounded(metric)
-    return f"{value} ± {error}" if error else value
-
-
-def rounded(metric: Metric) -> tuple[str, str]:
-    """Value and standard error, both to the error's second digit; "" for an error that is not known."""
-    value, error = metric["value"], metric.get("standard_error", math.nan)
-    if not (math.isfinite(value) and math.isfinite(error) and error > 0):
-        return number(value), ""
-    digits = max(0, 1 - math.floor(math.log10(error)))
-    return f"{value:.{digits}f}", f"{error:.{digits}f}"
 
 
 def si(value: float) -> str:

@@ -1,17 +1,12 @@
-"""A run as one page to look at: `report.html`, self-contained, and its pictures and plots under `figures/`.
+"""The page itself, `report.html`, self-contained, and its pictures and plots under `figures/`.
 
-    python -m ulx.report runs/openmoji
-
-Reads nothing but the run's folder: config.json, dataset.json, stage1.jsonl, stage2.jsonl, evaluation/. Training writes
-it at its end; it can be written anew at any time, also of a run under way. What is not there yet is said on the page.
+Reads nothing but the run's folder: config.json, dataset.json, stage1.jsonl, stage2.jsonl, evaluation/. What is not
+there yet is said on the page.
 """
 
 import dataclasses
-import functools
-import json
-import math
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -19,95 +14,22 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ulx import diffusion, figures, page, report_text
-from ulx.command_line import parse_arguments, run_command
-from ulx.config import Config, differences, from_json
+from ulx import diffusion
+from ulx.config import Config, differences
 from ulx.data.pixels import to_float
-from ulx.evaluation import Evaluation
-from ulx.image_files import STRIPS, contact_sheet, film_strips, framed, write_png
+from ulx.metrics.entries import number, plus_minus
 from ulx.metrics.images import psnr
-from ulx.metrics_log import read_metrics
 from ulx.progress import duration
-from ulx.report_text import number, plus_minus, si, solver_in_words
-from ulx.stages import collapsed
+from ulx.report import figures, page, text
+from ulx.report.prompts import prompted
+from ulx.report.run import Reported, again
+from ulx.report.text import si, solver_in_words
 
 __all__ = ["write"]
-
-BUDGET = 2**20
-"""Pixels of each kind of picture, though at least 8 images: with large ones the page would have hundreds of MB."""
 
 TITLES = {"stage1": "Stage 1", "decoder": "The decoder", "stage2": "Stage 2"}
 
 Metrics = dict[str, Any]
-Log = list[dict[str, Any]]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """What a run's folder holds."""
-
-    path: Path
-    config: Config
-    dataset: dict[str, Any]
-    logs: dict[str, Log]
-    """Of the stages that have begun."""
-    evaluation: Evaluation | None
-
-    @classmethod
-    def read(cls, path: Path) -> "_Run":
-        def parsed(name: str, parse: Callable[[str], Any]) -> Any:
-            try:
-                return parse((path / name).read_text())
-            except FileNotFoundError:
-                raise FileNotFoundError(f"{path} is not a run: it has no {name}") from None
-            except NotADirectoryError:
-                raise NotADirectoryError(f"{path} is a file: give the folder of a run") from None
-            except (ValueError, TypeError, AttributeError) as error:
-                raise ValueError(f"{path / name} cannot be read: {error}") from error
-
-        config, dataset = parsed("config.json", from_json), parsed("dataset.json", _dataset)
-        names = [name for name in config.stages if (path / f"{name}.jsonl").exists()]
-        logs = {name: read_metrics(path / f"{name}.jsonl") for name in names}
-        evaluation = None
-        if (path / "evaluation" / "metrics.json").exists():
-            try:
-                evaluation = Evaluation.load(path / "evaluation")
-            except Exception as error:  # a damaged archive raises anything: BadZipFile, zlib.error, EOFError, ...
-                raise ValueError(_again(path, f"cannot be read ({error})")) from error
-        return cls(path, config, dataset, {name: log for name, log in logs.items() if log}, evaluation)
-
-    @functools.cached_property
-    def collapsed(self) -> bool | None:
-        """Whether the latent collapsed at any time, from the whole log: a resumed process saw only its own part."""
-        lines = [line for line in self.logs.get("stage1", []) if {"latent_std", "rate"} <= line.keys()]
-        if not lines:
-            return None
-        return collapsed(self.config, lines)
-
-    @property
-    def distance(self) -> str:
-        """Its main Fréchet distance."""
-        assert self.evaluation is not None
-        return next(name for name in report_text.FRECHET if name in self.evaluation.metrics)
-
-    @property
-    def given(self) -> int:
-        """Frames of a clip that its continuation was given."""
-        return self.config.model.given_frames
-
-    @property
-    def loss_factor(self) -> float:
-        """As set, or under rate control as it is to be set for the same rate."""
-        log = self.logs.get("stage1")
-        return log[-1].get("felt_loss_factor", self.config.loss_factor) if log else self.config.loss_factor
-
-    def captions(self, name: str) -> list[str]:
-        """What the model was told of pictures: captions, or the names of classes."""
-        assert self.evaluation is not None
-        pictures = self.evaluation.pictures
-        if f"{name}_captions" in pictures:
-            return pictures[f"{name}_captions"].tolist()
-        return [self.dataset["class_names"][label] for label in pictures[f"{name}_labels"]]
 
 
 def write(path: Path) -> Path:
@@ -116,31 +38,19 @@ def write(path: Path) -> Path:
     Raises FileNotFoundError or NotADirectoryError for a folder that is no run, ValueError for a file of it that
     cannot be read or lacks something, OSError if the report cannot be written.
     """
-    run = _Run.read(path)
+    run = Reported.read(path)
     (path / "figures").mkdir(exist_ok=True)
     try:
         body = [_head(run), *_evaluated(run), _curves(run), _cost(run), _settings(run)]
     except KeyError as error:
-        raise ValueError(_again(path, f"lacks {error}")) from error
-    body += [report_text.definitions(dataclasses.replace(run.config, loss_factor=run.loss_factor)), _foot(run)]
+        raise ValueError(again(path, f"lacks {error}")) from error
+    body += [text.definitions(dataclasses.replace(run.config, loss_factor=run.loss_factor)), _foot(run)]
     aside = path / "report.tmp"
     aside.write_text(page.document(f"{path.name} · ulx", body), encoding="utf-8")
     return aside.replace(path / "report.html")
 
 
-def _dataset(text: str) -> dict[str, Any]:
-    facts = json.loads(text)
-    missing = {"name", "resolution", "class_names", "train", "validation", "attribution"} - facts.keys()
-    if missing:
-        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-    return facts
-
-
-def _again(path: Path, what: str) -> str:
-    return f"{path / 'evaluation'} {what}: evaluate again with `python -m ulx.evaluate {shlex.quote(str(path))}`"
-
-
-def _head(run: _Run) -> str:
+def _head(run: Reported) -> str:
     data, config = run.dataset, run.config
     variant = "" if config.variant == "unified" else f", variant “{escape(config.variant)}”,"
     target = config.rate.target_bits_per_pixel
@@ -166,7 +76,7 @@ def _head(run: _Run) -> str:
     return "\n".join([*lines, '<div class="cards">', *_cards(run), "</div>"])
 
 
-def _cards(run: _Run) -> list[str]:
+def _cards(run: Reported) -> list[str]:
     cards = []
     if run.evaluation is not None:
         metrics = run.evaluation.metrics
@@ -208,7 +118,7 @@ def _interval(guided: dict[str, Any]) -> str:
     return f", guided for λ from {interval[0]:g} to {interval[1]:g}" if interval else ""
 
 
-def _evaluated(run: _Run) -> list[str]:
+def _evaluated(run: Reported) -> list[str]:
     """The sections that stand on the evaluation."""
     if run.evaluation is None:
         return []
@@ -231,7 +141,7 @@ def _evaluated(run: _Run) -> list[str]:
         page.section(
             "Reconstructions",
             "<p>Held-out images above, what the diffusion decoder makes of their latents below.</p>",
-            _pictures(run, "reconstructions", [pictures["originals"], pictures["reconstructions"]], decibels),
+            run.shown("reconstructions", [pictures["originals"], pictures["reconstructions"]], decibels),
         ),
         page.section(
             "Continuations by the base model" if run.given else "Samples of the base model",
@@ -239,35 +149,35 @@ def _evaluated(run: _Run) -> list[str]:
             f"<p>No guidance, {nfe} ({steps}) and the decoder's {sampler['decoder_nfe']}. "
             f"{kind} as frequent as in "
             f"training. These are what {distance} measures.</p>",
-            _pictures(run, "base_samples", of_base, () if run.given else run.captions("base")),
+            run.shown("base_samples", of_base, () if run.given else run.captions("base")),
         ),
         _guided(run, metrics["guided_samples"]) if "guided_samples" in metrics else "",
-        *(_prompted(run, metrics) if "alignment" in metrics else []),
+        *(prompted(run, metrics) if "alignment" in metrics else []),
         page.section(
             "Samples of the raw prior",
             f"<p>The stage-1 prior measures bits; it is not meant to generate. NFE "
             f"{metrics[distance]['prior']['nfe']}.</p>",
-            _pictures(run, "prior_samples", [pictures["prior_samples"]]),
+            run.shown("prior_samples", [pictures["prior_samples"]]),
         ),
         _copies(run, metrics["copies"]) if "copies" in metrics else "",
         _swap(run, metrics["swap"], swap) if len(swap[0]) else "",
         _rate(run, metrics),
-        page.section("All metrics", page.table(report_text.METRICS_HEADER, report_text.metrics_rows(metrics))),
+        page.section("All metrics", page.table(text.METRICS_HEADER, text.metrics_rows(metrics))),
     ]
 
 
-def _copies(run: _Run, found: Metrics) -> str:
+def _copies(run: Reported, found: Metrics) -> str:
     assert run.evaluation is not None
     metrics, pictures = run.evaluation.metrics, run.evaluation.pictures
     return page.section(
         "Are samples copies?",
-        f"<p>{escape(report_text.copies(found, metrics['held_out']['n']))}</p>",
+        f"<p>{escape(text.copies(found, metrics['held_out']['n']))}</p>",
         "<p>Base samples above, the training image nearest to each below.</p>",
-        _pictures(run, "nearest", [pictures["base_samples"], pictures["nearest"]]),
+        run.shown("nearest", [pictures["base_samples"], pictures["nearest"]]),
     )
 
 
-def _next_frames(run: _Run, found: Metrics) -> str:
+def _next_frames(run: Reported, found: Metrics) -> str:
     own, repeated, gap = (plus_minus(found[name]) for name in ("psnr", "psnr_of_last_frame", "gap"))
     return (
         f"<p>Held-out clips above, below what follows from their first {run.given} frames, which have a border. The "
@@ -276,87 +186,18 @@ def _next_frames(run: _Run, found: Metrics) -> str:
     )
 
 
-def _pictures(run: _Run, name: str, stacked: Sequence[np.ndarray], captions: Sequence[str] = ()) -> str:
-    """The HTML of pictures that stand one above the other, and the same as a sheet under `figures/`: of clips two, one
-    of film strips and one that moves."""
-    pixels = math.prod(stacked[0].shape[1:-1])
-    count = min(len(stacked[0]), max(8, BUDGET // pixels))
-    stacked, captions = [images[:count] for images in stacked], captions[:count]
-    sheet = stacked
-    if stacked[0].ndim == 5:
-        given = run.given if name == "base_samples" else 0
-        stacked = [framed(clips, given) for clips in stacked]
-        frames = zip(*(clips[:STRIPS].swapaxes(0, 1) for clips in stacked), strict=True)
-        moving = np.stack([contact_sheet(*at_once) for at_once in frames])
-        write_png(run.path / "figures" / f"{name}_moving.png", moving)
-        sheet = [film_strips(clips[:STRIPS]) for clips in stacked]
-    write_png(run.path / "figures" / f"{name}.png", contact_sheet(*sheet, captions=captions[: len(sheet[0])]))
-    words = name.replace("_", " ")
-    return page.tiles(
-        *stacked, captions=captions, alt=[words, f"beside {words}", *[f"with {words}"] * len(stacked)][: len(stacked)]
-    )
-
-
-def _guided(run: _Run, guided: Metrics) -> str:
+def _guided(run: Reported, guided: Metrics) -> str:
     assert run.evaluation is not None
     pictures, labels = run.evaluation.pictures, run.captions("guided")
     by_class = np.argsort(pictures["guided_labels"], kind="stable")
     return page.section(
         f"Samples with guidance {guided['guidance_scale']:g}",
         f"<p>The classes in turn, NFE {guided['nfe']}{_interval(guided)}.</p>",
-        _pictures(run, "guided_samples", [pictures["guided_samples"][by_class]], [labels[i] for i in by_class]),
+        run.shown("guided_samples", [pictures["guided_samples"][by_class]], [labels[i] for i in by_class]),
     )
 
 
-def _prompted(run: _Run, metrics: Metrics) -> list[str]:
-    """Prompts beside samples, and what guidance does."""
-    assert run.evaluation is not None
-    pictures, alignment, held = run.evaluation.pictures, metrics["alignment"], metrics["held_out_prompts"]
-    how = f"Guidance {held['guidance_scale']:g}, NFE {held['nfe']}."
-    titles = {
-        "training": "Captions of training images: the image above, samples below.",
-        "held_out": "Captions of held-out images, which the model never saw: the image above, samples below.",
-        "own": "Prompts that are no caption of any image, or not of one that looks so.",
-    }
-    grids = []
-    for name, text in titles.items():
-        if f"{name}_prompts" in pictures:
-            samples = list(pictures[f"{name}_prompts_samples"].swapaxes(0, 1))
-            real = [pictures[f"{name}_prompts_real"]] if f"{name}_prompts_real" in pictures else []
-            captions = pictures[f"{name}_prompts"].tolist()
-            grids += [f"<p>{text}</p>", _pictures(run, f"{name}_prompts", [*real, *samples], captions)]
-    rows = alignment["by_guidance"]
-    scales = [float(scale) for scale in rows]
-    scores = [rows[scale]["retrieval"] for scale in rows]
-    chance = rows["1"]["shuffled_prompts"]
-    ceilings = {name.replace("_", " "): score for name, score in alignment["ceilings"].items() if "clip" not in name}
-    distances = [rows[scale][run.distance]["value"] for scale in rows]
-    plot = lambda dark: figures.guidance(  # noqa: E731
-        scales, scores, distances, levels=ceilings | {"shuffled prompts": chance}, distance=run.distance, dark=dark
-    )
-    real = ""
-    if "real images" in ceilings:
-        real = f"These images themselves find others of their kind in {plus_minus(ceilings['real images'])}. "
-    own, shuffled = plus_minus(rows["1"]["retrieval"]), plus_minus(chance)
-    unseen, unseen_shuffled = plus_minus(held["retrieval"]), plus_minus(held["shuffled_prompts"])
-    found = (
-        f"<p>The nearest training image is of the prompt's kind for {own} of the samples without guidance; shuffled "
-        f"prompts would give {shuffled}. {real}Reconstructions of the prompts' own images, which may find their "
-        f"originals, find their kind in {plus_minus(ceilings['reconstructions'])} of the cases. Of the captions of "
-        f"held-out images, guided by {held['guidance_scale']:g}, {unseen} (shuffled {unseen_shuffled}), with held-out "
-        "images among those that can be found.</p>"
-    )
-    return [
-        page.section("Prompts and samples", f"<p>{how}</p>", *grids),
-        page.section(
-            "Do samples follow their prompts?",
-            found,
-            _plot(run, "guidance", plot, f"Retrieval score and {run.distance} against the guidance scale."),
-        ),
-    ]
-
-
-def _swap(run: _Run, swap: Metrics, stacked: Sequence[np.ndarray]) -> str:
+def _swap(run: Reported, swap: Metrics, stacked: Sequence[np.ndarray]) -> str:
     return page.section(
         "Whose image is it? The swap test",
         "<p>Top: image i. Middle: image i − 1. Bottom: decoded from the middle one's latent with the top one's noise. "
@@ -364,17 +205,11 @@ def _swap(run: _Run, swap: Metrics, stacked: Sequence[np.ndarray]) -> str:
         f"{plus_minus(swap['psnr_to_the_latents_image'])} dB to the latent's own image, "
         f"{plus_minus(swap['psnr_to_the_other'])} dB to the other, a gap of {plus_minus(swap['gap'])} dB over "
         f"{swap['gap']['n']:,} images.</p>",
-        _pictures(run, "swap", [images[:16] for images in stacked]),
+        run.shown("swap", [images[:16] for images in stacked]),
     )
 
 
-def _plot(run: _Run, name: str, draw: Callable[[bool], bytes], text: str) -> str:
-    light = draw(False)
-    (run.path / "figures" / f"{name}.png").write_bytes(light)
-    return page.plot(light, draw(True), text)
-
-
-def _rate(run: _Run, metrics: Metrics) -> str:
+def _rate(run: Reported, metrics: Metrics) -> str:
     levels, total = metrics["rate_by_level"], metrics["bits_per_pixel"]
     terminal = metrics["terminal_bits_per_pixel"]
     bits, edges = levels["bits_per_pixel"], levels["logsnr_edges"]
@@ -383,10 +218,10 @@ def _rate(run: _Run, metrics: Metrics) -> str:
         f"The area is {number(sum(bits))} bits/pixel; with the terminal KL, {terminal:.2g}, it is the rate, "
         f"{plus_minus(total)}. Bars: one standard error of each slice."
     )
-    return page.section("Rate by noise level", f'<div class="plots">{_plot(run, "rate_by_level", draw, text)}</div>')
+    return page.section("Rate by noise level", f'<div class="plots">{run.plotted("rate_by_level", draw, text)}</div>')
 
 
-def _curves(run: _Run) -> str:
+def _curves(run: Reported) -> str:
     """Loss, bits and the latent's spread over images seen."""
     held_out = {}
     if run.evaluation is not None:
@@ -411,7 +246,7 @@ def _curves(run: _Run) -> str:
 
 
 def _curve(
-    run: _Run, stage: str, name: str, keys: dict[str, str], ylabel: str, levels: dict[str, float], text: str
+    run: Reported, stage: str, name: str, keys: dict[str, str], ylabel: str, levels: dict[str, float], text: str
 ) -> str:
     log = run.logs.get(stage, [])
     lines = {label: np.array([line[key] for line in log]) for key, label in keys.items() if all(key in x for x in log)}
@@ -427,10 +262,10 @@ def _curve(
     draw = lambda dark: figures.curves(seen, lines, ylabel=ylabel, dark=dark, levels=levels, span=warmup)  # noqa: E731
     if (window := figures.window(len(seen))) > 1:
         text += f" Thin: as logged; thick: mean over {window} lines of the log."
-    return _plot(run, name, draw, text)
+    return run.plotted(name, draw, text)
 
 
-def _cost(run: _Run) -> str:
+def _cost(run: Reported) -> str:
     rows = []
     for stage, train in run.config.train_configs.items():
         if log := run.logs.get(stage):
@@ -463,8 +298,8 @@ def _cost(run: _Run) -> str:
     )
 
 
-def _settings(run: _Run) -> str:
-    everything = report_text.settings(run.config)
+def _settings(run: Reported) -> str:
+    everything = text.settings(run.config)
     changed = [line.split(": ", 1) for line in differences(Config(), run.config)]
     command = shlex.quote(str(run.path))
     return page.section(
@@ -477,23 +312,9 @@ def _settings(run: _Run) -> str:
     )
 
 
-def _foot(run: _Run) -> str:
+def _foot(run: Reported) -> str:
     credit = run.dataset["attribution"]
     if credit:
         (run.path / "figures" / "ATTRIBUTION.txt").write_text(credit + "\n", encoding="utf-8")
     text = f"{credit} " if credit else ""
     return f'<p class="soft">{escape(text)}Made with ulx, after Unified Latents (arXiv 2602.17270).</p>'
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    run: Path
-    """Folder of the run."""
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    run_command(lambda: print(write(parse_arguments(Options, __doc__ or "", args).run)))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,57 @@
+"""Which examples an evaluation is on, and what the models are told of them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int, Int32, UInt8
+
+from ulx.config import EvaluateConfig
+from ulx.data.source import Dataset, Split
+from ulx.metrics.copies import spread_over
+from ulx.nn.conditions import ConditionSpec
+from ulx.runner import Told
+from ulx.text.encoders import TextEncoder
+from ulx.text.examples import Prompts
+
+__all__ = ["held_out_examples", "held_out_rows", "mean_image", "rows_like", "told_of"]
+
+AVERAGED = 8192
+"""Training images of which the mean is taken; of a larger set, so many spread over it."""
+
+Images = UInt8[np.ndarray, "..."]
+"""Images `n h w c`, or clips `n t h w c`."""
+
+
+def held_out_rows(dataset: Dataset, options: EvaluateConfig) -> list[int]:
+    """Which held-out examples are measured on: all of them, or as many as are asked for."""
+    return spread_over(len(dataset.validation), options.held_out or len(dataset.validation))
+
+
+def held_out_examples(dataset: Dataset, options: EvaluateConfig) -> tuple[Images, Int32[np.ndarray, " n"]]:
+    """Those held-out images and their labels."""
+    held_out, rows = dataset.validation, held_out_rows(dataset, options)
+    return np.stack([held_out[i]["image"] for i in rows]), held_out.labels[rows]
+
+
+def mean_image(dataset: Dataset) -> UInt8[np.ndarray, "..."]:
+    """Of the training images, or clips, rounded."""
+    rows = spread_over(len(dataset.train), AVERAGED)
+    total = np.zeros(dataset.train[0]["image"].shape)
+    for i in rows:
+        total += dataset.train[i]["image"]
+    return (total / len(rows)).round().astype(np.uint8)
+
+
+def rows_like(split: Split, count: int, seed: int) -> Int[np.ndarray, " m"]:
+    """Examples drawn anew, so that classes and captions are as frequent among them as in the split."""
+    return np.random.default_rng(seed).choice(len(split), count)
+
+
+def told_of(
+    split: Split, rows: Sequence[int] | Int[np.ndarray, " m"], spec: ConditionSpec, text: TextEncoder | None
+) -> Told:
+    """What a model of that spec is told of those examples."""
+    captions = None
+    if spec.text_channels and text is not None and split.captions is not None:
+        captions = Prompts(text, [split.captions[row] for row in rows])
+    return Told(split.labels[np.asarray(rows)] if spec.num_classes else None, captions)
