@@ -8,16 +8,19 @@ size is changed at a time. Depth is the number of blocks of every transformer th
 four pixels a side make a token. Memory is the compiler's own account of a step (arguments and temporary arrays), time a
 median over rounds in which every size has its turn. Both, and the FLOPs (`ulx.flops`), are fitted as a + b n where they
 should be linear, and as a + b n + c n² where attention (n tokens) or a layer (n channels) makes them quadratic; the fit
-weighs relative errors. Random pictures. Leaves cost_curves.json, .md and .png under benchmarks/results/.
+weighs relative errors. Random pictures. Leaves cost_curves.json, .md and .png under benchmarks/results/; curves that
+are there already and were not asked for stay.
 """
 
 import dataclasses
+import itertools
+import json
 import math
 import shlex
 import statistics
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from points import RESULTS, here, leave
 from random_step import Stage, Step
@@ -128,11 +131,15 @@ def measure(settings: Settings) -> dict[str, Any]:
             degree = 2 if curve in QUADRATIC else 1
             fits = {name: fitted(sizes, values, degree) for name, values in amounts.items()}
             results.append({"stage": stage, "curve": curve, "sizes": sizes, **amounts, "fits": fits})
-    return {
-        **here(),
-        "settings": {name: value for name, value in dataclasses.asdict(settings).items() if name != "results"},
-        "curves": results,
-    }
+    how = here() | {"command": f"python benchmarks/cost_curves.py {shlex.join(sys.argv[1:])}".strip()}
+    return {"curves": [how | one for one in results]}
+
+
+def joined(before: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+    """With the curves that were measured before and not now, in the order of a whole measurement."""
+    place = {(stage, curve): i for i, (stage, curve) in enumerate(itertools.product(get_args(Stage), get_args(Curve)))}
+    found = {(one["stage"], one["curve"]): one for one in (*before.get("curves", ()), *results["curves"])}
+    return {"curves": [found[key] for key in sorted(found, key=place.__getitem__)]}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -182,12 +189,13 @@ def main() -> None:
     from ulx.command_line import run_command
 
     def work() -> None:
-        results = measure(settings)
+        file = Path(settings.results) / "cost_curves.json"
+        results = joined(json.loads(file.read_text()) if file.exists() else {}, measure(settings))
         text = table(results)
-        command = f"python benchmarks/cost_curves.py {shlex.join(sys.argv[1:])}"
+        commands = dict.fromkeys(f"`{one['command']}` on {one['date']}, {one['machine']}" for one in results["curves"])
         page = (
-            f"Measured by `{command}` on {results['date']}, {results['machine']}. Error: the largest of the fit, "
-            f"relative. The quadratic part is that of the smallest and of the largest size.\n\n{text}\n"
+            f"Measured by {'; '.join(commands)}. Error: the largest of the fit, relative. The quadratic part is that "
+            f"of the smallest and of the largest size.\n\n{text}\n"
         )
         leave(results, settings.results, "cost_curves", page)
         plot(results, Path(settings.results) / "cost_curves.png")

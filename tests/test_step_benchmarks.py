@@ -44,6 +44,14 @@ def test_a_step_s_memory_is_affine_in_the_batch_and_flops_are_the_networks(tmp_p
     assert (tmp_path / "curves.png").stat().st_size > 5000
 
 
+def test_curves_that_were_measured_before_stay():
+    """The same one measured again takes its place, all in the order of a whole measurement."""
+    batch = {"stage": "stage2", "curve": "batch"}
+    wide, deep = batch | {"curve": "width"}, batch | {"curve": "depth"}
+    both = cost_curves.joined({"curves": [batch | {"date": "before"}, wide]}, {"curves": [deep, batch]})
+    assert both["curves"] == [batch, deep, wide]
+
+
 @pytest.mark.parametrize(("curve", "size", "tokens", "blocks", "width"), [
     ("pixels", 48**2, 144, 4, 192),
     ("depth", 8, 64, 8, 192),
