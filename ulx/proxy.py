@@ -8,9 +8,9 @@ A tokenizer can reconstruct well and be bad to generate from, which shows only a
 trains a small one, the same for every tokenizer (`RECIPE`), on the latents of the training images, and measures its
 samples: a number to rank tokenizers by on the same data, not one to report. Latents are centred by channel and scaled
 to variance 1 first; they are cut into patches so that there are 8×8 tokens or fewer, whatever their shape. The
-tokenizer is a run or anything with `encode` and `decode` (`ulx.tokenizers`). The small base model is told the classes of
-the data, if they have some, and no captions. Leaves a card with the samples' distance, that of reconstructions, PSNR and
-the rate, and pictures of both.
+tokenizer is a run or anything with `encode` and `decode` (`ulx.tokenizers`). The small base model is told the classes
+of the data, if they have some, and no captions. Leaves a card with the samples' distance, that of reconstructions,
+PSNR and the rate, and pictures of both.
 """
 
 import dataclasses
