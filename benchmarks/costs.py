@@ -19,7 +19,7 @@ COLUMNS = (
     *("preset", "hardware", "precision", "work", "batch", "examples/s", "GFLOPs each", "of matmul", "memory"),
     *("compiling", "to the end of training"),
 )
-UNITS = ((86400, "days"), (3600, "hours"), (60, "minutes"))
+UNITS = ((365.25 * 86400, "years"), (86400, "days"), (3600, "hours"), (60, "minutes"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ def rows(found: dict[str, Any]) -> Iterator[list[str]]:
         yield [
             f"{found['experiment']} {found['preset']}",
             hardware,
-            found["dtype"],
+            work["dtype"],
             f"{name.replace('_', ' ')}{steps}",
             str(work["batch_size"]),
             f"{ours['examples_per_s']:.3g}",

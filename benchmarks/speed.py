@@ -16,8 +16,9 @@
 
 All are timed in turn, PyTorch's and ours, so that ratios mean something on a shared machine; times alone do not. The
 share of the machine's speed is the FLOPs of the model (`ulx.flops`, without recomputation) over those of a 2048³ matrix
-product in the same precision, measured between them by both libraries, of which the faster counts. Training steps take
-their batches from the data pipeline; the time that they wait for it is counted, in ours and in PyTorch's alike.
+product in the same precision (training steps in the preset's, all else in float32), measured between them by both
+libraries, of which the faster counts. Training steps take their batches from the data pipeline; the time that they wait
+for it is counted, in ours and in PyTorch's alike.
 
 All works of a command are in memory at once. A file that has other works of the same preset and batch keeps them.
 """
@@ -141,6 +142,10 @@ class Setting:
             "sample": config.sample.num_steps * cost["base"],
         }
 
+    def dtype(self, name: str) -> str:
+        """What the work computes in: weights are float32, and only training casts them."""
+        return self.config.train.dtype if name in TRAINS else "float32"
+
     def batch(self, name: str) -> Any:
         return next(self.batches[name]) if name in self.batches else None
 
@@ -221,7 +226,7 @@ def torchs(setting: Setting, name: str, *, compiled: bool) -> Job:
     noise = lambda shape: torch.randn(shape, device=device)  # noqa: E731
     maybe = (lambda function: torch.compile(function, dynamic=False)) if compiled else lambda function: function
     train = config.train if name == "stage1" else config.train_base
-    autocast = torch.bfloat16 if train.dtype == "bfloat16" else None
+    autocast = torch.bfloat16 if setting.dtype(name) == "bfloat16" else None
 
     def times(count: int) -> Any:
         return (torch.rand((), device=device) + torch.arange(count, device=device) / count) % 1
@@ -311,11 +316,11 @@ def measure(settings: Settings) -> dict[str, Any]:
                 jobs[name][library] = torchs(setting, name, compiled=compiled)
                 print(f"{name} by {library} is ready", file=sys.stderr)
     waits: dict[str, list[float]] = {name: [] for name in setting.batches}
-    peaks: list[float] = []
-    dtype = setting.config.train.dtype
+    peaks: dict[str, list[float]] = {}
     for done in range(settings.rounds_before + settings.repeats):
         timed = done >= settings.rounds_before
         for name, libraries in jobs.items():
+            dtype = setting.dtype(name)
             speeds = [matmul_speed(dtype, rounds=1)]
             if settings.against == "torch":
                 speeds.append(torch_matmul_speed(dtype))
@@ -329,21 +334,22 @@ def measure(settings: Settings) -> dict[str, Any]:
                     if name in waits and library == "ulx":
                         waits[name].append(waited)
             if timed:
-                peaks.append(max(speeds))
+                peaks.setdefault(dtype, []).append(max(speeds))
         print(f"round {done + 1} of {settings.rounds_before + settings.repeats}", file=sys.stderr)
-    peak, sampler = statistics.median(peaks), setting.config.sample
+    sampler = setting.config.sample
     results: dict[str, Any] = {
         "experiment": settings.experiment,
         "preset": settings.preset,
-        "dtype": dtype,
         "device": jax.devices()[0].device_kind,
         "machine": points.here()["machine"],
         "work": {},
     }
     for name, libraries in jobs.items():
-        size, flops = setting.size[name], setting.flops[name]
+        size, flops, dtype = setting.size[name], setting.flops[name], setting.dtype(name)
+        peak = statistics.median(peaks[dtype])
         found = results["work"][name] = {
             "batch_size": size,
+            "dtype": dtype,
             "gflops_per_example": flops / 1e9,
             "steps": {"decode": sampler.decoder_num_steps, "sample": sampler.num_steps}.get(name, 1),
             "matmul_gflop_per_s": peak / 1e9,
@@ -371,7 +377,7 @@ def measure(settings: Settings) -> dict[str, Any]:
 def merged(results: dict[str, Any], file: Path) -> dict[str, Any]:
     """With the works that the file has beside them, if it is of the same preset on the same machine."""
     before = json.loads(file.read_text()) if file.exists() else {}
-    if any(before.get(name) != results[name] for name in ("experiment", "preset", "dtype", "device", "machine")):
+    if any(before.get(name) != results[name] for name in ("experiment", "preset", "device", "machine")):
         return results
     return before | results | {"work": before["work"] | results["work"]}
 

@@ -60,7 +60,7 @@ PRESETS = {
         base_bias=-1.0,
         cache_latents=False,  # there is no end of clips
         train=TrainConfig(steps=700, batch_size=8, learning_rate=2e-3, warmup_steps=50, ema_decay=0.99),
-        train_base=TrainConfig(steps=1900, batch_size=8, learning_rate=2e-3, warmup_steps=50, ema_decay=0.995),
+        train_base=TrainConfig(steps=1700, batch_size=8, learning_rate=2e-3, warmup_steps=50, ema_decay=0.995),
         sample=SampleConfig(
             num_steps=16, solver="dpmpp_2m", decoder_num_steps=12, decoder_solver="ancestral", guidance_scale=1.0
         ),
