@@ -49,7 +49,7 @@ def settings() -> Config:
             base=network,
         ),
         train=train,
-        train_base=train,
+        train_base=dataclasses.replace(train, optimizer="muon"),  # each of the two in one of the stages
     )
 
 
@@ -85,7 +85,7 @@ def trained(stage: str, *legs: tuple[int, int, int]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, Checkpoints(Path(folder)) as checkpoints:
         for data, fsdp, accumulate in legs:
             mesh = sharding.make_mesh(fsdp, jax.devices()[: data * fsdp])
-            train = dataclasses.replace(config.train, accumulate=accumulate)
+            train = dataclasses.replace(config.train if stage == "stage1" else config.train_base, accumulate=accumulate)
             loss = stages.autoencoder_loss(config) if stage == "stage1" else stages.base_loss(config, 16 * 16)
             batches = train_batches(
                 dataset(), batch_size=BATCH, seed=0, shard_index=jax.process_index(), shard_count=jax.process_count()

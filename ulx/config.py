@@ -25,12 +25,15 @@ from ulx.text.examples import TextConfig
 __all__ = [
     "Config",
     "EvaluateConfig",
+    "Optimizer",
     "SampleConfig",
     "TrainConfig",
     "differences",
     "from_json",
     "to_json",
 ]
+
+Optimizer = Literal["adamw", "muon"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +42,17 @@ class TrainConfig:
     """Optimizer steps."""
     batch_size: int = 32
     """Images per step."""
+    optimizer: Optimizer = "adamw"
+    """adamw, or muon for the matrices of transformer blocks (steps along their orthogonalised momentum, as large as
+    AdamW's) and AdamW for everything else."""
     learning_rate: float = 1e-3
-    """AdamW's peak learning rate."""
+    """The peak learning rate."""
     warmup_steps: int = 100
     """Steps over which the learning rate rises from 0."""
     final_lr_fraction: float = 0.01
     """The cosine decay ends at this fraction of the peak."""
     weight_decay: float = 0.01
-    """AdamW's decay of weight matrices and kernels (not of biases, norms and embeddings)."""
+    """Decay of weight matrices and kernels (not of biases, norms and embeddings)."""
     beta2: float = 0.99
     """AdamW's decay of the second moment."""
     skip_nonfinite: int = 0

@@ -129,16 +129,38 @@ def pace(config: TrainConfig) -> Float[np.ndarray, " steps"]:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Clip → AdamW with the learning rates above. Only entries called `weight` decay."""
+    """Clip → AdamW, or Muon and AdamW, with the learning rates above. Only entries called `weight` decay."""
+    rates, decay = learning_rates(config), config.weight_decay
 
     def decays(params: PyTree) -> PyTree:
-        is_weight = lambda path: getattr(path[-1], "name", None) == "weight"  # noqa: E731
-        return jax.tree_util.tree_map_with_path(lambda path, _: is_weight(path), params)
+        return jax.tree_util.tree_map_with_path(lambda path, _: _names(path)[-1] == "weight", params)
 
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(learning_rates(config), b2=config.beta2, weight_decay=config.weight_decay, mask=decays),
-    )
+    def methods(params: PyTree) -> PyTree:
+        return jax.tree_util.tree_map_with_path(lambda path, _: "muon" if _moved_by_muon(path) else "adamw", params)
+
+    method = optax.adamw(rates, b2=config.beta2, weight_decay=decay, mask=decays)
+    if config.optimizer == "muon":
+        muon = optax.contrib.muon(
+            rates,
+            weight_decay=decay,
+            # Stacked matrices: (block, in, out).
+            muon_weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2),
+            # The root mean square of an update, about that of AdamW's: one learning rate for both (Liu et al. 2025).
+            consistent_rms=0.2,
+        )
+        method = optax.partition({"muon": muon, "adamw": method}, methods)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), method)
+
+
+def _moved_by_muon(path: tuple[Any, ...]) -> bool:
+    """The matrices that act on the tokens of transformer blocks. Not first and last layers, convolutions, vectors, and
+    what makes scales and shifts of the conditioning."""
+    names = _names(path)
+    return names[-1] == "weight" and "blocks" in names and "modulation" not in names
+
+
+def _names(path: tuple[Any, ...]) -> list[str]:
+    return [getattr(entry, "name", "") for entry in path]
 
 
 def make_step(
