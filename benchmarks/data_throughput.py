@@ -13,11 +13,8 @@ Leaves benchmarks/results/data_throughput.json and .md.
 """
 
 import dataclasses
-import datetime
 import itertools
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -225,8 +222,7 @@ def main() -> None:
 
     settings = tyro.cli(Settings, description=__doc__)
     results: dict[str, Any] = {
-        "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, CPU",
-        "date": datetime.date.today().isoformat(),
+        **points.here(),
         "rounds": settings.rounds,
         "codecs": codecs(),
         "bytes": {},

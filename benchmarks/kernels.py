@@ -6,9 +6,6 @@ A convolution over three axes (`ulx.nn.layers.Conv`) and attention (`ulx.nn.atte
 at sizes of the small presets. Leaves benchmarks/results/kernels.md.
 """
 
-import datetime
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -58,11 +55,11 @@ def main() -> None:
         rows.append([name, *compared(jax.nn.dot_product_attention, by_heads, inputs)])
     table = points.markdown(("what", "time of XLA's own / ours", "quartiles"), rows)
     print(table)
-    machine = f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, CPU"
+    here = points.here()
     Path(points.RESULTS, "kernels.md").write_text(
         f"Measured by `python benchmarks/kernels.py`: forward and backward of one 3×3×3 convolution, as one over three "
         f"axes or as ours over two, and of attention, by `jax.nn.dot_product_attention` or as ours; {ROUNDS} rounds in "
-        f"turn. Machine: {machine}, {datetime.date.today().isoformat()}.\n\n{table}\n"
+        f"turn. Machine: {here['machine']}, {here['date']}.\n\n{table}\n"
     )
 
 

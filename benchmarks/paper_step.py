@@ -8,12 +8,10 @@ the peak of a process's memory cannot be reset. Leaves benchmarks/results/paper_
 """
 
 import dataclasses
-import datetime
 import importlib
 import json
 import math
 import multiprocessing
-import platform
 import resource
 import sys
 import time
@@ -93,7 +91,7 @@ def main() -> None:
         for stage in settings.stages:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 found = pool.submit(step, experiment, settings.preset, stage).result()
-            found |= {"machine": f"{platform.machine()}, CPU", "date": datetime.date.today().isoformat()}
+            found |= points.here()
             same = lambda one, found=found: all(one[k] == found[k] for k in ("experiment", "preset", "stage"))  # noqa: E731
             known = [*(one for one in known if not same(one)), found]
             file.write_text("".join(json.dumps(one) + "\n" for one in known))

@@ -254,8 +254,7 @@ def add(found: dict[str, Any], config: "Config", file: Path) -> dict[str, Any]:
         "base_steps": config.train_base.steps,
         "seed": config.seed,
         "data": json.loads((config.path / "dataset.json").read_text())["fingerprint"],
-        "machine": f"{platform.processor() or platform.machine()}, CPU",
-        "date": datetime.date.today().isoformat(),
+        **here(),
         "config": json.loads(to_json(config)),
     }
     file.parent.mkdir(parents=True, exist_ok=True)

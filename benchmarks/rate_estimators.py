@@ -9,11 +9,10 @@ Leaves benchmarks/results/rate_estimators.md, .json and .png.
 """
 
 import dataclasses
-import datetime
-import json
 import math
-import platform
 from pathlib import Path
+
+import points
 
 RESULTS = Path(__file__).parent / "results"
 EXAMPLES = 128
@@ -328,14 +327,14 @@ def main() -> None:
     from ulx.command_line import run_command
 
     def work() -> None:
-        results = Path(settings.results)
+        results, here = Path(settings.results), points.here()
         results.mkdir(parents=True, exist_ok=True)
         rows = [row for dims in settings.dims for row in on_exact_data(dims, settings)]
         plot(rows, results / "rate_estimators.png")
         found = {"exact_data": rows, "draws": settings.draws, "examples": EXAMPLES}
         text = (
-            f"Measured by `python benchmarks/rate_estimators.py`, {datetime.date.today().isoformat()}, "
-            f"{platform.machine()} CPU: the diffusion term of L_z with exact denoisers, {EXAMPLES} examples of d "
+            f"Measured by `python benchmarks/rate_estimators.py`, {here['date']}, "
+            f"{here['machine']}: the diffusion term of L_z with exact denoisers, {EXAMPLES} examples of d "
             f"dimensions, {settings.draws} calls per example. ± is one standard error over data and noise. The error "
             f"of one replicate is the estimator's own, from {settings.replicates} independent replicates (known to "
             f"{100 / math.sqrt(2 * settings.replicates):.0f} %); the last row of each group is what no density of "
@@ -344,8 +343,7 @@ def main() -> None:
         if settings.run:
             found["run"] = on_a_run(settings)
             text += f"\n{table_of_run(found['run'])}\n"
-        (results / "rate_estimators.json").write_text(json.dumps(found, indent=2) + "\n")
-        (results / "rate_estimators.md").write_text(text)
+        points.leave(found, settings.results, "rate_estimators", text)
         print(text)
 
     run_command(work)

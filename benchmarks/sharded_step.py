@@ -12,11 +12,12 @@ devices. All of them are timed in turn, in one run.
 import dataclasses
 import json
 import os
-import platform
 import statistics
 import sys
 import time
 from pathlib import Path
+
+import points
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 
@@ -128,7 +129,7 @@ def measure(settings: Settings) -> dict:
                     "over_plain": statistics.median(ratios),
                     "quartiles": [float(q) for q in np.quantile(ratios, (0.25, 0.75))],
                 }
-    return {"preset": settings.preset, "machine": platform.machine(), "cores": os.cpu_count(), "steps": found}
+    return {"preset": settings.preset, **points.here(), "steps": found}
 
 
 def main() -> None:

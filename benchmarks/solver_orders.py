@@ -9,14 +9,12 @@ benchmarks/results/.
 """
 
 import dataclasses
-import datetime
 import itertools
-import json
 import math
-import os
-import platform
 import sys
 from pathlib import Path
+
+import points
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -90,8 +88,7 @@ def measure(settings: Settings) -> dict:
         "logsnr": [BEGIN, END],
         "starts": settings.starts,
         "draws": settings.draws,
-        "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, CPU",
-        "date": datetime.date.today().isoformat(),
+        **points.here(),
         **results,
     }
 
@@ -157,15 +154,11 @@ def main() -> None:
 
     def work() -> None:
         results = measure(settings)
-        folder = Path(settings.results)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "solver_orders.json").write_text(json.dumps(results, indent=2) + "\n")
         text = table(results)
-        (folder / "solver_orders.md").write_text(
-            f"Measured by `python benchmarks/solver_orders.py` on {results['date']}: data {results['data']} with its "
-            f"exact denoiser, λ from {BEGIN:g} to {END:g}, float64. Machine: {results['machine']}.\n\n{text}\n"
-        )
-        plot(results, folder / "solver_orders.png")
+        made = f"Measured by `python benchmarks/solver_orders.py` on {results['date']}: data {results['data']} "
+        how = f"with its exact denoiser, λ from {BEGIN:g} to {END:g}, float64. Machine: {results['machine']}."
+        points.leave(results, settings.results, "solver_orders", f"{made}{how}\n\n{text}\n")
+        plot(results, Path(settings.results) / "solver_orders.png")
         print(text)
 
     run_command(work)

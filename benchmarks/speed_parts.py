@@ -8,10 +8,7 @@ encoder's convolutions. Needs the extra torch.
 """
 
 import dataclasses
-import datetime
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import points
 import torch  # pyright: ignore[reportMissingImports]
 from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
 
@@ -154,12 +152,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         found[name] = {"xla_ms": 1e3 * ours, "torch_ms": 1e3 * theirs, "torch_over_xla": statistics.median(ratios)}
         if one.gflop:
             found[name] |= {"xla_gflop_per_s": one.gflop / ours, "torch_gflop_per_s": one.gflop / theirs}
-    return {
-        "machine": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "date": datetime.date.today().isoformat(),
-        "parts": found,
-    }
+    return {**points.here(), "parts": found}
 
 
 def main() -> None:

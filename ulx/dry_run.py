@@ -101,9 +101,8 @@ def describe(config: Config, *, compiled: bool = True) -> str:
     plan = planned(config, run_folder.spec_of(("",) * classes, channels))
     model, base = plan.model, plan.base
     cost = job.cost(model, base, config)
-    kind = "clips" if config.data.clips else "images"
     lines = [
-        f"{config.name} ({config.preset}, {config.variant}): {_shape(config.data.shape)} {kind} from "
+        f"{config.name} ({config.preset}, {config.variant}): {_shape(config.data.shape)} {config.data.unit} from "
         f"{config.data.source}, {classes} class{'es' * (classes != 1)}, latents {_shape(model.latent_shape)}",
         "",
         f"{'network':<10}{'parameters':>12}{'forward GFLOPs':>16}",

@@ -108,7 +108,7 @@ class Evaluation:
 def evaluate_autoencoder(model: UnifiedLatents, dataset: Dataset, config: Config) -> dict[str, Any]:
     """Bits and PSNR on the held-out images: what stage 1 alone answers for."""
     held_out, _ = held_out_examples(dataset, config.evaluate)
-    with Progress("evaluate", total=3 * len(held_out), unit="images") as progress:
+    with Progress("evaluate", total=3 * len(held_out), unit=config.data.unit) as progress:
         run = Runner(model, config, progress)
         rate = run.rate(held_out, model.prior)
         reconstructions, nfe = run.decode(run.encode(held_out), RECONSTRUCT)
@@ -290,7 +290,7 @@ class _Made:
         originals = np.stack([dataset.train[i]["image"] for i in of_train])
         flow_of = spread_over(len(held_out), options.flow_images)
         total = 5 * len(held_out) + len(flow_of) + min(PICTURES, len(held_out)) + 2 * count + PICTURES
-        with Progress("evaluate", total=total + 2 * len(originals), unit="images") as progress:
+        with Progress("evaluate", total=total + 2 * len(originals), unit=config.data.unit) as progress:
             run = Runner(model, config, progress)
             rate, base_rate = run.rate(held_out, model.prior), run.rate(held_out, base, told)
             decoder = run.decoder_nats(held_out, decoder_told)

@@ -57,7 +57,8 @@ def run(config: Config) -> Path:
     text = embedded(dataset, encoder, path / "text") if encoder else None
     run_folder.remember_data(path, dataset, text)
     run_folder.copy_autoencoder(config)
-    print(f"{dataset.name}: {len(dataset.train)} training and {len(dataset.validation)} held-out images -> {path}")
+    training, held_out = len(dataset.train), len(dataset.validation)
+    print(f"{dataset.name}: {training} training and {held_out} held-out {config.data.unit} -> {path}")
 
     if config.autoencoder is None:
         model = train_autoencoder(state, dataset, config, text)

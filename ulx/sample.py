@@ -178,7 +178,7 @@ def sample(options: Options) -> Path:
     size = min(options.batch_size or run.config.evaluate.batch_size, options.num)
     shown: list[np.ndarray] = []
     nfes: list[np.ndarray] = []
-    with Progress("sample", total=options.num, unit="images") as progress:
+    with Progress("sample", total=options.num, unit=run.config.data.unit) as progress:
         for begin in range(0, options.num, size):  # written as they come: an interruption loses one batch
             part = slice(begin, min(begin + size, options.num))
             rows = np.arange(options.num)[part], told[part]
@@ -212,7 +212,7 @@ def sample(options: Options) -> Path:
         "files": [{"file": file, "label": name} for file, name in zip(files, names, strict=True)],
     }
     (out / f"{stem}.json").write_text(json.dumps(facts, indent=2) + "\n")
-    print(f"{options.num} images of the {kind} model, NFE {nfe} + {decoder_nfe} (decoder) -> {out}")
+    print(f"{options.num} {run.config.data.unit} of the {kind} model, NFE {nfe} + {decoder_nfe} (decoder) -> {out}")
     return out
 
 

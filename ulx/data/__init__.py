@@ -113,6 +113,11 @@ class DataConfig:
         return (self.frames, *image) if self.clips else image
 
     @property
+    def unit(self) -> str:
+        """What examples are called."""
+        return "clips" if self.clips else "images"
+
+    @property
     def clip(self) -> "Clip | None":
         """What is taken of a video; None for images."""
         from ulx.data.video import Clip

@@ -55,12 +55,12 @@ def _head(run: Reported) -> str:
     variant = "" if config.variant == "unified" else f", variant “{escape(config.variant)}”,"
     target = config.rate.target_bits_per_pixel
     controlled = "" if target is None else f" (adapted for {target:g} bits/pixel)"
-    unit = "clips" if config.data.clips else "images"
     lines = [
         f"<h1>{escape(run.path.name)}</h1>",
         f'<p class="soft">Unified Latents{variant} on {escape(data["name"])}, '
         f"{data['resolution']}×{data['resolution']} pixels: "
-        f"{data['train']:,} training and {data['validation']:,} held-out {unit}, {len(data['class_names'])} classes. "
+        f"{data['train']:,} training and {data['validation']:,} held-out {config.data.unit}, "
+        f"{len(data['class_names'])} classes. "
         f"Loss factor {run.loss_factor:.4g}{controlled}, sigmoid bias {config.decoder_weighting.bias:.3g}.</p>",
     ]
     for stage, train in config.train_configs.items():
@@ -266,12 +266,12 @@ def _curve(
 
 
 def _cost(run: Reported) -> str:
-    rows = []
+    rows, unit = [], run.config.data.unit
     for stage, train in run.config.train_configs.items():
         if log := run.logs.get(stage):
-            images, seconds = log[-1]["step"] * train.batch_size, log[-1]["time"]
-            rate = f"{images / seconds:.3g} images/s, compiling included" if seconds else ""
-            rows.append([TITLES[stage], f"{images:,} images in {duration(seconds)}", rate])
+            seen, seconds = log[-1]["step"] * train.batch_size, log[-1]["time"]
+            rate = f"{seen / seconds:.3g} {unit}/s, compiling included" if seconds else ""
+            rows.append([TITLES[stage], f"{seen:,} {unit} in {duration(seconds)}", rate])
     cost = run.evaluation.metrics.get("cost") if run.evaluation else None
     if run.evaluation is None or cost is None:
         rows.append(["FLOPs", "counted at the end of training", ""])
