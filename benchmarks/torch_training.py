@@ -134,6 +134,8 @@ class Trainer:
     """Steps of AdamW on a loss, clipped, with an average of the weights: what `ulx.training.make_step` does."""
 
     def __init__(self, model: nn.Module, loss: Loss, config: TrainConfig, *, autocast: torch.dtype | None = None):
+        if config.optimizer != "adamw":
+            raise ValueError(f"the writing in PyTorch trains by adamw alone, not by {config.optimizer}")
         self.model, self.loss, self.config, self.autocast = model, loss, config, autocast
         self.parameters = list(model.parameters())
         weights = [value for name, value in model.named_parameters() if name.endswith("weight")]

@@ -124,6 +124,14 @@ def test_sampler_options_come_through_the_command_line_and_json():
     assert from_json(to_json(config)) == config
 
 
+def test_an_unknown_optimizer_is_refused():
+    """Also where no type checker looks on, as it does here when one is made."""
+    config = TrainConfig()
+    object.__setattr__(config, "optimizer", "sgd")
+    with pytest.raises(ValueError, match="unknown optimizer 'sgd': use one of adamw, muon"):
+        config.__post_init__()
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [

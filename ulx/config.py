@@ -96,6 +96,10 @@ class TrainConfig:
         for name in ("learning_rate", "clip_norm"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.optimizer not in typing.get_args(Optimizer):
+            raise ValueError(
+                f"unknown optimizer {self.optimizer!r}: use one of {', '.join(typing.get_args(Optimizer))}"
+            )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
         for sigma_rel in self.posthoc_ema:
