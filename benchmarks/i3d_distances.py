@@ -190,7 +190,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         "n": settings.clips,
         "rank_deficient": settings.clips <= i3d.FEATURES,
         "rows": rows,
-        "settings": dataclasses.asdict(settings),
+        "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("results", "features")},
         **here(),
     }
 

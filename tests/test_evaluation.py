@@ -118,7 +118,7 @@ def distances(small_dataset, tmp_path_factory):
     networks = [Corner(), Corner(metric="fid", kernel_metric="kid", definition="another", sha256="c1")]
     cache = str(tmp_path_factory.mktemp("cache"))
     moments = lambda network: training_moments(small_dataset, network, cache)  # noqa: E731
-    found = evaluation._distances(networks, made, held_out, moments)
+    found = evaluation._distances(networks, made, held_out, moments, "images")
     return found, made, held_out
 
 

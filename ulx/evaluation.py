@@ -164,6 +164,7 @@ def evaluate(
             None
             if config.data.clips
             else lambda by: training_moments(dataset, by, config.data.cache_dir, found=known.get(by.metric)),
+            config.data.unit,
         ),
         "sampler": {
             "latent": sampled.solver,
@@ -338,6 +339,7 @@ def _distances(
     made: Mapping[str, tuple[Images, int]],
     held_out: Images,
     moments_of: Callable[[FeatureNetwork], Moments] | None,
+    unit: str,
 ) -> dict[str, Any]:
     """What was made ("base", "prior", "reconstruction": images and NFE) against real images.
 
@@ -348,8 +350,8 @@ def _distances(
     metrics: dict[str, Any] = {}
     others: dict[str, Metric] = {what: {} for what in made}
     for network in compared:
-        seen = lambda images, what, by=network: features(by, images, description=f"features: {what}")  # noqa: E731
-        originals = seen(held_out, "held-out images")
+        seen = lambda images, what, by=network: features(by, images, description=f"features: {what}", unit=unit)  # noqa: E731
+        originals = seen(held_out, f"held-out {unit}")
         own = Moments.of(originals)
         trained = None if moments_of is None else moments_of(network)
         distances: dict[str, Metric] = {}
