@@ -66,7 +66,7 @@ class Runner:
         return np.broadcast_to(level[:, None, None, None], (count, 16, 16, 3)).astype(np.uint8), 4
 
 
-def corners(network, images, *, description=""):
+def corners(network, images, *, description="", unit="images"):
     """Features of an image: some of its pixels."""
     return images.reshape(len(images), -1)[:, :8].astype(np.float32)
 
