@@ -3,10 +3,12 @@
 import base64
 import dataclasses
 import io
+import json
 import math
 import re
 from pathlib import Path
 
+import denoising
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -273,6 +275,9 @@ def test_the_report_moves(finished):
 def test_commands_on_a_run_of_clips(finished, tmp_path, capsys):
     path, _, _ = finished
     sample.main([str(path), "--num", "3", "--out", str(tmp_path), "--batch-size", "3"])
+    said = capsys.readouterr()
+    assert "3 clips of the base model" in said.out
+    assert "images" not in said.out + said.err
     with Image.open(tmp_path / "base-seed0-000001.png") as image:
         assert (getattr(image, "n_frames", 1), image.size) == (4, (16, 16))
     sample.main([str(path), "--num", "1", "--out", str(tmp_path / "long"), "--frames", "7"])
@@ -282,6 +287,24 @@ def test_commands_on_a_run_of_clips(finished, tmp_path, capsys):
         with pytest.raises(SystemExit):
             command.main([str(path), str(tmp_path)])
         assert f"error: {path} was trained on clips, and python -m ulx." in capsys.readouterr().err
+
+
+def test_what_the_base_model_knows_of_a_clip_frame_by_frame(finished, tmp_path, monkeypatch):
+    path, _, dataset = finished
+    options = ["--runs", str(path), "--levels", "-30", "30", "--count", "5", "--results", str(tmp_path)]
+    monkeypatch.setattr("ulx.data.open_dataset", lambda data: dataset)
+    monkeypatch.setattr("sys.argv", ["denoising.py", *options])
+    denoising.main()
+    (found,) = json.loads((tmp_path / "denoising.json").read_text())["runs"]
+    # At λ = 30 a network that predicts v cannot but return what it is given, but for 3e-7 of v.
+    assert max(found["share_by_frame"][1]) < 1e-6
+    assert np.shape(found["share_by_frame"]) == (2, runs.load(path).model.latent_shape[0])
+    assert found["share"][0] > 0.1
+    by_frame = np.array(found["share_by_frame"][0])
+    assert by_frame.min() <= found["share"][0] <= by_frame.max()  # all together are their average, by variance
+    assert (tmp_path / "denoising.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="at least 2, for a variance"):
+        denoising.Settings(runs=(str(path),), count=1)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import sys
 
 import compile_time
 import cost_curves
+import denoising
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -131,3 +132,21 @@ def test_what_was_compiled_comes_from_the_cache(monkeypatch, tmp_path):
     (row,) = compile_time.measure(settings)
     assert row["from_cache"]["compile_s"] < 0.5 * row["empty"]["compile_s"]
     assert "| openmoji/smoke | stage2 |" in compile_time.table([row])
+
+
+def test_what_a_denoiser_knows_of_gaussian_latents_is_the_posterior_s():
+    """Of independent N(0, s²) the best x̂ leaves s²σ²/(s²α² + σ²); the mean alone leaves all."""
+    rng = np.random.default_rng(0)
+    scale, alpha, sigma = 2.0, 0.6, 0.8
+    z, eps = rng.standard_normal((2, 400, 3, 4, 4, 2))
+    z = scale * z + rng.standard_normal((3, 4, 4, 2))  # a mean at each position, which is known
+    mean = z.mean(0)
+    x_hat = mean + scale**2 * alpha / (scale**2 * alpha**2 + sigma**2) * (alpha * (z - mean) + sigma * eps)
+    left = sigma**2 / (scale**2 * alpha**2 + sigma**2)
+    # 400 × 96 squares: a standard error of 0.7 %; of a frame 1.3 %.
+    assert denoising.unknown_share(z, x_hat, False) == pytest.approx(left, rel=0.03)
+    np.testing.assert_allclose(denoising.unknown_share(z, x_hat, True), [left] * 3, rtol=0.05)
+    np.testing.assert_allclose(denoising.unknown_share(z, np.broadcast_to(mean, z.shape), True), 399 / 400, rtol=1e-9)
+    # A frame that nobody knows, beside two that are known.
+    x_hat = np.where(np.arange(3)[:, None, None, None] == 1, mean, z)
+    np.testing.assert_allclose(denoising.unknown_share(z, x_hat, True), [0, 399 / 400, 0], rtol=1e-9)

@@ -4,7 +4,6 @@ Whatever is drawn follows from the run's seed, the purpose and the image's place
 """
 
 import dataclasses
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -51,6 +50,13 @@ class Told:
         """Of some of them."""
         return jax.tree.map(lambda each: each[rows], self)
 
+    def conditions(self, shape: tuple[int, ...]) -> Conditions:
+        """Of a batch, as arrays, what networks of images or clips of `shape` are given."""
+        frames = None
+        if self.first is not None:
+            frames = given_frames(padded(to_float(jnp.asarray(self.first)), shape[0]), self.first.shape[1])
+        return Conditions(self.label, self.captions, frames)  # pyright: ignore[reportArgumentType]
+
 
 @dataclasses.dataclass(frozen=True)
 class Runner:
@@ -69,7 +75,7 @@ class Runner:
         options = self.config.evaluate
 
         def measure(x, told, *, keys):
-            conditions = self._conditions(told)
+            conditions = told.conditions(self.model.shape)
             return latent_rate(self.model, denoiser, to_float(x), conditions, keys, options.levels, options.draws)
 
         rate = self._run(measure, images, told, purpose="rate", on_batch=self.progress.advance)
@@ -79,7 +85,9 @@ class Runner:
         """L_x with w = 1. One draw of each level: the images' spread is far larger than the estimator's noise."""
 
         def measure(x, told, *, keys):
-            return _decoder(self.model, to_float(x), self._conditions(told), keys, self.config.evaluate.levels)
+            return _decoder(
+                self.model, to_float(x), told.conditions(self.model.shape), keys, self.config.evaluate.levels
+            )
 
         nats = self._run(measure, images, told, purpose="decoder", on_batch=self.progress.advance)
         return jax.tree.map(jnp.asarray, nats)
@@ -105,21 +113,15 @@ class Runner:
         """Images of latents and the decoder's NFE. Clips whose first frames are given keep these as they are."""
 
         def images(z_0, told, *, keys):
-            sample = decode(self.model, z_0, self.config.sample, keys=keys, conditions=self._conditions(told))
+            sample = decode(
+                self.model, z_0, self.config.sample, keys=keys, conditions=told.conditions(self.model.shape)
+            )
             return to_uint8(sample.z), jnp.broadcast_to(sample.nfe, len(z_0))
 
         pixels, nfe = self._run(images, latents, told, purpose=f"{purpose}, decoder", on_batch=self.progress.advance)
         if told.first is not None:
             pixels[:, : told.first.shape[1]] = told.first
         return pixels, round(nfe.mean())
-
-    def _conditions(self, told: Any) -> Conditions:
-        """Of a batch of `Told`, as arrays."""
-        frames = None
-        if told.first is not None:
-            clips = padded(to_float(told.first), self.model.shape[0])
-            frames = given_frames(clips, told.first.shape[1])
-        return Conditions(told.label, told.captions, frames)
 
     def sample(
         self,
@@ -154,7 +156,7 @@ class Runner:
                 self.model.latent_schedule,
                 self.config.sample,
                 keys=keys,
-                conditions=self._conditions(told),
+                conditions=told.conditions(self.model.shape),
                 guidance_scale=guidance,
             )
             return sample.z, jnp.broadcast_to(sample.nfe, len(index))
