@@ -163,7 +163,8 @@ def main() -> None:
         text = table(results)
         page = (
             f"Measured by `python benchmarks/denoising.py`, {results['date']}, {results['machine']}: squared error of "
-            f"x̂ of {results['runs'][0]['count']} held-out examples' latents over their variance, EMA weights."
+            f"x̂ of {results['runs'][0]['count']} held-out examples' latents over their variance, "
+            f"{results['runs'][0]['weights']} weights."
             f"\n\n{text}\n"
         )
         points.leave(results, settings.results, "denoising", page)
