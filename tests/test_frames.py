@@ -304,13 +304,15 @@ def test_what_the_base_model_knows_of_a_clip_frame_by_frame(finished, tmp_path, 
     assert np.shape(found["share_by_frame"]) == (2, runs.load(path).model.latent_shape[0])
     # By hand: the base model is given the first frames, and what is given changes what it finds.
     run = runs.load(path)
+    base = run.base
+    assert base is not None
     images, _ = held_out_examples(dataset, dataclasses.replace(run.config.evaluate, held_out=5))
     x = to_float(jnp.asarray(images))
     z, levels = run.model.posterior(x).mean, jnp.full(5, -30.0)
     z_t = noise(z, levels, normal(example_keys(root_key(0, "denoising"), 0, 5), z))
 
     def share(count: int) -> float:
-        x_hat = run.base.given(Conditions(frames=given_frames(x, count)))(z_t, levels)
+        x_hat = base.given(Conditions(frames=given_frames(x, count)))(z_t, levels)
         return float(jnp.sum((x_hat - z) ** 2) / 5 / jnp.sum(jnp.var(z, axis=0, ddof=1)))
 
     assert found["share"][0] == pytest.approx(share(run.config.model.given_frames), rel=1e-5)  # float32
