@@ -99,13 +99,14 @@ def test_step_is_clipped_adamw_and_float32_averages():
     assert int(state.step) == 4
 
 
-def test_muon_turns_the_matrices_of_blocks_and_leaves_the_rest_to_adamw():
+def test_muon_turns_matrices_of_blocks_and_convolutions_and_leaves_the_rest_to_adamw():
     """Two steps under one gradient. Muon takes its singular values through a polynomial five times (Jordan 2024) and
     makes it 0.2 √max(in, out) as large (Liu et al. 2025); all else moves as without Muon. To 1e-4 of the largest move:
     float32's rounding in fifteen products."""
     config = TrainConfig(steps=10, warmup_steps=0, learning_rate=0.1, weight_decay=0.3, clip_norm=1e9)
     block = BlockConfig(head_size=4)
-    network = UViT((8, 8, 3), UViTConfig(patch=2, channels=(8, 16), blocks=(2, 1), block=block), key=jax.random.key(0))
+    sizes = UViTConfig(patch=1, conv_channels=(16,), conv_blocks=1, channels=(8, 16), blocks=(2, 1), block=block)
+    network = UViT((8, 8, 3), sizes, key=jax.random.key(0))
     params = eqx.filter(network, eqx.is_inexact_array)
     keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
     grads = jax.tree.map(lambda leaf: jax.random.normal(next(keys), leaf.shape), params)
@@ -138,12 +139,17 @@ def test_muon_turns_the_matrices_of_blocks_and_leaves_the_rest_to_adamw():
             others += 1
             continue
         name = jax.tree_util.keystr(path)
-        names.add(name.split(".blocks.")[1])
+        convolves = "conv_" in name
+        names.add(".".join(name.split(".")[-2:]) if convolves else name.split(".blocks.")[1])
+        # The kernel and the inputs of a convolution are the rows of one matrix; of a block's there is a stack.
+        matrices = gradient.reshape(1, -1, gradient.shape[-1]) if convolves else gradient
+        move = np.stack([turned(matrix) for matrix in matrices]).reshape(weight.shape)
         expected = np.asarray(weight, np.float64)
         for rate in 0.1 * pace(config)[:2]:
-            expected = expected - rate * (np.stack([turned(matrix) for matrix in gradient]) + 0.3 * expected)
+            expected = expected - rate * (move + 0.3 * expected)
         np.testing.assert_allclose(by_muon, expected, atol=1e-4 * np.abs(expected - weight).max(), err_msg=name)
-    assert names == {"attention.qkv.weight", "attention.out.weight", "up.weight", "down.weight"}
+    of_blocks = {"attention.qkv.weight", "attention.out.weight", "up.weight", "down.weight"}
+    assert names == of_blocks | {"conv_1.weight", "conv_2.weight"}
     assert others > len(names)
 
 

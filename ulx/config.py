@@ -43,8 +43,8 @@ class TrainConfig:
     batch_size: int = 32
     """Images per step."""
     optimizer: Optimizer = "adamw"
-    """adamw, or muon for the matrices of transformer blocks (steps along their orthogonalised momentum, as large as
-    AdamW's) and AdamW for everything else."""
+    """adamw, or muon for the matrices of transformer blocks and the convolutions of residual blocks (steps along their
+    orthogonalised momentum, as large as AdamW's) and AdamW for everything else."""
     learning_rate: float = 1e-3
     """The peak learning rate."""
     warmup_steps: int = 100

@@ -143,8 +143,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
         muon = optax.contrib.muon(
             rates,
             weight_decay=decay,
-            # Stacked matrices: (block, in, out).
-            muon_weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2),
+            muon_weight_dimension_numbers=lambda params: jax.tree_util.tree_map_with_path(_matrix_axes, params),
             # The root mean square of an update, about that of AdamW's: one learning rate for both (Liu et al. 2025).
             consistent_rms=0.2,
         )
@@ -153,10 +152,21 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def _moved_by_muon(path: tuple[Any, ...]) -> bool:
-    """The matrices that act on the tokens of transformer blocks. Not first and last layers, convolutions, vectors, and
-    what makes scales and shifts of the conditioning."""
+    """The matrices that act on the tokens of transformer blocks, and the convolutions of residual blocks. Not first and
+    last layers, vectors, and what makes scales and shifts of the conditioning."""
     names = _names(path)
-    return names[-1] == "weight" and "blocks" in names and "modulation" not in names
+    return names[-1] == "weight" and "modulation" not in names and ("blocks" in names or _convolves(path))
+
+
+def _convolves(path: tuple[Any, ...]) -> bool:
+    return not {"conv_1", "conv_2"}.isdisjoint(_names(path))
+
+
+def _matrix_axes(path: tuple[Any, ...], weight: Array) -> optax.contrib.MuonDimensionNumbers:
+    """Which axes make Muon's matrices: a stack of them is (block, in, out), and a convolution (*kernel, in, out) is one
+    matrix, of all that an output sees (Jordan 2024)."""
+    inputs = tuple(range(weight.ndim - 1)) if _convolves(path) else 1
+    return optax.contrib.MuonDimensionNumbers(reduction_axis=inputs, output_axis=weight.ndim - 1)
 
 
 def _names(path: tuple[Any, ...]) -> list[str]:

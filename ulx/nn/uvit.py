@@ -156,8 +156,9 @@ class UViT(eqx.Module):
     to channels where it is finer and repeated where it is coarser, and added token by token through a linear layer.
 
     Of the `conditions`, given frames are brought to the grid of the outermost patches and added before anything else,
-    as if they were more channels of z_t; without them, none is given. λ, the class and the mean of a caption's tokens
-    modulate every block; every transformer block also attends to these tokens.
+    as if they were more channels of z_t: to every step of time its own, and those of all steps at its place, so that
+    how something moved there need not be gathered by attention first. Without them, none is given. λ, the class and
+    the mean of a caption's tokens modulate every block; every transformer block also attends to these tokens.
     """
 
     project_in: Linear
@@ -168,6 +169,8 @@ class UViT(eqx.Module):
     context: Linear | None
     context_logsnr: LogSNREmbedding | None
     frames: Linear | None
+    history: Linear | None
+    """Of the given frames of all steps of time."""
     stages: list[ConvStage | TransformerStage]
     position: Float[Array, "*grid c"]
     middle: Stack
@@ -214,9 +217,11 @@ class UViT(eqx.Module):
         if text_size:
             channels_of_text = conditions.text_channels
             self.text = TextInput(channels_of_text, text_size, cond_size, key=jax.random.fold_in(key, 3))
-        self.frames = None
+        self.frames = self.history = None
         if conditions.frames_shape is not None:
-            self.frames = Linear(_fitted(conditions.frames_shape, grid), widths[0], key=jax.random.fold_in(key, 2))
+            size = _fitted(conditions.frames_shape, grid)
+            self.frames = Linear(size, widths[0], key=jax.random.fold_in(key, 2))
+            self.history = Linear(grid[0] * size, widths[0], bias=False, key=jax.random.fold_in(key, 4))
         self.stages = []
         conv_downs, vit_downs = downs[: len(config.conv_channels)], downs[len(config.conv_channels) :]
         for factor, width, inner in zip(conv_downs, config.conv_channels, widths[1:], strict=False):
@@ -294,11 +299,12 @@ class UViT(eqx.Module):
         keys = iter(_keys(key, 2 * len(self.stages) + 1))
 
         x = self.project_in(patchify(z_t.astype(dtype), self.config.patch))
-        if self.frames is not None and self.conditions.frames_shape is not None:
+        if self.frames is not None and self.history is not None and self.conditions.frames_shape is not None:
             given = conditions.frames
             if given is None:
                 given = jnp.zeros((x.shape[0], *self.conditions.frames_shape))
-            x = x + self.frames(fit_grid(given.astype(dtype), x.shape[1:-1]))
+            given = fit_grid(given.astype(dtype), x.shape[1:-1])
+            x = x + self.frames(given) + self.history(patchify(given, (given.shape[1], 1, 1)))
         skips = []
         for index, stage in enumerate(self.stages):
             if index == len(self.config.conv_channels):
