@@ -23,6 +23,7 @@ __all__ = [
     "contact_sheet",
     "film_strips",
     "framed",
+    "moving_sheet",
     "one_size",
     "png",
     "png_names",
@@ -198,7 +199,11 @@ def png(image: Picture) -> bytes:
         io.BytesIO(),
         [optional("PIL.Image").fromarray(frame) for frame in image.reshape(-1, *image.shape[-3:])],
     )
-    rest = {"save_all": True, "append_images": images[1:], "duration": FRAME_MS, "loop": 0} if len(images) > 1 else {}
+    rest: dict[str, Any] = {}
+    if len(images) > 1:
+        # Pillow makes one frame of equal ones, unless they are blended otherwise, which is the same without an alpha.
+        blend = [index % 2 for index in range(len(images))]
+        rest = {"save_all": True, "append_images": images[1:], "duration": FRAME_MS, "loop": 0, "blend": blend}
     images[0].save(buffer, "PNG", **rest)
     return buffer.getvalue()
 
@@ -215,6 +220,12 @@ def framed(clips: UInt8[np.ndarray, "n t h w 3"], given: int) -> UInt8[np.ndarra
 def film_strips(clips: UInt8[np.ndarray, "n t h w 3"]) -> UInt8[np.ndarray, "n h _w 3"]:
     """Each clip as one image, its frames side by side."""
     return np.concatenate(list(clips.swapaxes(0, 1)), axis=2)
+
+
+def moving_sheet(*stacked: UInt8[np.ndarray, "n t h w 3"]) -> UInt8[np.ndarray, "t _h _w 3"]:
+    """A contact sheet of clips that move: `contact_sheet` of the first `STRIPS`, frame by frame."""
+    frames = zip(*(clips[:STRIPS].swapaxes(0, 1) for clips in stacked), strict=True)
+    return np.stack([contact_sheet(*at_once) for at_once in frames])
 
 
 def write_png(path: Path, image: Picture) -> None:

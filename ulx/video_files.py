@@ -26,7 +26,7 @@ class VideoFolder:
     """The videos of a folder: of each the frames of a `clip`, prepared as images are, at `resolution`.
 
     With None for it they must be squares of one size already, and that is the resolution.
-    `names` are the relative paths of all video files, sorted, GIFs and WebPs among them if they are animated; `sheets`
+    `names` are the relative paths of all video files, sorted, animated GIFs, WebPs and PNGs among them; `sheets`
     those of contact sheets written by the commands. Raises FileNotFoundError, NotADirectoryError, ValueError for a
     folder without videos, for a GIF or a WebP that cannot be read, and without a resolution for videos that are not of
     one size or whose size cannot be read.

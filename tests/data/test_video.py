@@ -248,9 +248,11 @@ def test_find_videos(tmp_path):
         (tmp_path / name).write_bytes(b"")
     for name in ("still.gif", "still.webp"):
         still.save(tmp_path / name)
-    for name in ("moving.gif", "d/moving.webp"):
+    for name in ("moving.gif", "d/moving.webp", "moving.png"):
         still.save(tmp_path / name, save_all=True, append_images=moving)
-    assert find_videos(tmp_path) == ["a.MP4", "d/b.mkv", "d/moving.webp", "moving.gif"]
+    still.save(tmp_path / "still.png")
+    # An empty PNG is an image, if anything.
+    assert find_videos(tmp_path) == ["a.MP4", "d/b.mkv", "d/moving.webp", "moving.gif", "moving.png"]
     (tmp_path / "d" / "e.gif").write_bytes(b"GIF")
     with pytest.raises(ValueError, match=r"d/e\.gif cannot be read \(is no image that Pillow knows\): repair"):
         find_videos(tmp_path)

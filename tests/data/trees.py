@@ -146,6 +146,7 @@ def write_kinetics(root: Path, count: int, length: int = 20) -> tuple[Path, dict
             piece = piece.swapaxes(1, 2)  # portrait
         elif index == 11:
             path, piece = path.with_suffix(".webm"), piece[:, :51, :69]  # odd
+            Image.new("RGB", (8, 8)).save(path.with_suffix(".png"))  # a picture beside it, of the same name
         elif index == 14:
             path = path.with_name(f"{youtube_id}_{start}_{start + 10}.mkv")
         elif index % 20 == 7 and split != "test":

@@ -256,8 +256,22 @@ def test_what_cannot_be_compared_is_named(folders, tmp_path, capsys):
 def test_the_folder_alone_says_what_it_wants(tmp_path):
     with pytest.raises(FileNotFoundError, match="give the one that holds the videos"):
         VideoFolder(tmp_path / "nothing", None, Clip())
-    with pytest.raises(ValueError, match=r"no videos in .* \(looked for \.mp4 .*, and animated \.gif \.webp"):
+    with pytest.raises(ValueError, match=r"no videos in .* \(looked for \.mp4 .*, and animated \.gif \.webp \.png"):
         VideoFolder(tmp_path, None, Clip())
+
+
+def test_clips_that_the_commands_write_are_read_again_frame_by_frame(tmp_path):
+    """As animated PNGs: a frame like the one before it is a frame too. A sheet is none of the clips."""
+    clip = noise(FRAMES, SIZE, SIZE)
+    clip[1:4], clip[9] = clip[0], clip[8]
+    for name in ("base-seed0-000000.png", "base-seed0-000001.png"):
+        write_png(tmp_path / "a" / name, clip)
+    write_png(tmp_path / "a" / "base-seed0-sheet.png", clip[0])
+    folder = VideoFolder(tmp_path / "a", None, Clip(FRAMES))
+    assert folder.names == ["base-seed0-000000.png", "base-seed0-000001.png"]
+    read, enlarged = folder.read(folder.names[0])
+    np.testing.assert_array_equal(read, clip)
+    assert not enlarged
 
 
 def test_fvd_of_i3d_itself(tmp_path, monkeypatch):

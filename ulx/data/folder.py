@@ -37,7 +37,7 @@ def open_folder(
 ) -> Dataset:
     """The folder as a data set, read into the cache first if it is not there or if a file has changed.
 
-    Of images; with a `clip` of videos (GIFs and WebPs among them if they are animated), all of whose frames are kept,
+    Of images; with a `clip` of videos (animated GIFs, WebPs and PNGs among them), all of whose frames are kept,
     in the cache compressed. Unreadable files, and videos too short for the clip, are named and counted in a warning and
     left out, or in a `ValueError` with `on_unreadable="refuse"`. Raises `FileNotFoundError`, `NotADirectoryError`,
     `ValueError` for a folder with nothing to learn from, `OSError` for a cache that cannot be written.

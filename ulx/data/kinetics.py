@@ -20,7 +20,7 @@ from ulx.data.cache import Recipe, UnreadableError, each
 from ulx.data.encoded import VIDEO_BYTES, read_video
 from ulx.data.image import PREPARATION, find_files, require_folder
 from ulx.data.split import Item, digest_of, held_out
-from ulx.data.video import ANIMATIONS, SUFFIXES
+from ulx.data.video import ANIMATIONS, PNG, SUFFIXES
 
 __all__ = ["recipe"]
 
@@ -65,7 +65,8 @@ def recipe(
     rows = {row.name: row for file in annotations for row in read_annotations(file)}
     of_stem: dict[str, str] = {}
     for name in find_files(root, SUFFIXES + ANIMATIONS):
-        of_stem.setdefault(Path(name).stem, name)
+        if not name.lower().endswith(PNG):  # a picture of the video, not the video
+            of_stem.setdefault(Path(name).stem, name)
     class_names = tuple(sorted({row.label for row in rows.values()}))
     label = {name: index for index, name in enumerate(class_names)}
     files = {name: next((of_stem[s] for s in row.stems if s in of_stem), None) for name, row in rows.items()}

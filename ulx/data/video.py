@@ -1,7 +1,7 @@
 """Video files, read a frame at a time: upright, on white, as RGB.
 
-Video files are decoded by PyAV (FFmpeg's libraries; `pip install "ulx[video]"`), GIFs and animated WebPs by Pillow, by
-which their first frame is the same as where they are read as an image.
+Video files are decoded by PyAV (FFmpeg's libraries; `pip install "ulx[video]"`), GIFs and animated WebPs and PNGs by
+Pillow, by which their first frame is the same as where they are read as an image.
 
 Where implementations go apart:
 
@@ -43,8 +43,9 @@ __all__ = [
 ]
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg")
-ANIMATIONS = (".gif", ".webp")
-"""Read by Pillow; those of one frame are images."""
+PNG = ".png"
+ANIMATIONS = (".gif", ".webp", PNG)
+"""Read by Pillow; those of one frame are images. PNGs are what the commands write of clips."""
 
 Picture = Callable[[], Any]
 """Makes a frame's upright RGB `PIL.Image`: to be called before the next frame is asked for, or not at all."""
@@ -73,9 +74,10 @@ class Clip:
 
 
 def find_videos(folder: Path) -> list[str]:
-    """Relative paths (with `/`) of all video files under a folder, sorted, and of GIFs and WebPs if they are animated.
+    """Relative paths (with `/`) of all video files under a folder, sorted, and of GIFs, WebPs and PNGs if they are
+    animated.
 
-    Raises ValueError for one of those that cannot be read, naming it.
+    Raises ValueError for a GIF or a WebP that cannot be read, naming it.
     """
     found = find_files(folder, SUFFIXES + ANIMATIONS)
     return [name for name in found if not _is_animation(name) or _moves(folder / name)]
@@ -158,6 +160,8 @@ def _moves(path: Path) -> bool:
         with image_module.open(path) as opened:
             return getattr(opened, "is_animated", False)
     except Exception as error:
+        if path.name.lower().endswith(PNG):  # as good as never a clip: whoever reads images says what ails it
+            return False
         raise ValueError(f"{path} cannot be read ({reason_of(path, error)}): repair or remove it") from error
 
 

@@ -12,7 +12,7 @@ pairs. --inception-weights adds FID and KID, whose weights no package carries, a
 Of videos it prints fvd and kd_i3d (Fréchet and kernel distance of I3D's logits), precision and recall by them, and PSNR
 and SSIM of the pairs frame by frame: pip install "ulx[fvd,video]". A video gives one clip, its first --frames frames or
 every --stride-th of them; all of them count, those that a model was given too (for Kinetics-600: 16 frames, of which 5
-are given). GIFs and WebPs are videos if they are animated.
+are given). GIFs, WebPs and PNGs are videos if they are animated.
 
 --out writes them as a card: each number with its definition and N, the network's hash, a hash of either folder's
 pixels, how examples were prepared, the version of ulx. Contact sheets written by ulx are left out.

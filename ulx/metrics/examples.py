@@ -49,7 +49,7 @@ class Examples(Protocol):
 
 
 def open_both(a: Path, b: Path, resolution: int | None, clip: Clip | None) -> tuple[Examples, Examples]:
-    """Both folders, of images or of videos by what they hold: GIFs and WebPs are videos if they are animated.
+    """Both folders, of images or of videos by what they hold: GIFs, WebPs and PNGs are videos if they are animated.
 
     Without a resolution all must be squares of one size; the clip is for videos, and by default `Clip()`.
     Raises FileNotFoundError, NotADirectoryError, and ValueError for folders of different kinds or with both in one,

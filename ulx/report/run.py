@@ -13,7 +13,7 @@ import numpy as np
 
 from ulx.config import Config, from_json
 from ulx.evaluation import Evaluation
-from ulx.image_files import STRIPS, contact_sheet, film_strips, framed, write_png
+from ulx.image_files import STRIPS, contact_sheet, film_strips, framed, moving_sheet, write_png
 from ulx.metrics_log import read_metrics
 from ulx.report import page
 from ulx.report.text import FRECHET
@@ -104,9 +104,7 @@ class Reported:
         if stacked[0].ndim == 5:
             given = self.given if name == "base_samples" else 0
             stacked = [framed(clips, given) for clips in stacked]
-            frames = zip(*(clips[:STRIPS].swapaxes(0, 1) for clips in stacked), strict=True)
-            moving = np.stack([contact_sheet(*at_once) for at_once in frames])
-            write_png(self.path / "figures" / f"{name}_moving.png", moving)
+            write_png(self.path / "figures" / f"{name}_moving.png", moving_sheet(*stacked))
             sheet = [film_strips(clips[:STRIPS]) for clips in stacked]
         write_png(self.path / "figures" / f"{name}.png", contact_sheet(*sheet, captions=captions[: len(sheet[0])]))
         words = name.replace("_", " ")
