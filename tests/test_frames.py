@@ -17,10 +17,12 @@ import pytest
 from PIL import Image
 from stand_ins import LastCorner
 
-from ulx import encode, evaluation, job, reconstruct, runs, sample
+from ulx import encode, evaluation, job, predict, reconstruct, runs, sample
+from ulx.command_line import parse_arguments
 from ulx.config import Config
 from ulx.data.pixels import to_float
 from ulx.data.source import Dataset, InMemory, Split
+from ulx.data.video import find_videos, frames
 from ulx.diffusion import noise, normal, per_example_keys
 from ulx.evaluation_data import held_out_examples
 from ulx.frames import given_frames, given_shape, padded
@@ -106,6 +108,30 @@ def test_no_frames_are_a_mask_of_zeros():
     change = np.abs(network(z, level, Conditions(frames=some)) - none).max((1, 2, 3, 4))
     assert change[0] > 1e-2
     assert change[1] < 1e-5
+
+
+def test_every_step_of_time_is_given_all_frames_at_its_place():
+    """Blocks that do nothing yet (their gates are 0) leave what goes in: a given patch shows at its own place, at all
+    steps of time, each alike but its own, which is given it once more."""
+    network = UViT((3, 4, 4, 2), NETWORK, conditions=ConditionSpec(frames_shape=(6, 8, 8, 4)), key=KEY)
+    network = eqx.tree_at(lambda network: network.project_out, network, replace_fn=moved)
+    z, level = jax.random.normal(KEY, (1, 3, 4, 4, 2)), jnp.zeros(1)
+    frames = given_frames(jax.random.normal(jax.random.key(2), (1, 6, 8, 8, 3)), 4)
+    # In frame 2, the first of the second step, the patch of 2×2 pixels at place (1, 3).
+    others = frames.at[0, 2, 2:4, 6:8, :3].add(1.0)
+    one, other = (network(z, level, Conditions(frames=each)) for each in (frames, others))
+    change = np.abs(other - one).max(axis=-1)[0]
+    assert (change[:, 1, 3] > 1e-3).all()
+    change[:, 1, 3] = 0
+    assert not change.any()
+
+    # What it adds, by the weights: of each step the pixels and masks of its two frames, 2×2 of them.
+    patches = frames.reshape(1, 3, 2, 4, 2, 4, 2, 4).transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(3, 4, 4, 32)
+    own = patches @ network.frames.weight
+    history = jnp.concatenate(list(patches), axis=-1) @ network.history.weight
+    x = network.project_in(z)[0] + own + history[None] + network.frames.bias + network.position
+    by_hand = network.project_out((x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-6))
+    np.testing.assert_allclose(one[0], by_hand, atol=2e-5)  # float32
 
 
 def test_a_network_without_frames_refuses_them():
@@ -231,6 +257,63 @@ def test_continuations_begin_with_the_given_frames_and_are_judged_by_the_next(fi
     repeated = decibels(np.broadcast_to(originals[:, 1:2], originals[:, 2:].shape), originals[:, 2:])
     assert entry["psnr_of_last_frame"]["value"] == pytest.approx(repeated.mean(), rel=1e-5)
     assert entry["gap"]["value"] == pytest.approx((by_hand - repeated).mean(), rel=1e-4)
+
+
+def test_held_out_clips_are_continued_beyond_the_run_s_length(finished, tmp_path, monkeypatch):
+    path, _, dataset = finished
+    of_run = dataset.validation.source.arrays["image"]
+    later = np.random.default_rng(2).integers(0, 256, (6, 3, *SHAPE[1:]), dtype=np.uint8)
+    longer = InMemory({"image": np.concatenate([of_run, later], axis=1), "label": dataset.validation.labels})
+    held_out = dataclasses.replace(dataset.validation, source=longer)
+    opened = {4: dataset, 7: dataclasses.replace(dataset, validation=held_out, fingerprint="of 7 frames")}
+    monkeypatch.setattr(predict, "open_dataset", lambda data: opened[data.frames])
+    out = tmp_path / "predicted"
+    options = [str(path), "--num", "3", "--frames", "7", "--batch-size", "2", "--out", str(out)]
+    predict.main(options)
+
+    rows = [0, 2, 5]
+    names = [f"seed0-{row:06d}.png" for row in rows]
+    assert find_videos(out / "clips") == find_videos(out / "originals") == names
+    originals, clips = (
+        np.stack([np.stack(list(frames(out / folder / name))) for name in names]) for folder in ("originals", "clips")
+    )
+    np.testing.assert_array_equal(originals, longer.arrays["image"][rows])
+    # By hand, all three at once: the window is rolled from the given frames on, and 2, 4 and 6 of 7 are reached.
+    run = runs.load(path)
+    assert run.base is not None
+    by_hand = extend(
+        run.model,
+        run.base,
+        to_float(jnp.asarray(originals[:, :2])),
+        7,
+        run.config.sample,
+        given=2,
+        keys=example_keys(root_key(0, "predict"), 0, 3),
+        conditions=Conditions(label=jnp.zeros(3, int)),
+    )
+    np.testing.assert_allclose(clips, (np.asarray(by_hand) + 1) * 127.5, atol=0.51)  # rounded to bytes
+    np.testing.assert_array_equal(clips[:, :2], originals[:, :2])
+    decibels = lambda a, b: 10 * np.log10(255**2 / ((a.astype(float) - b) ** 2).mean((2, 3, 4))).mean(axis=0)  # noqa: E731
+    facts = json.loads((out / "seed0.json").read_text())
+    wanted = originals[:, 2:]
+    for name, frames_of in (("psnr_by_frame", clips[:, 2:]), ("psnr_of_last_frame_by_frame", originals[:, 1:2])):
+        np.testing.assert_allclose([entry["value"] for entry in facts[name]], decibels(frames_of, wanted), rtol=1e-5)
+    with Image.open(out / "seed0-sheet-moving.png") as sheet:
+        assert getattr(sheet, "n_frames", 1) == 7
+        # The third frame is no longer given: the border of the first tile.
+        border = [(sheet.seek(frame), sheet.convert("RGB").getpixel((6, 6)))[1] for frame in range(3)]
+    assert border == [(230, 159, 0)] * 2 + [(222, 222, 222)]
+
+    for again, message in (
+        (options, "clips/seed0-000000.png exists already"),
+        ([str(path), "--num", "7"], "num must be at most the 6 held-out clips of moving-emoji, got 7"),
+        ([str(path), "--frames", "2"], f"frames must be above the 2 that {path} is given, got 2"),
+    ):
+        with pytest.raises((ValueError, FileExistsError), match=re.escape(message)):
+            predict.predict(parse_arguments(predict.Options, "", again))
+    opened[4] = dataclasses.replace(dataset, fingerprint="another")
+    with pytest.raises(ValueError, match="was trained on other data than is there now"):
+        predict.predict(predict.Options(path, num=1, out=tmp_path / "other"))
 
 
 def test_clips_are_compared_with_the_held_out_ones_by_fvd(finished):
