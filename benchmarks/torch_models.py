@@ -254,7 +254,11 @@ class UViT(nn.Module):
         self.project_in = nn.Linear(math.prod(self.patch) * channels, widths[0])
         self.logsnr = LogSNREmbedding(cond_size)
         self.labels = nn.Parameter(torch.empty(num_classes + 1, cond_size)) if num_classes else None
-        self.frames = None if frames_shape is None else nn.Linear(fitted(frames_shape, grid), widths[0])
+        self.frames = self.history = None
+        if frames_shape is not None:
+            size = fitted(frames_shape, grid)
+            self.frames = nn.Linear(size, widths[0])
+            self.history = nn.Linear(grid[0] * size, widths[0], bias=False)
         self.stages = nn.ModuleList()
         number = len(config.conv_channels)
         for factor, width, inner in zip(downs[:number], config.conv_channels, widths[1:], strict=False):
@@ -283,9 +287,10 @@ class UViT(nn.Module):
             none = torch.full((z_t.shape[0],), self.num_classes, device=z_t.device)
             cond = cond + self.labels[none if label is None else label]
         x = self.project_in(patchify(z_t, self.patch))
-        if self.frames is not None and self.frames_shape is not None:
+        if self.frames is not None and self.history is not None and self.frames_shape is not None:
             given = z_t.new_zeros(x.shape[0], *self.frames_shape) if frames is None else frames
-            x = x + self.frames(fit_grid(given, tuple(x.shape[1:-1])))
+            given = fit_grid(given, tuple(x.shape[1:-1]))
+            x = x + self.frames(given) + self.history(patchify(given, (given.shape[1], 1, 1)))
         skips = []
         for index, stage in enumerate(self.stages):
             if index == len(self.config.conv_channels):

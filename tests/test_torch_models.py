@@ -12,6 +12,7 @@ import speed
 from ulx import diffusion, runs, samplers, stages
 from ulx.config import Config
 from ulx.data import DataConfig
+from ulx.frames import given_frames
 from ulx.nn.conditions import Conditions, ConditionSpec
 from ulx.nn.uvit import UViTConfig
 from ulx.presets import MODELS
@@ -87,14 +88,16 @@ def test_networks_agree(pair):
     x, z, logsnr = numbers(2, *config.data.shape), numbers(2, *model.latent_shape), np.array([-3.0, 2.5], np.float32)
     prior, decoder = model.prior.network, model.decoder.denoiser.network
     label = np.array([1, 0]) if base.conditions.num_classes else None
+    frames = None if base.conditions.frames_shape is None else np.array(given_frames(jnp.asarray(x), 3))
     as_tensor = lambda a: None if a is None else torch.from_numpy(a)  # noqa: E731
+    as_array = lambda a: None if a is None else jnp.asarray(a)  # noqa: E731
     close(eqx.filter_jit(model.encoder)(x), theirs.encoder(torch.from_numpy(x)))
     for ours, other, inputs in (
         (prior, theirs.prior, {"z_t": z}),
-        (decoder, theirs.decoder, {"z_t": x, "context": z}),
-        (base.network, their_base, {"z_t": z, "label": label}),
+        (decoder, theirs.decoder, {"z_t": x, "context": z, "frames": frames}),
+        (base.network, their_base, {"z_t": z, "label": label, "frames": frames}),
     ):
-        conditions = Conditions(None if label is None or ours is not base.network else jnp.asarray(label))
+        conditions = Conditions(as_array(inputs.get("label")), frames=as_array(inputs.get("frames")))
         own = eqx.filter_jit(ours)(inputs["z_t"], logsnr, conditions, context=inputs.get("context"))
         close(own, other(logsnr=torch.from_numpy(logsnr), **{name: as_tensor(value) for name, value in inputs.items()}))
 
