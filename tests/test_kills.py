@@ -282,15 +282,15 @@ def test_one_of_two_processes_is_killed_or_stopped(settings, undisturbed):
 
 def test_one_of_two_processes_hangs(settings):
     """The other's watchdog ends it, with the status that asks for another try, and the launcher then ends this one."""
-    config = settings("hangs", hang_minutes=0.2)
+    config = settings("hangs", hang_minutes=0.5)  # several times what a step takes where four processes share two cores
     process = launched(config)
     wait_for(process, lambda: lines(config.parent / "hangs", "stage1") > 8)
     os.kill(children(process.pid)[1], signal.SIGSTOP)
     hung = time.monotonic()
-    out, _ = process.communicate(timeout=120)
-    assert time.monotonic() - hung < 60
+    out, _ = process.communicate(timeout=160)
+    assert time.monotonic() - hung < 100
     assert process.returncode == PREEMPTED, out
-    assert re.search(r"error: step \d+ of stage1 has taken more than 12s", out), out
+    assert re.search(r"error: step \d+ of stage1 has taken more than 30s", out), out
     assert "process 0 of 2 ended with status 75; process 1 stopped" in out
     assert any((config.parent / "hangs" / "checkpoints" / "stage1" / str(step)).exists() for step in range(5, STEPS, 5))
 

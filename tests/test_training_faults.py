@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from small_training import CrashError, Points, bits, logged, no_file_above, raise_at, steps_of, trained
 
+from ulx import training
 from ulx.checkpoint import Checkpoints
 from ulx.data.cache import Recipe, each, prepare_in
 from ulx.data.source import Records
@@ -21,6 +23,7 @@ from ulx.data.split import Item
 from ulx.guard import Guard, NonFiniteError, SpikeError
 from ulx.processes import INTERRUPTED, PREEMPTED
 from ulx.training import Interrupted, TrainState
+from ulx.watchdog import Watchdog
 
 ROOT = Path(__file__).parents[1]
 
@@ -216,6 +219,23 @@ def prepared(folder: Path) -> Records:
     source = prepare_in(folder, recipe).dataset.train.source
     assert isinstance(source, Records)
     return source
+
+
+def test_slower_compiling_elsewhere_is_no_hang(tmp_path, monkeypatch):
+    """Nobody's first step begins, and is timed, before all have compiled."""
+    met, ended = [], []
+
+    def others_compile(flag: bool) -> bool:
+        if not met:
+            time.sleep(2)
+        met.append(flag)
+        return flag
+
+    monkeypatch.setattr(training, "all_agree", others_compile)
+    monkeypatch.setattr(Watchdog, "_give_up", lambda self, what: ended.append(what))
+    trained(tmp_path, steps=1, hang_minutes=1 / 60, on_log=lambda step, metrics: met.append("logged"))
+    assert met[:2] == [True, "logged"]
+    assert ended == []
 
 
 def test_a_corrupt_record_is_named_and_the_state_saved(quiet, tmp_path):

@@ -376,6 +376,7 @@ def fit(
             if compiled is None:
                 # Compiled ahead for these very shapes: a step can be refused from now on, but never recompiled.
                 compiled = step.lower((frozen, batch), state).compile()
+                all_agree(True)  # who compiles faster must not count the others' compiling as a step
                 progress.restart()
             watchdog.expect(f"step {number} of {name}")
             state, metrics = compiled((frozen, batch), state)
