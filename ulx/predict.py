@@ -3,9 +3,8 @@
     python -m ulx.predict runs/kinetics600                               16 clips of the run's own length
     python -m ulx.predict runs/kinetics600 --frames 60                   further, by rolling the window
     python -m ulx.predict runs/kinetics600 --num 2048 --out predicted
-    python -m ulx.metrics predicted/originals predicted/clips            their FVD, given frames included
+    python -m ulx.metrics predicted/originals predicted/clips --given 5  FVD, given frames included; PSNR without them
 
-(That command's PSNR of pairs is infinite, since the given frames are equal; what is written here begins after them.)
 Clip i of a seed is the same whatever --batch-size. Written to --out, as animated PNGs: `clips/` and `originals/`, the
 same names in both; sheets of the first of them, originals above, given frames marked, one as strips and one that moves;
 and a JSON file with all settings and, frame by frame, the PSNR of the continuations and of the last given frame in

@@ -178,6 +178,31 @@ def test_equal_frames_have_an_infinite_psnr(folders, originals):
     assert compare.compare(*folders)["metrics"]["psnr"]["value"] == math.inf
 
 
+def test_pairs_leave_given_frames_out(folders, originals, tmp_path, capsys):
+    """Which are equal. The distances count them; cards of other numbers of them are not compared by pairs."""
+    _, b = folders
+    for index, name in enumerate(["0.mp4", "1.avi", "2.mp4", "sub/3.avi", "4.mp4", "5.avi"]):
+        frames = originals[index] + SHIFTS[:, None, None, None].astype(np.uint8)
+        frames[:4:2] = originals[index, :4:2]
+        write_video(b / name, frames)
+    cards_of = [tmp_path / f"{given}.json" for given in (2, 3)]
+    for given, path in zip((2, 3), cards_of, strict=True):
+        run(*folders, "--frames", 10, "--stride", 2, "--given", given, "--out", path)
+    assert "of pairs the frames after the first 3" in capsys.readouterr().out
+    two, three = (json.loads(path.read_text("utf-8")) for path in cards_of)
+    shifts = SHIFTS[:20:2]
+    for given, card in ((2, two), (3, three)):
+        assert card["metrics"]["psnr"]["value"] == pytest.approx(np.mean(20 * np.log10(255 / shifts[given:])), abs=1e-4)
+    assert two["metrics"]["ssim"]["value"] < 1
+    assert two["metrics"]["fvd"] == three["metrics"]["fvd"]
+    cards.table(cards_of, ["fvd"])
+    with pytest.raises(ValueError, match="may not be compared by psnr"):
+        cards.table(cards_of, ["psnr"])
+    for given in (10, -1):
+        message = fails([*folders, "--frames", "10", "--given", f"{given}"], capsys)
+        assert message == f"error: --given {given}: must be below the 10 frames of a clip, and not below 0"
+
+
 def test_few_or_unpaired_videos_leave_something_out(folders):
     a, b = folders
     for folder in folders:
@@ -225,6 +250,8 @@ def test_options_of_the_other_kind_are_refused(folders, tmp_path, monkeypatch, c
     for options in (["--frames", 16], ["--stride", 1]):
         line = fails([tmp_path / "images", tmp_path / "images", *options], capsys)
         assert "hold images: --frames and --stride are for videos" in line
+    line = fails([tmp_path / "images", tmp_path / "images", "--given", 5], capsys)
+    assert "hold images: --given is for videos" in line
     monkeypatch.setattr(command.inception, "load", lambda *_: Corner())
     line = fails([*folders, "--inception-weights", tmp_path / "weights.pth"], capsys)
     assert "holds videos: networks of images (--inception-weights)" in line

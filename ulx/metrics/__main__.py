@@ -3,6 +3,7 @@
     python -m ulx.metrics DIR_A DIR_B
     python -m ulx.metrics real/ generated/ --resolution 256 --out card.json
     python -m ulx.metrics real_videos/ generated_videos/ --frames 16 --stride 1 --resolution 128
+    python -m ulx.metrics predicted/originals predicted/clips --given 5
 
 DIR_A is the reference: real ones, or the originals of reconstructions. Of images it prints fd_efflite0 and kd_efflite0
 (Fréchet and kernel distance of EfficientNet-lite0's features; not FID and KID, whose features are InceptionV3's),
@@ -11,8 +12,8 @@ pairs. --inception-weights adds FID and KID, whose weights no package carries, a
 
 Of videos it prints fvd and kd_i3d (Fréchet and kernel distance of I3D's logits), precision and recall by them, and PSNR
 and SSIM of the pairs frame by frame: pip install "ulx[fvd,video]". A video gives one clip, its first --frames frames or
-every --stride-th of them; all of them count, those that a model was given too (for Kinetics-600: 16 frames, of which 5
-are given). GIFs, WebPs and PNGs are videos if they are animated.
+every --stride-th of them; of fvd all of them count, those that a model was given too (for Kinetics-600: 16 frames, of
+which 5 are given), and of pairs those after the first --given. GIFs, WebPs and PNGs are videos if they are animated.
 
 --out writes them as a card: each number with its definition and N, the network's hash, a hash of either folder's
 pixels, how examples were prepared, the version of ulx. Contact sheets written by ulx are left out.
@@ -50,6 +51,8 @@ class Options:
     """Frames taken of each video, 16 by default."""
     stride: int | None = None
     """Every how manieth frame is taken, each by default."""
+    given: int = 0
+    """Of those taken, how many a model was given: PSNR, SSIM and LPIPS of pairs leave them out."""
     inception_weights: Path | None = None
     """The file of FID's InceptionV3, pytorch-fid's state dict or jax-fid's pickle: FID and KID of images as
     well."""
@@ -85,6 +88,7 @@ def run(options: Options) -> dict[str, Any]:
         batch_size=options.batch_size,
         networks=[] if weights is None else [inception.load(weights, options.inception_resize)],
         with_lpips=options.lpips,
+        given=options.given,
     )
     print(table(card))
     if out is not None:
@@ -103,6 +107,8 @@ def table(card: dict[str, Any]) -> str:
     lines = [f"A {a['path']}: {a['n']:,} {kind}; B {b['path']}: {b['n']:,}; {card['resolution']} pixels each way"]
     if clip:
         lines.append(f"of each the first {clip['frames']} frames, with a stride of {clip['stride']}")
+    if "given" in card:
+        lines.append(f"of pairs the frames after the first {card['given']}")
     for folder in (a, b):
         if folder["contact_sheets_left_out"]:
             lines.append(f"left out of {folder['path']}: {', '.join(folder['contact_sheets_left_out'])}")

@@ -51,17 +51,23 @@ def compare(
     batch_size: int = 64,
     networks: Sequence[FeatureNetwork] = (),
     with_lpips: bool = False,
+    given: int = 0,
 ) -> dict[str, Any]:
     """The card: all metrics that the two folders allow under "metrics", why others are not there under "left_out".
 
     Images are measured by features of EfficientNet-lite0, and of `networks` as well, videos by I3D's of a `clip` (by
-    default `Clip()`); pairs by LPIPS too if asked. Without a resolution all must be squares of one size. `batch_size`
-    images, or frames of videos, are read at a time; changes no result beyond rounding.
+    default `Clip()`); pairs by LPIPS too if asked, and of videos after the first `given` frames alone: a model that is
+    given them has not made them, and only the distances count them. Without a resolution all must be squares of one
+    size. `batch_size` images, or frames of videos, are read at a time; changes no result beyond rounding.
     Raises FileNotFoundError, NotADirectoryError, ValueError for folders that may not be compared (`open_both`), a file
-    that cannot be read, or what belongs to the other kind, ModuleNotFoundError without the package of a network's
-    weights.
+    that cannot be read, no frames left, or what belongs to the other kind, ModuleNotFoundError without the package of a
+    network's weights.
     """
     both = reference, compared = open_both(a, b, resolution, clip)
+    if given and reference.kind == "image":
+        raise ValueError(f"{a} and {b} hold images: --given is for videos")
+    if not 0 <= given < reference.frames:
+        raise ValueError(f"--given {given}: must be below the {reference.frames} frames of a clip, and not below 0")
     networks = [*_networks(reference, networks)]
     of_pairs = measures(with_lpips)  # refused before anything is computed
     found, facts = zip(*(_measured(networks, folder, batch_size) for folder in both), strict=True)
@@ -74,7 +80,7 @@ def compare(
     if names is None:
         left_out |= dict.fromkeys(of_pairs, "the folders do not hold the same file names")
     else:
-        pairs, reasons = errors(of_pairs, reference, compared, names, batch_size)
+        pairs, reasons = errors(of_pairs, reference, compared, names, batch_size, given=given)
         metrics, left_out = metrics | pairs, left_out | reasons
     return {
         "metrics": metrics,
@@ -84,6 +90,7 @@ def compare(
         "b": facts[1],
         "resolution": reference.resolution,
         **reference.preparation(),
+        **({"given": given} if given else {}),
         "dtype": "float32",
         "device": jax.devices()[0].device_kind,
         "ulx": ulx.__version__,

@@ -59,9 +59,16 @@ def _without_suffixes(names: list[str]) -> list[str]:
 
 
 def errors(
-    measures: dict[str, PairMeasure], a: Examples, b: Examples, names: list[tuple[str, str]], batch_size: int
+    measures: dict[str, PairMeasure],
+    a: Examples,
+    b: Examples,
+    names: list[tuple[str, str]],
+    batch_size: int,
+    *,
+    given: int = 0,
 ) -> tuple[dict[str, Metric], dict[str, str]]:
-    """What `measures` find in the pairs, in every frame of a video by itself, and why some are left out.
+    """What `measures` find in the pairs, in every frame of a video by itself after the first `given` ones, and why some
+    are left out.
 
     `batch_size` images or frames are held at a time, and one pair at least.
     """
@@ -76,19 +83,23 @@ def errors(
         for start in range(0, len(names), size):
             part = names[start : start + size]
             both = (np.stack([each.read(pair[side])[0] for pair in part]) for side, each in enumerate((a, b)))
+            if given:
+                both = (clips[:, given:] for clips in both)
             x, y = (to_float(examples.reshape(-1, *examples.shape[-3:])) for examples in both)
             for name, measure in used.items():
                 of_frames = np.asarray(measure(x, y), np.float64)
                 values[name].append(of_frames.reshape(len(part), -1).mean(axis=1))
             progress.advance(len(part))
-    definitions = _definitions(a.kind)
+    definitions = _definitions(a.kind, given)
     return {
         name: _mean(np.concatenate(parts)) | {"definition": definitions[name]} for name, parts in values.items()
     }, left_out
 
 
-def _definitions(kind: str) -> dict[str, str]:
+def _definitions(kind: str, given: int) -> dict[str, str]:
     each, mean, one = AVERAGED[kind]
+    if given:
+        each = f"{each}, after the first {given}"
     return {
         "psnr": f"10 log10(255²/MSE) in dB {each}, {mean}; null: infinite, from an equal {one}",
         "ssim": f"structural similarity {each}, {mean}: {SSIM}",
