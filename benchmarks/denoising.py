@@ -22,6 +22,9 @@ import points
 if TYPE_CHECKING:
     import numpy as np
 
+    from ulx.data.source import Dataset
+    from ulx.runs import Run
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -51,22 +54,18 @@ def unknown_share(x: "np.ndarray", x_hat: "np.ndarray", frames: bool) -> "np.nda
     return ((x_hat - x) ** 2).mean(axis=0, keepdims=True).sum(axis=axes).squeeze(0) / variance
 
 
-def measure_run(folder: str, settings: Settings, advance: Callable[[int], None]) -> dict[str, Any]:
+def measure_run(run: "Run", dataset: "Dataset", settings: Settings, advance: Callable[[int], None]) -> dict[str, Any]:
     import equinox as eqx
     import jax.numpy as jnp
 
-    from ulx import diffusion, runs
-    from ulx.data import open_dataset
+    from ulx import diffusion
     from ulx.data.pixels import to_float
     from ulx.evaluation_data import held_out_examples, held_out_rows, told_of
     from ulx.generate import in_batches
     from ulx.seeding import root_key
 
-    run = runs.load(folder)
     base, config = run.base, run.config
-    if base is None:
-        raise ValueError(f"{folder} has no base model: finish its stage 2")
-    dataset = open_dataset(config.data)
+    assert base is not None
     options = dataclasses.replace(config.evaluate, held_out=settings.count)
     images, _ = held_out_examples(dataset, options)
     text = run.open_text() if run.text else None
@@ -110,12 +109,19 @@ def measure_run(folder: str, settings: Settings, advance: Callable[[int], None])
 
 
 def measure(settings: Settings) -> dict[str, Any]:
+    """Raises ValueError for runs on different data, or without a base model."""
+    from ulx import runs
+    from ulx.data import open_dataset
     from ulx.progress import Progress
 
-    with Progress("denoise", total=settings.count * len(settings.runs), unit="examples") as progress:
-        found = [measure_run(folder, settings, progress.advance) for folder in settings.runs]
-    if len({run["data"] for run in found}) > 1:
-        raise ValueError(f"--runs must be on the same data, not {', '.join(run['data'] for run in found)}")
+    opened = [runs.load(folder) for folder in settings.runs]
+    dataset = open_dataset(opened[0].config.data)
+    for run in opened:
+        if run.base is None:
+            raise ValueError(f"{run.path} has no base model: finish its stage 2")
+        run.check_data(dataset)
+    with Progress("denoise", total=settings.count * len(opened), unit="examples") as progress:
+        found = [measure_run(run, dataset, settings, progress.advance) for run in opened]
     return {**points.here(), "levels": settings.levels, "runs": found}
 
 

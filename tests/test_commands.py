@@ -15,7 +15,7 @@ from PIL import Image
 from ulx import encode, reconstruct, runs, sample
 from ulx.config import from_json
 from ulx.decoders import DiffusionDecoder
-from ulx.image_files import ImageFolder, contact_sheet, png_names
+from ulx.image_files import ImageFolder, contact_sheet, png_names, write_png
 from ulx.nn.conditions import NO_LABEL, Conditions
 from ulx.seeding import root_key
 
@@ -298,6 +298,21 @@ class TestImageFiles:
         assert png_names(["a.PNG", "b.jpg", "b.png", "c/b.webp"]) == ["a.png", "b.jpg.png", "b.png.png", "c/b.png"]
         with pytest.raises(ValueError, match=r"x\.jpg\.png: rename one"):
             png_names(["x.jpg", "x.png", "x.jpg.png"])
+
+    def test_a_picture_that_cannot_be_written_leaves_the_one_before(self, tmp_path, monkeypatch):
+        path = tmp_path / "a.png"
+        write_png(path, np.zeros((4, 4, 3), np.uint8))
+        before = path.read_bytes()
+
+        def full(self: Path, data: bytes) -> int:
+            with self.open("wb") as file:
+                file.write(data[: len(data) // 2])
+            raise OSError("No space left on device")
+
+        monkeypatch.setattr(Path, "write_bytes", full)
+        with pytest.raises(OSError, match="No space left"):
+            write_png(path, np.ones((4, 4, 3), np.uint8))
+        assert path.read_bytes() == before
 
     def test_contact_sheet_keeps_every_pixel(self):
         rng = np.random.default_rng(0)

@@ -49,6 +49,7 @@ def test_comes_back_bit_for_bit(trained_run, exported):
     assert bits(back.model) == bits(run.model)
     assert bits(back.base) == bits(run.base)
     assert (back.config, back.class_names, back.step, back.weights) == (run.config, run.class_names, run.step, "EMA")
+    assert back.fingerprint == run.fingerprint == run_folder.read_data(run.path)["fingerprint"]
     assert back.folder == exported.parent
 
 

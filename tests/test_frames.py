@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import io
+import itertools
 import json
 import math
 import re
@@ -17,7 +18,7 @@ import pytest
 from PIL import Image
 from stand_ins import LastCorner
 
-from ulx import encode, evaluation, job, predict, reconstruct, runs, sample
+from ulx import encode, evaluation, generate, job, predict, reconstruct, runs, sample
 from ulx.command_line import parse_arguments
 from ulx.config import Config
 from ulx.data.pixels import to_float
@@ -34,6 +35,7 @@ from ulx.nn.conditions import Conditions, ConditionSpec
 from ulx.nn.encoder import EncoderConfig
 from ulx.nn.transformer import BlockConfig
 from ulx.nn.uvit import UViT, UViTConfig
+from ulx.samplers import Sample
 from ulx.seeding import root_key
 from ulx.stages import autoencoder_loss, base_loss, given_or_dropped
 from ulx.training import Draws
@@ -138,6 +140,12 @@ def test_a_network_without_frames_refuses_them():
     network = UViT((2, 4, 4, 3), NETWORK, key=KEY)
     with pytest.raises(ValueError, match="built to be given no frames"):
         network(jnp.zeros((1, 2, 4, 4, 3)), jnp.zeros(1), Conditions(frames=jnp.zeros((1, 4, 8, 8, 4))))
+
+
+def test_frames_of_another_shape_than_a_whole_clip_are_refused():
+    network = UViT((2, 4, 4, 3), NETWORK, conditions=ConditionSpec(frames_shape=(4, 8, 8, 4)), key=KEY)
+    with pytest.raises(ValueError, match=re.escape("given frames of shape (4, 8, 8, 4)") + ".* got .2, 8, 8, 4"):
+        network(jnp.zeros((1, 2, 4, 4, 3)), jnp.zeros(1), Conditions(frames=jnp.zeros((1, 2, 8, 8, 4))))
 
 
 def test_frames_are_dropped_at_the_rate_asked_for():
@@ -267,6 +275,11 @@ def test_held_out_clips_are_continued_beyond_the_run_s_length(finished, tmp_path
     held_out = dataclasses.replace(dataset.validation, source=longer)
     opened = {4: dataset, 7: dataclasses.replace(dataset, validation=held_out, fingerprint="of 7 frames")}
     monkeypatch.setattr(predict, "open_dataset", lambda data: opened[data.frames])
+    run = runs.load(path)
+    assert run.base is not None
+    guided = dataclasses.replace(run.config, sample=dataclasses.replace(run.config.sample, guidance_scale=2.0))
+    monkeypatch.setattr(runs, "load", lambda *_, **__: dataclasses.replace(run, config=guided))
+    longer.arrays["image"][0, 2:4] = of_run[0, 1]  # where it stands still
     out = tmp_path / "predicted"
     options = [str(path), "--num", "3", "--frames", "7", "--batch-size", "2", "--out", str(out)]
     predict.main(options)
@@ -279,8 +292,6 @@ def test_held_out_clips_are_continued_beyond_the_run_s_length(finished, tmp_path
     )
     np.testing.assert_array_equal(originals, longer.arrays["image"][rows])
     # By hand, all three at once: the window is rolled from the given frames on, and 2, 4 and 6 of 7 are reached.
-    run = runs.load(path)
-    assert run.base is not None
     by_hand = extend(
         run.model,
         run.base,
@@ -288,16 +299,19 @@ def test_held_out_clips_are_continued_beyond_the_run_s_length(finished, tmp_path
         7,
         run.config.sample,
         given=2,
-        keys=example_keys(root_key(0, "predict"), 0, 3),
+        keys=example_keys(root_key(0, "predict"), 0, 6)[np.array(rows)],
         conditions=Conditions(label=jnp.zeros(3, int)),
     )
     np.testing.assert_allclose(clips, (np.asarray(by_hand) + 1) * 127.5, atol=0.51)  # rounded to bytes
     np.testing.assert_array_equal(clips[:, :2], originals[:, :2])
-    decibels = lambda a, b: 10 * np.log10(255**2 / ((a.astype(float) - b) ** 2).mean((2, 3, 4))).mean(axis=0)  # noqa: E731
     facts = json.loads((out / "seed0.json").read_text())
+    assert facts["sampler"]["guidance_scale"] == 1
     wanted = originals[:, 2:]
     for name, frames_of in (("psnr_by_frame", clips[:, 2:]), ("psnr_of_last_frame_by_frame", originals[:, 1:2])):
-        np.testing.assert_allclose([entry["value"] for entry in facts[name]], decibels(frames_of, wanted), rtol=1e-5)
+        errors = ((frames_of.astype(float) - wanted) ** 2).mean((2, 3, 4)).T
+        means = [np.mean(10 * np.log10(255**2 / error[error > 0])) for error in errors]
+        np.testing.assert_allclose([entry["value"] for entry in facts[name]], means, rtol=1e-5)
+    assert [entry.get("infinite") for entry in facts["psnr_of_last_frame_by_frame"]] == [1, 1, None, None, None]
     with Image.open(out / "seed0-sheet-moving.png") as sheet:
         assert getattr(sheet, "n_frames", 1) == 7
         # The third frame is no longer given: the border of the first tile.
@@ -311,8 +325,11 @@ def test_held_out_clips_are_continued_beyond_the_run_s_length(finished, tmp_path
     ):
         with pytest.raises((ValueError, FileExistsError), match=re.escape(message)):
             predict.predict(parse_arguments(predict.Options, "", again))
+    predict.predict(predict.Options(path, num=2, out=tmp_path / "fewer"))
+    fewer = [np.stack(list(frames(tmp_path / "fewer" / "clips" / names[k])))[:4] for k in (0, 2)]
+    np.testing.assert_allclose(np.stack(fewer).astype(int), clips[[0, 2], :4], atol=1)  # by other batches: rounding
     opened[4] = dataclasses.replace(dataset, fingerprint="another")
-    with pytest.raises(ValueError, match="was trained on other data than is there now"):
+    with pytest.raises(ValueError, match="was trained on other data than clips is now"):
         predict.predict(predict.Options(path, num=1, out=tmp_path / "other"))
 
 
@@ -356,6 +373,28 @@ def test_the_report_moves(finished):
     assert "Are samples copies" not in html
     assert "fvd, base model" in html
     assert "6 held-out clips" in html
+
+
+def test_windows_of_a_clip_have_noise_of_their_own(finished, tmp_path, monkeypatch):
+    """No key, nor one that split and fold_in with small numbers make of it, is used by two of them."""
+    path, _, _ = finished
+    used, sizes = [], {"sample_latents": runs.load(path).model.latent_shape, "decode": SHAPE}
+
+    def tree(key: jax.Array, depth: int) -> set[bytes]:
+        below = (tree(jax.random.fold_in(key, i), depth - 1) for i in range(8)) if depth else ()
+        return {jax.random.key_data(key).tobytes()}.union(*below)
+
+    for name, size in sizes.items():
+
+        def recorded(*_, keys, size=size, **__):
+            used.append(tree(keys[0], 2))
+            return Sample(jnp.zeros((len(keys), *size)), jnp.zeros((), int))
+
+        for module in (sample, generate):
+            monkeypatch.setattr(module, name, recorded)
+    sample.main([str(path), "--num", "1", "--out", str(tmp_path), "--frames", "7", "--batch-size", "1"])
+    assert len(used) == 2 + 2 * 2  # of 4 frames, and twice 2 more
+    assert all(one.isdisjoint(other) for one, other in itertools.combinations(used, 2))
 
 
 def test_commands_on_a_run_of_clips(finished, tmp_path, capsys):
@@ -403,6 +442,9 @@ def test_what_the_base_model_knows_of_a_clip_frame_by_frame(finished, tmp_path, 
     by_frame = np.array(found["share_by_frame"][0])
     assert by_frame.min() <= found["share"][0] <= by_frame.max()  # all together are their average, by variance
     assert (tmp_path / "denoising.png").stat().st_size > 1000
+    monkeypatch.setattr("ulx.data.open_dataset", lambda data: dataclasses.replace(dataset, fingerprint="another"))
+    with pytest.raises(ValueError, match="was trained on other data than clips is now"):
+        denoising.measure(denoising.Settings(runs=(str(path),)))
     with pytest.raises(ValueError, match="at least 2, for a variance"):
         denoising.Settings(runs=(str(path),), count=1)
 

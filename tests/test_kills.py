@@ -284,7 +284,8 @@ def test_one_of_two_processes_hangs(settings):
     """The other's watchdog ends it, with the status that asks for another try, and the launcher then ends this one."""
     config = settings("hangs", hang_minutes=0.5)  # several times what a step takes where four processes share two cores
     process = launched(config)
-    wait_for(process, lambda: lines(config.parent / "hangs", "stage1") > 8)
+    # Between two steps that are saved, where one waits for the other without being watched.
+    wait_for(process, lambda: lines(config.parent / "hangs", "stage1") > 7)
     os.kill(children(process.pid)[1], signal.SIGSTOP)
     hung = time.monotonic()
     out, _ = process.communicate(timeout=160)

@@ -34,6 +34,25 @@ def shaken(module, scale=0.1):
     return jax.tree.unflatten(tree, moved)
 
 
+def test_no_two_weights_are_drawn_alike():
+    """Of a network with all that there can be. Draws of one key begin alike, whatever their sizes and scales."""
+    spec = ConditionSpec(num_classes=3, text_channels=5, frames_shape=(4, 8, 8, 3))
+    config = UViTConfig(patch=1, conv_channels=(16,), conv_blocks=2, channels=(16, 16), blocks=(2, 2), block=SMALL)
+    options = {"context_shape": (2, 2, 2, 4), "context_logsnr": True, "conditions": spec}
+    network = UViT((4, 8, 8, 2), config, **options, key=KEY)
+    names, draws = [], []
+    for path, leaf in jax.tree.leaves_with_path(eqx.filter(network, eqx.is_array)):
+        # Blocks of a stack are one array, each drawn by itself.
+        for block in leaf if "blocks" in jax.tree_util.keystr(path) else [leaf]:
+            first = np.ravel(block)[:8]
+            if first.std() > 0:  # not what begins at zeros or ones
+                names.append(jax.tree_util.keystr(path))
+                draws.append(first / np.linalg.norm(first))
+    alike = np.argwhere(np.triu(np.stack(draws) @ np.stack(draws).T > 0.999, 1))
+    assert len(draws) > 40
+    assert [(names[i], names[j]) for i, j in alike] == []
+
+
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_convolution_is_the_sum_it_says(rank):
     conv = layers.Conv(rank, 3, 4, key=KEY)

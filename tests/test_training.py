@@ -20,6 +20,7 @@ from ulx.data.pipeline import train_batches
 from ulx.ema import gamma_of
 from ulx.guard import NonFiniteError
 from ulx.metrics_log import MetricsLog, read_metrics
+from ulx.nn.conditions import ConditionSpec
 from ulx.nn.transformer import BlockConfig
 from ulx.nn.uvit import UViT, UViTConfig
 from ulx.sharding import make_mesh
@@ -106,7 +107,7 @@ def test_muon_turns_matrices_of_blocks_and_convolutions_and_leaves_the_rest_to_a
     config = TrainConfig(steps=10, warmup_steps=0, learning_rate=0.1, weight_decay=0.3, clip_norm=1e9)
     block = BlockConfig(head_size=4)
     sizes = UViTConfig(patch=1, conv_channels=(16,), conv_blocks=1, channels=(8, 16), blocks=(2, 1), block=block)
-    network = UViT((8, 8, 3), sizes, key=jax.random.key(0))
+    network = UViT((8, 8, 3), sizes, conditions=ConditionSpec(text_channels=4), key=jax.random.key(0))
     params = eqx.filter(network, eqx.is_inexact_array)
     keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
     grads = jax.tree.map(lambda leaf: jax.random.normal(next(keys), leaf.shape), params)
@@ -148,7 +149,7 @@ def test_muon_turns_matrices_of_blocks_and_convolutions_and_leaves_the_rest_to_a
         for rate in 0.1 * pace(config)[:2]:
             expected = expected - rate * (move + 0.3 * expected)
         np.testing.assert_allclose(by_muon, expected, atol=1e-4 * np.abs(expected - weight).max(), err_msg=name)
-    of_blocks = {"attention.qkv.weight", "attention.out.weight", "up.weight", "down.weight"}
+    of_blocks = {f"attention.{part}.weight" for part in ("qkv", "text", "out")} | {"up.weight", "down.weight"}
     assert names == of_blocks | {"conv_1.weight", "conv_2.weight"}
     assert others > len(names)
 

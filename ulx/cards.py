@@ -10,7 +10,6 @@ named. --only names the metrics to compare.
 
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,10 +79,6 @@ def read(path: Path) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{path} is no card: it has no {missing[0]!r}")
     card["facts"] = {}
-    for metric in card["metrics"].values():  # JSON has no infinity and no NaN
-        metric["value"] = math.inf if metric["value"] is None else metric["value"]
-        if metric.get("standard_error", 0) is None:
-            del metric["standard_error"]
     return card
 
 

@@ -26,7 +26,7 @@ from ulx.denoiser import Denoiser
 from ulx.evaluation_data import held_out_examples, held_out_rows, mean_image, rows_like, told_of
 from ulx.metrics import clip_score, compare, efficientnet, i3d, inception, lpips
 from ulx.metrics.copies import copies_among, spread_over
-from ulx.metrics.entries import Metric, frechet, mean
+from ulx.metrics.entries import Metric, as_json, frechet, mean
 from ulx.metrics.features import FeatureNetwork, features
 from ulx.metrics.frechet import Moments
 from ulx.metrics.images import SSIM_WINDOW, psnr, ssim
@@ -93,7 +93,7 @@ class Evaluation:
         np.savez_compressed(aside, allow_pickle=False, **self.pictures)
         aside.replace(directory / "pictures.npz")
         aside = directory / "aside.json"
-        aside.write_text(json.dumps(self.metrics, indent=2) + "\n")
+        aside.write_text(as_json(self.metrics), "utf-8")
         aside.replace(directory / "metrics.json")
 
     @classmethod
@@ -102,7 +102,7 @@ class Evaluation:
         if not (directory / "metrics.json").exists():
             raise FileNotFoundError(f"{directory} holds no evaluation; run `python -m ulx.evaluate RUN`")
         with np.load(directory / "pictures.npz", allow_pickle=False) as pictures:
-            return cls(json.loads((directory / "metrics.json").read_text()), dict(pictures))
+            return cls(json.loads((directory / "metrics.json").read_text("utf-8")), dict(pictures))
 
 
 def evaluate_autoencoder(model: UnifiedLatents, dataset: Dataset, config: Config) -> dict[str, Any]:
@@ -425,7 +425,7 @@ def _continuation(continued: Images, originals: Images, given: int) -> dict[str,
     wanted = originals[:, after]
     repeated = np.broadcast_to(originals[:, given - 1 : given], wanted.shape)
     own, other = (psnr(to_float(each), to_float(wanted)) for each in (continued[:, after], repeated))
-    return {"psnr": mean(own), "psnr_of_last_frame": mean(other), "gap": mean(own - other)}
+    return {"psnr": mean(own), "psnr_of_last_frame": mean(other), "gap": _gap(own, other)}
 
 
 def _swap(swapped: Images, originals: Images) -> dict[str, Any]:
@@ -433,7 +433,13 @@ def _swap(swapped: Images, originals: Images) -> dict[str, Any]:
     count = len(swapped)
     own = psnr(to_float(swapped), to_float(np.roll(originals, 1, axis=0)[:count]))
     other = psnr(to_float(swapped), to_float(originals[:count]))
-    return {"psnr_to_the_latents_image": mean(own), "psnr_to_the_other": mean(other), "gap": mean(own - other)}
+    return {"psnr_to_the_latents_image": mean(own), "psnr_to_the_other": mean(other), "gap": _gap(own, other)}
+
+
+def _gap(own: PerExample, other: PerExample) -> Metric:
+    """Of PSNRs, in dB; none where both are infinite."""
+    one, two = np.asarray(own), np.asarray(other)
+    return mean(np.subtract(one, two, out=np.zeros_like(one), where=one != two))
 
 
 def _said(name: str, told: Told) -> dict[str, np.ndarray]:

@@ -229,8 +229,11 @@ def moving_sheet(*stacked: UInt8[np.ndarray, "n t h w 3"]) -> UInt8[np.ndarray, 
 
 
 def write_png(path: Path, image: Picture) -> None:
+    """Aside first, and renamed when whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(png(image))
+    aside = path.with_name(f"{path.name}.aside")
+    aside.write_bytes(png(image))
+    aside.replace(path)
 
 
 def zoom_for(height: int) -> int:

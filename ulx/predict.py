@@ -5,22 +5,23 @@
     python -m ulx.predict runs/kinetics600 --num 2048 --out predicted
     python -m ulx.metrics predicted/originals predicted/clips --given 5  FVD, given frames included; PSNR without them
 
-Clip i of a seed is the same whatever --batch-size. Written to --out, as animated PNGs: `clips/` and `originals/`, the
-same names in both; sheets of the first of them, originals above, given frames marked, one as strips and one that moves;
-and a JSON file with all settings and, frame by frame, the PSNR of the continuations and of the last given frame in
-their place, in dB: means over clips with their standard errors.
+A clip of a seed is the same whatever --num and --batch-size. Written to --out, as animated PNGs: `clips/` and
+`originals/`, the same names in both; sheets of the first of them, originals above, given frames marked, one as strips
+and one that moves; and a JSON file with all settings and, frame by frame, the PSNR of the continuations and of the last
+given frame in their place, in dB: means over clips with their standard errors.
 """
 
 import dataclasses
-import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
-from ulx import run_folder, runs
+from ulx import runs
 from ulx.command_line import parse_arguments, run_command
 from ulx.data import open_dataset
 from ulx.data.pixels import to_float, to_uint8
@@ -28,7 +29,7 @@ from ulx.evaluation_data import told_of
 from ulx.generate import extend, in_batches
 from ulx.image_files import STRIPS, claim, contact_sheet, film_strips, framed, moving_sheet, write_png
 from ulx.metrics.copies import spread_over
-from ulx.metrics.entries import mean
+from ulx.metrics.entries import as_json, mean
 from ulx.metrics.images import psnr
 from ulx.nn.conditions import Conditions
 from ulx.progress import Progress
@@ -53,6 +54,8 @@ class Options:
     ema: float | None = None
     """Width σ_rel of the base model's average, for a run with snapshots (`posthoc_ema`); by default the moving average
     of training."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance towards the clip's class: 1 is off."""
     seed: int = 0
     """The noise follows from it."""
     batch_size: int | None = None
@@ -65,6 +68,8 @@ class Options:
         for name in ("num", "batch_size", "frames"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale must be a finite number, got {self.guidance_scale}")
 
 
 def predict(options: Options) -> Path:
@@ -83,7 +88,8 @@ def predict(options: Options) -> Path:
     length = options.frames or data.frames
     if length <= given:
         raise ValueError(f"frames must be above the {given} that {options.run} is given, got {length}")
-    run_folder.check_data(run.path, open_dataset(data))
+    run.check_guidance(options.guidance_scale)
+    run.check_data(open_dataset(data))
     held_out = open_dataset(dataclasses.replace(data, frames=length)).validation
     if options.num > len(held_out):
         raise ValueError(f"num must be at most the {len(held_out)} held-out clips of {data.source}, got {options.num}")
@@ -95,14 +101,23 @@ def predict(options: Options) -> Path:
     wanted = [f"{folder}/{name}" for folder in ("clips", "originals") for name in names]
     claim(out, [*wanted, *sheets, f"{stem}.json"], options.overwrite)
 
-    text = run.open_text() if base.conditions.text_channels else None
-    told, config = told_of(held_out, rows, base.conditions, text), options.sample.over(run.config.sample)
+    told, config = told_of(held_out, rows, base.conditions, None), options.sample.over(run.config.sample)
+    key, numbers = root_key(options.seed, "predict"), np.array(rows)
 
     def continued(
-        first: UInt8[Array, "b _t h w 3"], told: Any, *, keys: Key[Array, " b"]
+        first: UInt8[Array, "b _t h w 3"], told: Any, row: Int[Array, " b"], **_: Any
     ) -> UInt8[Array, "b _length h w 3"]:
-        conditions = Conditions(told.label, told.captions)
-        clips = extend(run.model, base, to_float(first), length, config, given=given, keys=keys, conditions=conditions)
+        clips = extend(
+            run.model,
+            base,
+            to_float(first),
+            length,
+            config,
+            given=given,
+            keys=jax.vmap(jax.random.fold_in, (None, 0))(key, row),
+            conditions=Conditions(told.label),
+            guidance_scale=options.guidance_scale,
+        )
         return to_uint8(clips)
 
     size, shown, decibels = min(options.batch_size or run.config.evaluate.batch_size, options.num), [], []
@@ -110,8 +125,9 @@ def predict(options: Options) -> Path:
         for begin in range(0, options.num, size):  # written as they come: an interruption loses one batch
             part = slice(begin, min(begin + size, options.num))
             originals = np.stack([held_out[row]["image"] for row in rows[part]])
-            key = root_key(options.seed, "predict")
-            clips = in_batches(continued, originals[:, :given], told[part], batch_size=size, key=key, start=begin)
+            clips = in_batches(
+                continued, originals[:, :given], told[part], numbers[part], batch_size=size, key=key, start=begin
+            )
             for name, clip, original in zip(names[part], clips, originals, strict=True):
                 write_png(out / "clips" / name, clip)
                 write_png(out / "originals" / name, original)
@@ -130,12 +146,12 @@ def predict(options: Options) -> Path:
         "weights": run.weights,
         "data": {"source": data.source, "frames": length, "given": given, "window": data.frames},
         "seed": options.seed,
-        "sampler": dataclasses.asdict(config),
+        "sampler": dataclasses.asdict(config) | {"guidance_scale": options.guidance_scale},
         "psnr_by_frame": [mean(decibels) for decibels in own.T],
         "psnr_of_last_frame_by_frame": [mean(decibels) for decibels in repeated.T],
         "files": names,
     }
-    (out / f"{stem}.json").write_text(json.dumps(facts, indent=2) + "\n")
+    (out / f"{stem}.json").write_text(as_json(facts), "utf-8")
     print(f"{options.num} clips continued from {given} to {length} frames -> {out}")
     print(f"PSNR of frames {given} to {length - 1}: {_listed(own)} dB")
     print(f"of frame {given - 1} in their place: {_listed(repeated)} dB")
@@ -151,7 +167,7 @@ def _decibels(clips: Clips, originals: Clips, given: int) -> Float[np.ndarray, "
 
 
 def _listed(decibels: Float[np.ndarray, "n _later"]) -> str:
-    return " ".join(f"{value:.1f}" for value in decibels.mean(axis=0))
+    return " ".join(f"{mean(frame)['value']:.1f}" for frame in decibels.T)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -14,7 +14,6 @@ PSNR and the rate, and pictures of both.
 """
 
 import dataclasses
-import json
 import math
 import tempfile
 from collections.abc import Callable, Sequence
@@ -40,7 +39,7 @@ from ulx.generate import in_batches, sample_latents
 from ulx.guard import Guard
 from ulx.image_files import claim, contact_sheet, write_png
 from ulx.metrics import compare, efficientnet
-from ulx.metrics.entries import frechet, mean, plus_minus
+from ulx.metrics.entries import as_json, frechet, mean, plus_minus
 from ulx.metrics.features import features
 from ulx.metrics.frechet import Moments
 from ulx.metrics.images import psnr
@@ -310,7 +309,7 @@ def run(options: Options) -> dict[str, Any]:
     write_png(out / "samples.png", contact_sheet(pictures["samples"][:64]))
     pairs = (pictures[name][:count] for name in ("originals", "reconstructions"))
     write_png(out / "reconstructions.png", contact_sheet(*pairs))
-    (out / "card.json").write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    (out / "card.json").write_text(as_json(card), "utf-8")
     for name, metric in metrics.items():
         print(f"{name:<28}{plus_minus(metric)}")
     print(f"-> {out}")

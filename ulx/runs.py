@@ -12,6 +12,7 @@ import equinox as eqx
 
 from ulx.checkpoint import Checkpoints
 from ulx.config import Config, TrainConfig, from_json
+from ulx.data.source import Dataset
 from ulx.decoders import DiffusionDecoder
 from ulx.denoiser import Denoiser
 from ulx.ema import gamma_of
@@ -93,6 +94,8 @@ class Run:
     """Which average they are, in words."""
     text: Mapping[str, Any] | None = None
     """What embedded the captions that it was trained on: `definition` and `channels`."""
+    fingerprint: str = ""
+    """Of the data set that it was trained on."""
 
     @property
     def folder(self) -> Path:
@@ -118,6 +121,22 @@ class Run:
                 f"{self.path} was trained on captions embedded by {known}, and the encoder here is {found}"
             )
         return encoder
+
+    def check_data(self, dataset: Dataset) -> None:
+        """Raises ValueError for other data than it was trained on."""
+        if dataset.fingerprint != self.fingerprint:
+            raise ValueError(
+                f"{self.path} was trained on other data than {dataset.name} is now, and what it was not shown is not "
+                "known: restore the data"
+            )
+
+    def check_guidance(self, scale: float) -> None:
+        """Raises ValueError where there is nothing to move away from."""
+        if scale != 1 and self.config.label_dropout == 0:
+            raise ValueError(
+                f"{self.path} was trained with label_dropout=0, so its base model has no prediction without a label to "
+                "move away from: sample it with --guidance-scale 1"
+            )
 
     def refuse_clips(self, what: str) -> None:
         """Raises ValueError for a run on clips, which `what` does not know."""
@@ -158,7 +177,7 @@ def load(path: str | Path, *, ema: float | None = None, stage: Stage = "stage2",
             raise FileNotFoundError(f"{path} is not a run: it has no {file}")
     config = read_config(path)
     data = read_data(path)
-    classes, text, known = tuple(data["class_names"]), data.get("text"), spec_in(data)
+    classes, text, known, fingerprint = tuple(data["class_names"]), data.get("text"), spec_in(data), data["fingerprint"]
     if (ema is not None or best) and stage not in config.stages:
         raise ValueError(f"{path} has no {stage} to choose weights of: it trained {', '.join(config.stages)}")
     weights = "EMA" if ema is None else f"EMA; {stage}: sigma_rel {ema:g}"
@@ -168,15 +187,15 @@ def load(path: str | Path, *, ema: float | None = None, stage: Stage = "stage2",
     model, steps = autoencoder(path, config, known, width)
     if config.single_stage:
         assert isinstance(model.prior, Denoiser)
-        return Run(path, config, classes, model, model.prior, (steps, 0), weights, text)
+        return Run(path, config, classes, model, model.prior, (steps, 0), weights, text, fingerprint)
     if width and stage == "stage1":
-        return Run(path, config, classes, model, None, (steps, 0), weights, text)
+        return Run(path, config, classes, model, None, (steps, 0), weights, text, fingerprint)
     base, base_steps = None, 0
     if latest(path, "stage2") is not None:
         base, base_steps = _averaged(path, "stage2", stage2_state(config, model, known), config, width)
     elif stage in width:
         raise FileNotFoundError(f"{path} has no base model yet: finish stage 2 first (--resume)")
-    return Run(path, config, classes, model, base, (steps, base_steps), weights, text)
+    return Run(path, config, classes, model, base, (steps, base_steps), weights, text, fingerprint)
 
 
 def parts(model: UnifiedLatents, base: Denoiser | None) -> dict[str, Any]:
@@ -200,7 +219,9 @@ def _from_file(path: Path) -> Run:
     where = lambda m: (m.encoder, m.prior, m.decoder)  # noqa: E731
     model = eqx.tree_at(where, model, tuple(filled[name] for name in ("encoder", "prior", "decoder")))
     base = model.prior if config.single_stage else filled.get("base")
-    return Run(path, config, classes, model, base, (steps, base_steps), file.facts["weights"], text)
+    return Run(
+        path, config, classes, model, base, (steps, base_steps), file.facts["weights"], text, data["fingerprint"]
+    )
 
 
 def autoencoder(

@@ -130,11 +130,7 @@ def sample(options: Options) -> Path:
         raise FileNotFoundError(
             f"{options.run} has no base model: finish stage 2 first (--resume), or sample the raw prior with --prior"
         )
-    if options.guidance_scale != 1 and run.config.label_dropout == 0:
-        raise ValueError(
-            f"{options.run} was trained with label_dropout=0, so its base model has no prediction without a label to "
-            "move away from: sample it with --guidance-scale 1"
-        )
+    run.check_guidance(options.guidance_scale)
     given = run.config.model.given_frames
     if options.frames is not None and (options.prior or not given):
         raise ValueError(f"--frames needs a base model that can be given frames, and {options.run} has none to sample")
@@ -149,7 +145,7 @@ def sample(options: Options) -> Path:
     def images(
         index: Int[Array, " b"], told: Any, *, keys: Key[Array, " b"]
     ) -> tuple[UInt8[Array, "b *space c"], Int32[np.ndarray, "b 2"]]:
-        latent_keys, decoder_keys = split_keys(keys, 2)
+        latent_keys, decoder_keys, later_keys = split_keys(keys, 3)
         conditions = Conditions(told.label, told.captions)
         latents = sample_latents(
             denoiser,
@@ -169,7 +165,7 @@ def sample(options: Options) -> Path:
                 options.frames,
                 config,
                 given=given,
-                keys=keys,
+                keys=later_keys,
                 conditions=conditions,
                 guidance_scale=options.guidance_scale,
             )

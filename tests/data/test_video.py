@@ -219,12 +219,22 @@ def test_what_cannot_be_read_says_why(tmp_path, damage):
         read_clip(path, Clip(40), 16)
 
 
-def test_an_animation_that_is_cut_off(tmp_path):
+@pytest.mark.parametrize("name", ["a.webp", "a.png"])
+def test_an_animation_that_is_cut_off(tmp_path, name):
     first, *others = map(Image.fromarray, noise(4, 64, 64))
-    first.save(tmp_path / "a.webp", save_all=True, append_images=others, lossless=True)
-    (tmp_path / "a.webp").write_bytes((tmp_path / "a.webp").read_bytes()[:20_000])
+    first.save(tmp_path / name, save_all=True, append_images=others, lossless=True)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:20_000])
     with pytest.raises(UnreadableError):
-        decoded(tmp_path / "a.webp")
+        decoded(tmp_path / name)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_picture_for_those_who_know_no_animation_is_no_frame(tmp_path, count):
+    expected = noise(count, 16, 16)
+    options = {"default_image": True, "append_images": list(map(Image.fromarray, expected))}
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png", save_all=True, **options)
+    np.testing.assert_array_equal(decoded(tmp_path / "a.png"), expected)
+    assert find_videos(tmp_path) == (["a.png"] if count > 1 else [])
 
 
 def test_a_playlist_under_a_video_s_name_is_not_followed_to_another_machine(tmp_path):
@@ -251,8 +261,10 @@ def test_find_videos(tmp_path):
     for name in ("moving.gif", "d/moving.webp", "moving.png"):
         still.save(tmp_path / name, save_all=True, append_images=moving)
     still.save(tmp_path / "still.png")
-    # An empty PNG is an image, if anything.
-    assert find_videos(tmp_path) == ["a.MP4", "d/b.mkv", "d/moving.webp", "moving.gif", "moving.png"]
+    # An empty PNG is what the other PNGs are.
+    assert find_videos(tmp_path) == ["a.MP4", "c.png", "d/b.mkv", "d/moving.webp", "moving.gif", "moving.png"]
+    (tmp_path / "moving.png").unlink()
+    assert find_videos(tmp_path) == ["a.MP4", "d/b.mkv", "d/moving.webp", "moving.gif"]
     (tmp_path / "d" / "e.gif").write_bytes(b"GIF")
     with pytest.raises(ValueError, match=r"d/e\.gif cannot be read \(is no image that Pillow knows\): repair"):
         find_videos(tmp_path)

@@ -15,6 +15,7 @@ from ulx.data.image import read_image
 from ulx.image_files import ImageFolder, write_png
 from ulx.metrics import __main__ as command
 from ulx.metrics import compare, efficientnet, inception, lpips
+from ulx.metrics.entries import as_json
 from ulx.metrics.frechet import Moments, frechet_distance
 from ulx.metrics.kernel import kernel_distance
 from ulx.metrics.manifold import precision_recall
@@ -135,7 +136,7 @@ def test_pairs_go_by_name_and_not_by_order(tmp_path, originals):
     assert card["metrics"]["psnr"]["value"] == math.inf
     assert card["metrics"]["ssim"]["value"] == pytest.approx(1, abs=1e-6)
     assert "inf dB" in command.table(card)
-    assert command._json(card)["metrics"]["psnr"]["value"] is None
+    assert json.loads(as_json(card))["metrics"]["psnr"]["value"] is None
     (tmp_path / "b" / "e.webp").rename(tmp_path / "b" / "f.webp")
     assert "psnr" in compare.compare(tmp_path / "a", tmp_path / "b")["left_out"]
 
@@ -213,7 +214,7 @@ def test_few_or_small_images_leave_something_out(folders):
     (a / "2.png").unlink()
     (b / "2.png").unlink()
     two = compare.compare(a, b)
-    assert command._json(two)["metrics"]["kd_efflite0"]["standard_error"] is None
+    assert json.loads(as_json(two))["metrics"]["kd_efflite0"]["standard_error"] is None
 
 
 def test_what_cannot_be_compared_is_named(folders, tmp_path, capsys):

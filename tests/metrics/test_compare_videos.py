@@ -170,12 +170,18 @@ def test_lpips_is_of_frames(folders, monkeypatch):
     assert small == {"ssim": "its window has 11×11 pixels, the videos are smaller"}
 
 
-def test_equal_frames_have_an_infinite_psnr(folders, originals):
+def test_clips_with_equal_frames_are_counted_and_left_out(folders, originals):
+    """Of PSNR, whose mean they would make infinite."""
     _, b = folders
     brighter = originals[0] + SHIFTS[:, None, None, None].astype(np.uint8)
     brighter[5] = originals[0, 5]
     write_video(b / "0.mp4", brighter)
-    assert compare.compare(*folders)["metrics"]["psnr"]["value"] == math.inf
+    card = compare.compare(*folders)
+    psnr = card["metrics"]["psnr"]
+    assert psnr["value"] == pytest.approx(np.mean(20 * np.log10(255 / SHIFTS[:16])), abs=1e-4)
+    assert (psnr["n_pairs"], psnr["infinite"]) == (COUNT, 1)
+    assert "infinite" not in card["metrics"]["ssim"]
+    assert re.search(r"^psnr .*\(and 1 infinite\) dB$", command.table(card), re.M)
 
 
 def test_pairs_leave_given_frames_out(folders, originals, tmp_path, capsys):

@@ -1,7 +1,8 @@
 """Video files, read a frame at a time: upright, on white, as RGB.
 
 Video files are decoded by PyAV (FFmpeg's libraries; `pip install "ulx[video]"`), GIFs and animated WebPs and PNGs by
-Pillow, by which their first frame is the same as where they are read as an image.
+Pillow, by which their first frame is the same as where they are read as an image (but for a PNG's picture for readers
+that know no animation, which is none of its frames).
 
 Where implementations go apart:
 
@@ -17,6 +18,7 @@ Where implementations go apart:
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -80,7 +82,10 @@ def find_videos(folder: Path) -> list[str]:
     Raises ValueError for a GIF or a WebP that cannot be read, naming it.
     """
     found = find_files(folder, SUFFIXES + ANIMATIONS)
-    return [name for name in found if not _is_animation(name) or _moves(folder / name)]
+    moving = {name: _moves(folder / name) for name in found if _is_animation(name)}
+    # A PNG that cannot be read is what the others are: whoever reads it says what ails it.
+    among_clips = any(moves for name, moves in moving.items() if name.lower().endswith(PNG))
+    return [name for name in found if (among_clips if (moves := moving.get(name, True)) is None else moves)]
 
 
 def frames(path: Path) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
@@ -154,14 +159,16 @@ def _is_animation(name: str) -> bool:
     return name.lower().endswith(ANIMATIONS)
 
 
-def _moves(path: Path) -> bool:
+def _moves(path: Path) -> bool | None:
+    """None of a PNG that cannot be read."""
     image_module = optional("PIL.Image")
     try:
         with image_module.open(path) as opened:
-            return getattr(opened, "is_animated", False)
+            frames = opened.n_frames - 1 if _has_another_picture(opened) else 2
+            return getattr(opened, "is_animated", False) and frames > 1
     except Exception as error:
-        if path.name.lower().endswith(PNG):  # as good as never a clip: whoever reads images says what ails it
-            return False
+        if path.name.lower().endswith(PNG):
+            return None
         raise ValueError(f"{path} cannot be read ({reason_of(path, error)}): repair or remove it") from error
 
 
@@ -174,8 +181,14 @@ def pictures(path: Path) -> Generator[Picture, None, None]:
 
 def _of_animation(path: Path, image_module: Any, sequence_module: Any) -> Generator[Picture, None, None]:
     with image_module.open(path) as opened:
-        for image in sequence_module.Iterator(opened):
+        first = int(_has_another_picture(opened))
+        for image in itertools.islice(sequence_module.Iterator(opened), first, None):
             yield functools.partial(upright_rgb, image)
+
+
+def _has_another_picture(opened: Any) -> bool:
+    """Whether Pillow counts as the first frame what a PNG shows to readers that know no animation."""
+    return getattr(opened, "default_image", False)
 
 
 def _of_video(path: Path, av: Any) -> Generator[Picture, None, None]:

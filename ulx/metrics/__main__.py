@@ -20,8 +20,6 @@ pixels, how examples were prepared, the version of ulx. Contact sheets written b
 """
 
 import dataclasses
-import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from ulx.command_line import parse_arguments, run_command
 from ulx.data.video import Clip
 from ulx.metrics import inception
 from ulx.metrics.compare import compare
-from ulx.metrics.entries import plus_minus
+from ulx.metrics.entries import as_json, plus_minus
 from ulx.metrics.inception import Resize
 
 __all__ = ["Options", "main", "table"]
@@ -94,7 +92,7 @@ def run(options: Options) -> dict[str, Any]:
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         aside = out.with_name(f"{out.name}.aside")
-        aside.write_text(json.dumps(_json(card), indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+        aside.write_text(as_json(card), "utf-8")
         aside.replace(out)
         print(f"-> {out}")
     return card
@@ -123,13 +121,6 @@ def table(card: dict[str, Any]) -> str:
         names = [name for name, why in card["left_out"].items() if why == reason]
         lines.append(f"without {' and '.join(names)}: {reason}")
     return "\n".join(lines)
-
-
-def _json(value: Any) -> Any:
-    """JSON has no infinity and no NaN: null."""
-    if isinstance(value, dict):
-        return {name: _json(item) for name, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def main(args: Sequence[str] | None = None) -> None:

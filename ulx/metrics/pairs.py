@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Callable
 from pathlib import PurePosixPath
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -12,6 +11,7 @@ from jaxtyping import Array, Float
 
 from ulx.data.pixels import to_float
 from ulx.metrics import lpips
+from ulx.metrics.entries import Metric, mean
 from ulx.metrics.examples import Examples
 from ulx.metrics.images import SSIM_WINDOW, psnr, ssim
 from ulx.progress import Progress
@@ -19,8 +19,8 @@ from ulx.progress import Progress
 __all__ = ["SSIM", "PairMeasure", "errors", "measures", "namesakes"]
 
 AVERAGED = {
-    "image": ("of each pair of one name", "mean over pairs", "pair"),
-    "video": ("of each frame of a pair of one name", "mean over its frames, then over pairs", "frame"),
+    "image": ("of each pair of one name", "mean over pairs", "equal pairs"),
+    "video": ("of each frame of a pair of one name", "mean over its frames, then over pairs", "those with equal ones"),
 }
 SMALLEST = {
     "ssim": (SSIM_WINDOW, "its window has"),
@@ -32,7 +32,6 @@ SSIM = f"""\
 {SSIM_WINDOW}×{SSIM_WINDOW} Gaussian window of σ 1.5 within the image, K1 0.01, K2 0.03, range 0 to 1, mean over RGB"""
 PairMeasure = Callable[..., Float[Array, " b"]]
 """measure(a, b) of two batches of images in [-1, 1]."""
-Metric = dict[str, Any]
 
 
 def measures(with_lpips: bool) -> dict[str, PairMeasure]:
@@ -91,23 +90,19 @@ def errors(
                 values[name].append(of_frames.reshape(len(part), -1).mean(axis=1))
             progress.advance(len(part))
     definitions = _definitions(a.kind, given)
-    return {
-        name: _mean(np.concatenate(parts)) | {"definition": definitions[name]} for name, parts in values.items()
-    }, left_out
+    found = {}
+    for name, parts in values.items():
+        metric = mean(np.concatenate(parts))
+        found[name] = metric | {"n_pairs": metric.pop("n"), "definition": definitions[name]}
+    return found, left_out
 
 
 def _definitions(kind: str, given: int) -> dict[str, str]:
-    each, mean, one = AVERAGED[kind]
+    each, mean, equal = AVERAGED[kind]
     if given:
         each = f"{each}, after the first {given}"
     return {
-        "psnr": f"10 log10(255²/MSE) in dB {each}, {mean}; null: infinite, from an equal {one}",
+        "psnr": f"10 log10(255²/MSE) in dB {each}, {mean}; {equal}, whose mean is infinite, are left out and counted",
         "ssim": f"structural similarity {each}, {mean}: {SSIM}",
         lpips.METRIC: f"distance {each} in VGG16's activations, {mean} ({lpips.DEFINITION})",
     }
-
-
-def _mean(values: Float[np.ndarray, " n"]) -> Metric:
-    infinite = bool(np.isinf(values).any())  # equal pairs, and the PSNR's mean with them
-    error = float("nan") if infinite else float(values.std(ddof=1) / np.sqrt(len(values)))
-    return {"value": float(values.mean()), "standard_error": error, "n_pairs": len(values)}

@@ -84,6 +84,11 @@ class Conditions(eqx.Module):
             raise ValueError("this network was built without classes (num_classes=0), but got labels")
         if self.frames is not None and spec.frames_shape is None:
             raise ValueError("this network was built to be given no frames")
+        if self.frames is not None and self.frames.shape[1:] != spec.frames_shape:
+            raise ValueError(
+                f"this network was built for given frames of shape {spec.frames_shape}, as ulx.frames.given_frames "
+                f"makes them of a whole clip, and got {self.frames.shape[1:]}"
+            )
         if self.text is not None and self.text.tokens.shape[-1] != spec.text_channels:
             built = f"for captions of {spec.text_channels} channels" if spec.text_channels else "without captions"
             raise ValueError(f"this network was built {built}, but got some of {self.text.tokens.shape[-1]}")

@@ -56,11 +56,11 @@ class Attention(eqx.Module):
     def __init__(self, channels: int, head_size: int, *, text_size: int = 0, key: Key[Array, ""]):
         if channels % head_size:
             raise ValueError(f"channels={channels} is not a multiple of head_size={head_size}")
-        qkv, out = jax.random.split(key)
+        qkv, out, of_text = jax.random.split(key, 3)
         self.qkv = Linear(channels, 3 * channels, bias=False, key=qkv)
         self.text = None
         if text_size:
-            self.text = Linear(text_size, 2 * channels, bias=False, key=jax.random.fold_in(key, 2))
+            self.text = Linear(text_size, 2 * channels, bias=False, key=of_text)
         self.out = Linear(channels, channels, key=out)
         self.query_scale = jnp.ones(head_size)
         self.key_scale = jnp.ones(head_size)

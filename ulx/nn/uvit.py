@@ -202,7 +202,10 @@ class UViT(eqx.Module):
                 f"the network reduces its grid by {total}, which does not divide {tuple(space)}: "
                 f"change the resolution, patch={config.patch}, down={config.down} or the number of stages"
             )
-        keys = iter(jax.random.split(key, 16 + len(config.conv_channels) + len(config.channels)))
+        # Parts that a network may lack have the last ones, so that the others' do not depend on them.
+        count = 20 + len(config.conv_channels) + len(config.channels)
+        *others, text_key, frames_key, history_key, context_key = jax.random.split(key, count)
+        keys = iter(others)
         widths = (*config.conv_channels, *config.channels)
         cond_size = config.channels[-1]
         patch, *downs = factors(config.patch, config.down, config.steps, rank)
@@ -216,12 +219,12 @@ class UViT(eqx.Module):
         self.text = None
         if text_size:
             channels_of_text = conditions.text_channels
-            self.text = TextInput(channels_of_text, text_size, cond_size, key=jax.random.fold_in(key, 3))
+            self.text = TextInput(channels_of_text, text_size, cond_size, key=text_key)
         self.frames = self.history = None
         if conditions.frames_shape is not None:
             size = _fitted(conditions.frames_shape, grid)
-            self.frames = Linear(size, widths[0], key=jax.random.fold_in(key, 2))
-            self.history = Linear(grid[0] * size, widths[0], bias=False, key=jax.random.fold_in(key, 4))
+            self.frames = Linear(size, widths[0], key=frames_key)
+            self.history = Linear(grid[0] * size, widths[0], bias=False, key=history_key)
         self.stages = []
         conv_downs, vit_downs = downs[: len(config.conv_channels)], downs[len(config.conv_channels) :]
         for factor, width, inner in zip(conv_downs, config.conv_channels, widths[1:], strict=False):
@@ -239,7 +242,7 @@ class UViT(eqx.Module):
             grid = shrunk(grid, factor)
         self.context_logsnr = None
         if context_logsnr:
-            self.context_logsnr = LogSNREmbedding(cond_size, key=jax.random.fold_in(key, 1))
+            self.context_logsnr = LogSNREmbedding(cond_size, key=context_key)
         self.context = None
         if context_shape is not None:
             self.context = Linear(_fitted(context_shape, grid), config.channels[0], key=next(keys))

@@ -158,7 +158,8 @@ def _estimated(term: str, metric: Metric) -> str:
 
 
 def _row(name: str, metric: Metric, measured: str) -> list[str]:
-    return [name, *rounded(metric), f"{metric['n']:,}", str(metric.get("nfe", "")), measured]
+    infinite = f" (and {metric['infinite']} infinite)" if "infinite" in metric else ""
+    return [name, *rounded(metric), f"{metric['n']:,}{infinite}", str(metric.get("nfe", "")), measured]
 
 
 def settings(config: Any, where: str = "") -> list[list[str]]:
