@@ -14,8 +14,7 @@ RESULTS = Path(__file__).parent / "results"
 HEADER = """\
 Counted by `python benchmarks/architectures.py` from the shapes of `ulx.presets.PAPER`, for one example. A multiply and
 an add are two FLOPs; linear projections, convolutions and attention products count; training is 3 × forward. `paper`:
-forward GFLOPs of the base model where the paper names them. The text-to-image bases are counted without text, which is
-not built yet.
+forward GFLOPs of the base model where the paper names them. The text-to-image bases are counted without text.
 
 | preset | example | latent | network | channels | parameters (M) | forward GFLOPs | training GFLOPs | paper |
 |---|---|---|---|---|---|---|---|---|

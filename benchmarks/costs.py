@@ -3,7 +3,8 @@
     python benchmarks/costs.py
 
 Reads the `speed*.json` of the results folder and leaves costs.md there. The last column is what a stage would take at
-the measured rate up to the end of its preset's training, in examples seen.
+the measured rate up to the end of its preset's training, in examples seen; stage 2 as the preset does it, with
+latents that are kept or encoded batch by batch.
 """
 
 import dataclasses
@@ -40,7 +41,7 @@ def length(seconds: float) -> str:
 
 def rows(found: dict[str, Any]) -> Iterator[list[str]]:
     preset = importlib.import_module(found["experiment"]).PRESETS[found["preset"]]
-    trains = {"stage1": preset.train, "stage2": preset.train_base, "stage2_online": preset.train_base}
+    trains = {"stage1": preset.train, "stage2" if preset.cache_latents else "stage2_online": preset.train_base}
     hardware = found["machine"] if found["device"] == "cpu" else found["device"]
     for name, work in found["work"].items():
         ours, train = work["ulx"], trains.get(name)

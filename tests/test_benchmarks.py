@@ -310,6 +310,9 @@ def test_speed_measures_what_is_asked(monkeypatch, capsys, tmp_path):
     row = next(line for line in page.splitlines() if "| stage2 |" in line)
     assert row.endswith(f"| {costs.length(hours * 3600)} |")
     assert "| sample, 3 steps |" in page
+    # A preset that encodes batch by batch does not train as fast as kept latents would allow.
+    online = found | {"experiment": "kinetics600", "work": {"stage2_online": found["work"]["stage2"]} | found["work"]}
+    assert [bool(row[-1]) for row in costs.rows(online)] == [True, False, False]
 
 
 def test_a_spacing_is_tuned_against_the_fine_solution(finished_run, monkeypatch, capsys, tmp_path):

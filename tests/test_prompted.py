@@ -326,6 +326,10 @@ def test_what_the_encoder_s_file_lacks_is_said_before_anything_is_made(config, r
     assert not (Path(config.runs) / "lacking").exists()
     with pytest.raises(ValueError, match="guidance_sweep must hold finite numbers"):
         dataclasses.replace(config.evaluate, guidance_sweep=(1.0, float("nan")))
+    with pytest.raises(ValueError, match="a prompt is empty"):
+        dataclasses.replace(config.evaluate, prompts=("a red heart", " "))
+    with pytest.raises(ValueError, match="a prompt is empty"):
+        sample.Options(config.path, prompt=("",))
 
 
 def test_prompts_are_embedded_when_they_are_asked_for():

@@ -20,7 +20,7 @@ from ulx.models import ModelConfig
 from ulx.precision import Dtype
 from ulx.rate_control import RateConfig, log_excess
 from ulx.samplers import Solver, check_inverse_rho, check_solver
-from ulx.text.examples import TextConfig
+from ulx.text.examples import TextConfig, check_prompts
 
 __all__ = [
     "Config",
@@ -80,7 +80,7 @@ class TrainConfig:
     dtype: Dtype = "float32"
     """What the networks compute in. Weights, losses, schedules and the average stay in float32."""
     log_every: int = 20
-    """Steps between two lines of metrics.jsonl."""
+    """Steps between two lines of the stage's log, stage1.jsonl say."""
     save_every: int = 250
     """Steps between two checkpoints; the last step and an interrupt save too."""
     keep_best: bool = False
@@ -130,7 +130,8 @@ class SampleConfig:
     """1/ρ of the steps' spacing (`ulx.samplers.logsnr_grid`): 0 is even in λ, EDM's ρ = 7 is 1/7; below 0 steps are
     shorter where there is little noise. benchmarks/tune_grid.py finds it for a run."""
     guidance_scale: float = 2.0
-    """Classifier-free guidance of the guided samples; 1 is off. Reported distances are without guidance."""
+    """Classifier-free guidance of the guided samples; 1 is off. Reported distances are without guidance, but
+    for those by guidance scale of runs with captions."""
     guidance_interval: tuple[float, float] | None = None
     """Guide only between these two log-SNRs, which spares calls elsewhere; by default everywhere."""
     decoder_num_steps: int = 16
@@ -185,6 +186,7 @@ class EvaluateConfig:
     """Of a run with captions, guidance scales at which samples' alignment and distance are measured, besides 1."""
 
     def __post_init__(self):
+        check_prompts(self.prompts)
         if not all(map(math.isfinite, self.guidance_sweep)):
             raise ValueError(f"guidance_sweep must hold finite numbers, got {self.guidance_sweep}")
         if self.flow_images < 0:

@@ -61,18 +61,19 @@ TRAINING, HELD_OUT = "training images", "held-out images"
 """What numbers are measured against; all others than distances are measured on held-out images."""
 DEFINITIONS = {
     "bits_per_pixel": "the prior's bound L_z on KL[q(z_0|x) ‖ p(z_0)] with w = 1: its diffusion loss, the terminal KL "
-    "and the encoder's term, over height · width · ln 2; mean over images",
+    "and the encoder's term, over {pixels} · ln 2; mean over images",
     "bits_per_latent_dim": "the same per dimension of the latent",
     "bits_per_pixel_base": "the same bound with the base model in the prior's place",
-    "decoder_bits_per_pixel": "L_x with w = 1, over height · width · ln 2; mean over images",
-    "psnr": "10 log10(255²/MSE) in dB of each reconstruction, mean over images",
+    "decoder_bits_per_pixel": "L_x with w = 1, over {pixels} · ln 2; mean over images",
+    "psnr": "10 log10(255²/MSE) in dB of each reconstruction, mean over images; of equal ones it is infinite: they are "
+    "left out and counted",
     "ssim": f"structural similarity of each reconstruction, mean over images: {SSIM}",
     lpips.METRIC: f"distance of each reconstruction in VGG16's activations, mean over images ({lpips.DEFINITION})",
     "psnr_of_mean_training_image": "10 log10(255²/MSE) in dB of the mean training image, mean over images",
     "swap": "PSNR in dB of decodings of another image's latent with this one's noise, mean over pairs",
     "continuation": f"PSNR in dB of the {NEXT} frames after the given ones, mean over clips: the base model's; the "
     "last given one repeated; the difference",
-    "flow": "−h(q) − log p(z_0) by the prior's probability flow, over height · width · ln 2; mean over images",
+    "flow": "−h(q) − log p(z_0) by the prior's probability flow, over {pixels} · ln 2; mean over images",
 }
 
 Images = UInt8[np.ndarray, "..."]
@@ -140,6 +141,7 @@ def evaluate(
     held_out, _ = held_out_examples(dataset, config.evaluate)
     made = _Made.by(model, base, dataset, held_out, config, text)
     sampled, network = config.sample, compared[0]
+    over = "frames · height · width" if config.data.clips else "height · width"
     references = References.of(dataset, network, config) if made.base_told.captions is not None else None
     known = {} if references is None else {network.metric: references.features}
     metrics: dict[str, Any] = {
@@ -181,7 +183,7 @@ def evaluate(
             "guidance_scale": 1.0,
             "labels": "as frequent as in the training set",
         },
-        "definitions": {name: {"definition": text} for name, text in DEFINITIONS.items()}
+        "definitions": {name: {"definition": text.format(pixels=over)} for name, text in DEFINITIONS.items()}
         | {name: entry for network in compared for name, entry in compare.definitions(network).items()},
         "references": {
             what: {"data": dataset.name, "split": split, "n": count, "fingerprint": dataset.fingerprint}

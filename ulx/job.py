@@ -181,7 +181,7 @@ def train_stage(
     """One stage: restore its newest checkpoint if there is one, train what is left."""
     train, mesh = config.train_configs[name], sharding.make_mesh(config.fsdp)
     state, frozen = sharding.place((state, frozen), mesh)
-    are_images = "image" in dataset.train[0]  # latents come mirrored already, and from memory
+    are_images = "image" in dataset.train[0]  # latents come mirrored already, and are read from shards
     batches = train_batches(
         dataset,
         batch_size=train.batch_size,

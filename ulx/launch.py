@@ -1,6 +1,6 @@
 """Start several processes of one experiment on this machine.
 
-python -m ulx.launch --processes 2 experiments/openmoji.py --name both --batch-size 64
+python -m ulx.launch --processes 2 experiments/openmoji.py --name both --train.batch-size 64
 
 What follows the script is for the script. If a process ends badly, the others are stopped and the status is its own;
 Ctrl-C and SIGTERM reach them all. Several machines: a scheduler, or in each the script with --coordinator HOST:PORT,

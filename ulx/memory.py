@@ -13,7 +13,7 @@ def keep_freed_memory() -> bool:
     """Whether this process now keeps what it frees: where the C library is glibc. Call it before threads are started.
 
     A step on a CPU takes hundreds of MiB of temporary memory and frees them. By default they go back to the system,
-    and the next step has them zeroed page by page again: without that, steps of the small presets take 0.80 to 0.95 of
+    and the next step has them zeroed page by page again: without that, steps of the small presets take 0.83 to 0.94 of
     the time (benchmarks/kept_memory.py). The process then stays as large as it ever was.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None

@@ -4,7 +4,8 @@ runs/NAME/
     config.json           every setting
     dataset.json          which data, its classes, what embedded its captions
     stage1.jsonl, stage2.jsonl, tensorboard/   metrics while training, for each stage that the run has
-    checkpoints/stage1, checkpoints/stage2
+    checkpoints/stage1, checkpoints/stage2     and decoder, likewise, if it is trained by itself
+    latents/, text/                            what stage 2 reads, and captions' embeddings: made once, read from there
     snapshots/stage1, snapshots/stage2         averages to make others of (`posthoc_ema`)
     evaluation/           metrics.json, pictures.npz
     report.html, figures/

@@ -1,7 +1,7 @@
 """Sample images from a trained run.
 
     python -m ulx.sample runs/openmoji                                         64 images, the classes in turn
-    python -m ulx.sample runs/openmoji --label animals-nature --guidance-scale 2
+    python -m ulx.sample runs/openmoji --label "Animals & Nature" --guidance-scale 2
     python -m ulx.sample runs/openmoji --num 50000 --out samples               for a distance
     python -m ulx.sample runs/openmoji --prior                                 the raw prior, for comparison
     python -m ulx.sample runs/kinetics600 --num 4 --frames 60                  clips, as animated PNGs
@@ -35,7 +35,7 @@ from ulx.progress import Progress
 from ulx.runner import Told
 from ulx.samplers import Solver
 from ulx.seeding import root_key
-from ulx.text.examples import Prompts
+from ulx.text.examples import Prompts, check_prompts
 
 __all__ = ["DecoderOptions", "Options", "SamplerOptions", "sample"]
 
@@ -115,6 +115,7 @@ class Options:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not math.isfinite(self.guidance_scale):
             raise ValueError(f"guidance_scale must be a finite number, got {self.guidance_scale}")
+        check_prompts(self.prompt)
         if self.prior and (self.label or self.prompt or self.guidance_scale != 1):
             raise ValueError(
                 "the raw prior knows no classes and captions: use --prior without --label, --prompt and "

@@ -130,7 +130,11 @@ def linear(logsnr_max: float, logsnr_min: float) -> Linear:
 
 
 def cosine(logsnr_max: float, logsnr_min: float, shift: float = 0.0) -> Cosine:
-    """The cosine schedule between two end points. Raises ValueError unless logsnr_min < logsnr_max, both finite."""
+    """The cosine schedule between two end points.
+
+    Raises ValueError unless logsnr_min < logsnr_max, both finite, and neither is so far from the shift that its angle
+    is lost in rounding.
+    """
     return Cosine(float(logsnr_max), float(logsnr_min), float(shift))
 
 

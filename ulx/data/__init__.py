@@ -1,5 +1,5 @@
-"""Data: where examples come from (`openmoji`, `moving`, `folder`, `prepared`) and what they show in words (`captions`),
-how they are kept (`cache`) and fed to a run (`pipeline`)."""
+"""Data: where examples come from (`openmoji`, `moving`, `doom`, `folder`, `prepared`) and what they show in words
+(`captions`), how they are kept (`cache`) and fed to a run (`pipeline`)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

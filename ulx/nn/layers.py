@@ -105,7 +105,7 @@ def convolve(x: Float[Array, "b *space in"], weight: Float[Array, "*kernel in ou
 def by_frames(x: Float[Array, "b t h w in"], weight: Float[Array, "k kh kw in out"]) -> Float[Array, "b t h w out"]:
     """The same, as a convolution of images whose channels are those of a frame and its neighbours in time.
 
-    XLA on a CPU takes two to three times as long, forward and backward, for one over three axes
+    XLA on a CPU takes 1.6 to 3.1 times as long, forward and backward, for one over three axes
     (benchmarks/kernels.py).
     """
     batch, frames, height, width, channels = x.shape

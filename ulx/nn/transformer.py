@@ -33,8 +33,8 @@ class BlockConfig:
     tokens lie to each other, which is what motion is (`ulx.nn.rotary`)."""
     remat: Remat = "block"
     """Recompute each block's activations in the backward pass, so that memory holds one block's at a time ("block"); or
-    keep them, and compile each block by itself ("none"): on a CPU a step takes 0.8 to 1.0 times as long, with up to
-    three times the memory and half again the compile time (benchmarks/README.md)."""
+    keep them, and compile each block by itself ("none"): on a CPU a step takes 0.81 to 0.97 times as long
+    (benchmarks/README.md), with up to three times the memory and half again the compile time."""
 
 
 class Attention(eqx.Module):

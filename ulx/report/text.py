@@ -194,8 +194,8 @@ def definitions(config: Config) -> str:
 DEFINITIONS = """
 bits/pixel, the rate
 The prior's bound L_z on what the latent z_0 costs: its diffusion loss with weight w = 1 plus the terminal KL, in nats,
-divided by height · width · ln 2. On held-out images, with EMA weights. An upper bound on KL[q(z_0|x) ‖ p(z_0)]; no file
-was written. The standard error is over images and holds the estimator's noise too.
+divided by height · width · ln 2, and by the frames of a clip. On held-out images, with EMA weights. An upper bound on
+KL[q(z_0|x) ‖ p(z_0)]; no file was written. The standard error is over images and holds the estimator's noise too.
 
 Bits per latent dimension
 The same nats per dimension of the latent. With its noise, at λ_z(0) = {logsnr_0:g}, a unit-variance Gaussian latent
@@ -203,7 +203,7 @@ carries {capacity:.2f} bits per dimension.
 
 bits/pixel under the base model
 The same latents' L_z with the base model in the prior's place, and with w = 1 whatever it was trained with: as valid a
-bound. It is asked without a label, so that no bits for the class are missing.
+bound. It is asked without a label, so that no bits for the class are missing; with one if it was never trained without.
 
 What the bits leave out
 Everything the decoder would need to restore the exact pixels. The training curve of L_x is weighted by
@@ -230,8 +230,9 @@ The Fréchet distance between Gaussians fitted to the 1,280 features of an Image
 which takes the features of InceptionV3: the two cannot be compared. Lower is better.
 
 Rank-deficient
-With N at or below the 1,280 features on either side a covariance has not full rank and the distance is far too large,
-the more so the smaller N. Such a value can be compared with others of the same N and reference, and with nothing else.
+With N at or below the number of features (1,280, of fvd 400, of fid 2,048) on either side a covariance has not full
+rank and the distance is far too large, the more so the smaller N. Such a value can be compared with others of the same
+N and reference, and with nothing else.
 
 fd_efflite0 of reconstructions and of held-out images
 Reconstructions against the same held-out originals, and, as some papers do, against the training images. Held-out
@@ -267,7 +268,8 @@ NFE
 Network evaluations for one image. A Heun step has two, a guided step twice as many. The decoder's come on top.
 
 Guidance
-Classifier-free: x̂ is moved away from the prediction without a label. 1 is off. Distances are always without guidance.
+Classifier-free: x̂ is moved away from the prediction without a label. 1 is off. Distances are without guidance,
+but for those by guidance scale of runs with captions.
 
 Copies
 A sample counts as near a training image if they are no further apart than a training image and its own reconstruction

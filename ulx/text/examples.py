@@ -27,6 +27,7 @@ __all__ = [
     "WithText",
     "captions_of",
     "channels_of",
+    "check_prompts",
     "embedded",
     "open_encoder",
     "with_text",
@@ -46,6 +47,12 @@ class TextConfig:
             raise ValueError(f"length must be at least 3, a token between its two marks, got {self.length}")
         if self.encoder != "minilm" and not self.encoder.endswith(".safetensors"):
             raise ValueError(f"encoder is minilm or the path of a .safetensors file, got {self.encoder!r}")
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Raises ValueError for one without a word: it is no caption, and not what a model was trained on without one."""
+    if not all(prompt.strip() for prompt in prompts):
+        raise ValueError(f"a prompt is empty: {list(prompts)}; to sample without a caption, give none")
 
 
 def open_encoder(config: TextConfig) -> TextEncoder:
