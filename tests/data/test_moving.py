@@ -1,12 +1,13 @@
 """Moving sprites: their path against the formula of a bouncing point, their pixels against compositing by hand."""
 
+import dataclasses
 import pickle
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ulx.data import moving
+from ulx.data import DataConfig, moving, open_dataset
 from ulx.data.moving import MovingSprites, bounced, open_moving
 from ulx.data.openmoji import render, render_sprite
 from ulx.data.pipeline import train_batches
@@ -134,6 +135,23 @@ def test_clips_go_through_the_pipeline(emoji):
     batches.close()
     assert batch["image"].shape == (4, 16, 32, 32, 3)
     assert batch["label"].dtype == np.int32
+
+
+def test_at_half_the_speed_every_second_frame_is_one_of_full_speed(emoji, tmp_path):
+    """Walls throw back at the same places, and everything else is drawn alike."""
+    config = DataConfig("moving-emoji", clips=True, speed=0.5, frames=31, cache_dir=str(tmp_path), limit=1000)
+    slow = open_dataset(config)
+    assert slow.fingerprint != open_dataset(dataclasses.replace(config, speed=1.0)).fingerprint
+    for index in range(20):
+        np.testing.assert_array_equal(slow.train[index]["image"][::2], emoji.train[index]["image"])
+
+
+def test_speeds_that_nothing_can_move_at():
+    for speed in (0.0, -1.0, 7.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="a speed above 0 and up to 6, got"):
+            open_moving("moving-emoji", speed=speed)
+    with pytest.raises(ValueError, match=r"--data\.speed 0\.5 is for moving-emoji"):
+        DataConfig("vizdoom", clips=True, speed=0.5)
 
 
 def test_its_fingerprint_knows_length_and_size(emoji, tmp_path):

@@ -44,6 +44,9 @@ class DataConfig:
     stride: int = 1
     """Every so many frames of a video are taken, whatever its rate."""
 
+    speed: float = 1.0
+    """Of what bounces about in moving-emoji and moving-digits: at 1 by 1/32 to 3/32 of the frame's side per frame."""
+
     labels: bool = True
     """Whether the classes are told to the model; else all is of one class."""
 
@@ -87,6 +90,8 @@ class DataConfig:
                 raise ValueError(f"--data.{name} {value}: must be at least 1")
         if self.stride > 1 and not (from_files and self.clips):
             raise ValueError(f"--data.stride {self.stride} is for videos in files")
+        if self.speed != 1 and self.source not in ("moving-emoji", "moving-digits"):
+            raise ValueError(f"--data.speed {self.speed} is for moving-emoji and moving-digits")
         check_resolution(self.resolution)
         if self.workers < 0:
             raise ValueError(f"--data.workers {self.workers}: must be 0 or more")
@@ -203,7 +208,12 @@ def _open(config: DataConfig) -> Dataset:
         from ulx.data.moving import open_moving
 
         return open_moving(
-            config.source, config.resolution, frames=config.frames, cache_dir=config.cache_dir, limit=config.limit
+            config.source,
+            config.resolution,
+            frames=config.frames,
+            speed=config.speed,
+            cache_dir=config.cache_dir,
+            limit=config.limit,
         )
     if config.source == "vizdoom":
         from ulx.data.doom import open_doom

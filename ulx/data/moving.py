@@ -31,7 +31,10 @@ MNIST_SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d
 SPRITES = 2
 SIZE = 7 / 16  # of a sprite, in sides of the frame: 28 pixels of 64, as in Moving MNIST
 SPEED = (1 / 32, 3 / 32)
-"""Sides of the frame per frame of time, drawn from between these: 1 to 3 pixels at 32."""
+"""Sides of the frame per frame of time, drawn from between these, times the speed that is asked for: 1 to 3 pixels at
+32."""
+MOST = 6.0
+"""The highest speed to ask for: a sprite crosses the frame in a frame of time."""
 
 Kind = Literal["moving-emoji", "moving-digits"]
 Sprites = UInt8[np.ndarray, "_n s s 4"]
@@ -50,6 +53,8 @@ class MovingSprites:
     """With the index of a clip, all that it is drawn from."""
     grounds: bool
     """Whether clips have grounds of their own, plain or textured; else black."""
+    speed: float = 1.0
+    """Times `SPEED`."""
 
     def __len__(self) -> int:
         return self.length
@@ -62,7 +67,7 @@ class MovingSprites:
         clip = np.broadcast_to(ground, (self.frames, *ground.shape)).copy()
         room = self.resolution - self.sprites.shape[1]
         for sprite in self.sprites[rng.choice(len(self.sprites), SPRITES, replace=len(self.sprites) < SPRITES)]:
-            angle, speed = rng.uniform(0, 2 * np.pi), rng.uniform(*SPEED) * self.resolution
+            angle, speed = rng.uniform(0, 2 * np.pi), rng.uniform(*SPEED) * self.speed * self.resolution
             velocity = speed * np.array([np.sin(angle), np.cos(angle)])
             places = bounced(rng.uniform(0, room, 2) + np.arange(self.frames)[:, None] * velocity, room)
             for frame, (top, left) in zip(clip, places, strict=True):
@@ -100,16 +105,24 @@ def _ground(rng: np.random.Generator, resolution: int) -> Float[np.ndarray, "h w
 
 
 def open_moving(
-    kind: Kind, resolution: int = 32, *, frames: int = 16, cache_dir: str | None = None, limit: int | None = None
+    kind: Kind,
+    resolution: int = 32,
+    *,
+    frames: int = 16,
+    speed: float = 1.0,
+    cache_dir: str | None = None,
+    limit: int | None = None,
 ) -> Dataset:
     """The data set; its sprites are drawn into the cache first if they are not there.
 
-    `limit` clips in all, in the splits' own proportion.
-    Raises `ValueError` (a size out of range), `ImportError`, `OSError` (cache).
+    Sprites move by `speed` times `SPEED`. `limit` clips in all, in the splits' own proportion.
+    Raises `ValueError` (a size or a speed out of range), `ImportError`, `OSError` (cache).
     """
     check_resolution(resolution)
     if frames < 1:
         raise ValueError(f"a clip has at least one frame, got frames={frames}")
+    if not 0 < speed <= MOST:
+        raise ValueError(f"sprites move at a speed above 0 and up to {MOST:g}, got {speed}")
     side = round(SIZE * resolution)
     if kind == "moving-emoji":
         train, validation, of_sprites = _emoji(side, cache_dir)
@@ -118,10 +131,10 @@ def open_moving(
     lengths = clip_counts(limit)
     splits = []
     for number, (sprites, length) in enumerate(zip((train, validation), lengths, strict=True)):
-        source = MovingSprites(sprites, frames, resolution, length, (number,), grounds=kind == "moving-emoji")
+        source = MovingSprites(sprites, frames, resolution, length, (number,), kind == "moving-emoji", speed)
         names = tuple(f"{number}-{index:05d}" for index in range(length))
         splits.append(Split(source, names, np.zeros(length, np.int32)))
-    facts = [VERSION, kind, resolution, frames, lengths, SPRITES, SIZE, SPEED, of_sprites]
+    facts = [VERSION, kind, resolution, frames, lengths, SPRITES, SIZE, [speed * end for end in SPEED], of_sprites]
     return Dataset(
         name=kind,
         resolution=resolution,
