@@ -12,7 +12,7 @@ import pytest
 
 from ulx import dry_run, job, runs
 from ulx.command_line import experiment
-from ulx.cost import num_parameters
+from ulx.cost import network_costs, num_parameters
 from ulx.nn.conditions import ConditionSpec
 from ulx.sharding import bytes_per_device
 from ulx.variants import VARIANTS
@@ -41,6 +41,21 @@ def test_sizes_are_those_of_the_networks_that_are_trained(smoke):
         assert (int(steps), int(batch)) == (100, 16)
         assert float(count) == pytest.approx(flops[f"training_flops_{name}"], rel=0.05)
     assert "32×32×3 images from openmoji, 10 classes, latents 8×8×8" in smoke
+
+
+def test_training_flops_by_hand(small_config):
+    """3 × forward for each example of what is trained; of a frozen encoder the forward pass, if it sees every batch."""
+    model = runs.stage1_state(small_config).model
+    base = runs.stage2_state(small_config, model, ConditionSpec(num_classes=3)).model
+    one = {name: found.forward_flops for name, found in network_costs(model, base).items()}
+    examples = small_config.train.steps * small_config.train.batch_size
+    assert examples == 24
+    for cached in (True, False):
+        found = job.cost(model, base, dataclasses.replace(small_config, cache_latents=cached))
+        stage1 = 3 * (one["encoder"] + one["prior"] + one["decoder"])
+        stage2 = 3 * one["base"] + (0 if cached else one["encoder"])
+        assert found["training_flops_stage1"] == examples * stage1
+        assert found["training_flops_stage2"] == examples * stage2
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

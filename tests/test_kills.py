@@ -163,13 +163,16 @@ def moment_of(kind: str, folder: Path, rng: np.random.Generator) -> Callable[[],
     if kind == "save":
         half = lambda: any((folder / "checkpoints").glob("*/*orbax-checkpoint-tmp*"))  # noqa: E731
         return lambda: new_lines() > 0 and half()
-    # "data": between a stage's opening and its first step; "evaluation": after the second stage was found finished.
+    # "data": between a stage's opening and its first step; "evaluation": after the second stage was found finished, or
+    # when the numbers are written, with the report's plots still to come.
     stage = "stage2" if kind == "evaluation" or before["stage1"] == STEPS else "stage1"
-    until, delay = [], rng.uniform(0, 0.2 if kind == "data" else 5)
+    until, delay, measured = [], rng.uniform(0, 0.2 if kind == "data" else 0.5), rng.integers(2)
 
     def later() -> bool:
         if not has_opened(stage) or (kind == "evaluation" and lines(folder, "stage2") < STEPS):
             return False
+        if kind == "evaluation" and measured:
+            return any((folder / "evaluation").glob("*"))
         until.append(time.monotonic() + delay)
         return time.monotonic() > until[0]
 

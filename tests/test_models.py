@@ -49,8 +49,11 @@ def draws(count=4):
     return Draws(keys=keys(count), step_key=jax.random.key(9))
 
 
-def test_the_bound_is_algorithm_1(model, images):
-    """Against its terms put together from the losses, with the same three independent noises."""
+@pytest.mark.parametrize("bias", [None, 1.0])
+def test_the_bound_is_algorithm_1(small_config, images, bias):
+    """Against its terms put together from the losses, with the same three independent noises; with a bias λ_z(0) is
+    drawn (App. B), which all three terms know of."""
+    model = shaken(UnifiedLatents((16, 16, 3), dataclasses.replace(small_config.model, logsnr_0_bias=bias), key=KEY))
     times = (jnp.linspace(0.1, 0.9, 4), jnp.linspace(0.9, 0.2, 4))
     weighting = weightings.sigmoid(2.5, 1.5)
     bound, posterior = eqx.filter_jit(model.bound)(images, weighting, key=keys(), t=times)
@@ -58,11 +61,13 @@ def test_the_bound_is_algorithm_1(model, images):
     @eqx.filter_jit
     def by_hand(model):
         z_clean = model.encoder(images)
-        _, z_key, prior_key, decoder_key, _ = diffusion.split_keys(keys(), 5)
-        z_0 = losses.add_noise(z_clean, schedules.linear(5.0, -10.0), key=z_key)
-        prior = losses.prior_loss(model.prior.given(), z_clean, model.latent_schedule, key=prior_key, t=times[0])
+        _, z_key, prior_key, decoder_key, level_key = diffusion.split_keys(keys(), 5)
+        drawn, schedule = model.logsnr_0, schedules.linear(5.0, -10.0)
+        level = None if drawn is None else drawn.sample(level_key, 4)
+        z_0 = losses.add_noise(z_clean, schedule, key=z_key, logsnr_0=level)
+        prior = losses.prior_loss(model.prior.given(), z_clean, schedule, drawn, key=prior_key, t=times[0])
         decoder = losses.decoder_loss(
-            model.decoder.given(z_0), images, model.decoder.schedule, weighting, key=decoder_key, t=times[1]
+            model.decoder.given(z_0, level), images, model.decoder.schedule, weighting, key=decoder_key, t=times[1]
         )
         return z_clean, prior, decoder
 
@@ -135,6 +140,45 @@ def test_training_minimises_bits_per_pixel_of_the_sum(small_config, model, image
     )
     # One divisor for both terms: pixels · ln 2, with 16·16 pixels whatever the channels.
     assert float(value) == pytest.approx(float(jnp.mean(bound.total)) / (256 * math.log(2)), rel=1e-4)
+    spread = np.asarray(eqx.filter_jit(model.encoder)(x)).std(axis=0).mean()
+    assert float(metrics["latent_std"]) == pytest.approx(spread, rel=1e-4)
+
+
+def test_the_two_terms_draw_their_times_apart():
+    both = draws(64)
+    assert np.abs(both.times(0) - both.times(1)).min() > 1e-4
+    assert abs(np.corrcoef(both.times(0), both.times(1))[0, 1]) < 0.5  # 4 standard deviations of independent ones
+
+
+def test_training_drops_out(small_config, images):
+    """Every term of the losses: the weights do not depend on it, so that without it nothing would change."""
+    dry = small_config.model.base
+    wet = dataclasses.replace(dry, block=dataclasses.replace(dry.block, dropout=0.5))
+    batch = {"image": jnp.asarray((images + 1) * 127.5, jnp.uint8), "label": jnp.zeros(4, jnp.int32)}
+
+    def values(network):
+        sizes = dataclasses.replace(small_config.model, prior=network, decoder=network, base=network)
+        config = dataclasses.replace(small_config, model=sizes)
+        model = shaken(UnifiedLatents((16, 16, 3), sizes, key=KEY))
+        base = shaken(make_base(model, sizes, CLASSES, key=KEY))
+        _, first = eqx.filter_jit(autoencoder_loss(config))(model, None, batch, draws(), jnp.asarray(9))
+        second, _ = eqx.filter_jit(base_loss(config, 256))(base, model, batch, draws(), jnp.asarray(0))
+        return np.array([first["rate"], first["decoder"], second])
+
+    assert np.all(np.abs(values(wet) / values(dry) - 1) > 1e-4)  # float32 rounds at 1e-6
+
+
+def test_labels_are_dropped_as_often_as_it_is_set(small_config, model, images):
+    base = shaken(make_base(model, small_config.model, CLASSES, key=jax.random.key(1)))
+    z_clean, label = eqx.filter_jit(model.encoder)(images), jnp.asarray([0, 1, 2, 0])
+
+    def value(rate, label):
+        loss = eqx.filter_jit(base_loss(dataclasses.replace(small_config, label_dropout=rate), 256))
+        return float(loss(base, model, {"mean": z_clean, "label": label}, draws(), jnp.asarray(0))[0])
+
+    always, never = value(1.0, label), value(0.0, label)
+    assert always == pytest.approx(value(0.0, jnp.full(4, NO_LABEL)), rel=1e-5)
+    assert always != pytest.approx(never, rel=1e-3)
 
 
 def test_stage_2_is_the_sigmoid_weighted_loss_between_the_prior_s_ends(small_config, model, images):
@@ -224,8 +268,9 @@ def test_collapse_is_told_loudly_once_and_not_without_reason():
         warnings.simplefilter("error")
         watch(10, {"latent_std": 0.01, "rate": 0.0})  # still in the warm-up
         watch(300, {"latent_std": 0.3, "rate": 0.3})
+        watch(300, {"latent_std": 0.042, "rate": 0.1})  # half of the noise is e^(−5/2) / 2 = 0.0410
     with pytest.warns(UserWarning, match=r"THE LATENT HAS COLLAPSED at step 400.*--loss-factor"):
-        watch(400, {"latent_std": 0.02, "rate": 0.001})
+        watch(400, {"latent_std": 0.040, "rate": 0.001})
     assert watch.collapsed
     with warnings.catch_warnings():
         warnings.simplefilter("error")

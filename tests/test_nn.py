@@ -14,7 +14,7 @@ from ulx.nn.attention import attend
 from ulx.nn.conditions import NO_LABEL, Conditions, ConditionSpec
 from ulx.nn.encoder import Encoder, EncoderConfig
 from ulx.nn.resnet import ResBlock
-from ulx.nn.transformer import Attention, BlockConfig, Stack
+from ulx.nn.transformer import Attention, Block, BlockConfig, Stack
 from ulx.nn.uvit import UViT, UViTConfig
 
 CLASSES = ConditionSpec(num_classes=3)
@@ -32,6 +32,45 @@ def shaken(module, scale=0.1):
     rng = np.random.default_rng(1)
     moved = [leaf + scale * jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype) for leaf in leaves]
     return jax.tree.unflatten(tree, moved)
+
+
+def test_a_block_is_its_formula():
+    """x + g₁ attention(mod₁(norm x)), then x + g₂ mlp(mod₂(norm x)), written out but for the attention."""
+    block = shaken(Block(16, SMALL, cond_size=12, key=KEY))
+    x, cond = normal(2, 5, 16), normal(2, 12, seed=1)
+    parts = np.split(np.asarray(block.modulation(cond))[:, None], 6, axis=-1)
+    shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = parts
+    norm = lambda a: (a - a.mean(-1, keepdims=True)) / np.sqrt(a.var(-1, keepdims=True) + 1e-6)  # noqa: E731
+    y = np.asarray(x + gate_1 * block.attention(jnp.asarray(norm(np.asarray(x)) * (1 + scale_1) + shift_1)))
+    hidden = (norm(y) * (1 + scale_2) + shift_2) @ np.asarray(block.up.weight) + np.asarray(block.up.bias)
+    hidden = 0.5 * hidden * (1 + np.tanh(np.sqrt(2 / np.pi) * (hidden + 0.044715 * hidden**3)))
+    out = hidden @ np.asarray(block.down.weight) + np.asarray(block.down.bias)
+    np.testing.assert_allclose(block(x, cond), y + gate_2 * out, atol=1e-5)
+
+
+def test_a_residual_block_scales_and_shifts_by_its_conditioning():
+    block = shaken(ResBlock(2, 16, 32, cond_size=12, key=KEY))
+    assert block.modulation is not None
+    assert block.project is not None
+    x, cond = normal(2, 4, 4, 16), normal(2, 12, seed=1)
+    silu = lambda a: a / (1 + jnp.exp(-a))  # noqa: E731
+    scale, shift = jnp.split(block.modulation(silu(cond))[:, None, None], 2, axis=-1)
+    hidden = block.norm_2(block.conv_1(silu(block.norm_1(x)))) * (1 + scale) + shift
+    np.testing.assert_allclose(block(x, cond), block.conv_2(silu(hidden)) + block.project(x), atol=1e-5)
+
+
+def test_skips_are_sums():
+    """With nothing coming up from the inner level, what an outer level sends across still arrives, once."""
+    config = UViTConfig(patch=1, channels=(16, 32), blocks=(2, 1), block=SMALL)
+    net = shaken(UViT((8, 8, 3), config, key=KEY))
+    zero = lambda module: jax.tree.map(jnp.zeros_like, module)  # noqa: E731
+    net = eqx.tree_at(lambda n: n.stages[0].up, net, replace_fn=zero)
+    z, level = normal(1, 8, 8, 3), jnp.zeros(1)
+    stage, cond = net.stages[0], net.logsnr(level)
+    x = stage.go_out(stage.go_in(net.project_in(z), cond, None, None), cond, None, None)
+    scale, shift = jnp.split(net.modulation(jax.nn.silu(cond))[:, None, None], 2, axis=-1)
+    expected = net.project_out(layers.layer_norm(x) * (1 + scale) + shift)
+    np.testing.assert_allclose(net(z, level), expected, atol=1e-5)
 
 
 def test_no_two_weights_are_drawn_alike():

@@ -6,6 +6,8 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
+import jax
 import numpy as np
 import pytest
 from stand_ins import Corner, drawn
@@ -282,6 +284,11 @@ def test_a_run_is_trained_on_captions(config, replaced, monkeypatch):
     for then, now in ((before[0].decoder.denoiser, found["two"][0].decoder.denoiser), (before[1], found["two"][1])):
         for where in (lambda d: d.network.text.project.weight, lambda d: d.network.middle.blocks.attention.text.weight):
             assert np.abs(where(then) - where(now)).max() > 1e-8
+    # What was measured, and what stage 2 stood on, is the averages, which are what loads.
+    loaded = runs.load(Path(config.runs) / "two")
+    weights = lambda pair: jax.tree.leaves(eqx.filter(pair, eqx.is_array))  # noqa: E731
+    for a, b in zip(weights(found["two"]), weights((loaded.model, loaded.base)), strict=True):
+        np.testing.assert_array_equal(a, b)
     model, base = found["one"]
     assert base is model.prior
     assert base.conditions == ConditionSpec(text_channels=8)

@@ -17,7 +17,9 @@ from ulx.config import SampleConfig, TrainConfig
 from ulx.denoiser import StandardNormal
 from ulx.generate import decode, example_keys
 from ulx.metrics import efficientnet
+from ulx.nn.conditions import Conditions
 from ulx.proxy import Recipe, standardise
+from ulx.runner import latent_rate
 
 RECIPE = Recipe(
     width=24,
@@ -114,7 +116,7 @@ def test_pixels_come_back_but_for_noise_that_cannot_be_seen(small_dataset, tmp_p
         ({"encode": lambda x: x[:3]}, "the tokenizer's encode gave 3 rows for 4"),
         ({"encode": lambda x: x[:, 0, 0]}, "latents need at least one axis of positions"),
         ({"decode": lambda z, key: z[:, ::2]}, r"gave images of \(8, 16, 3\), the data has \(16, 16, 3\)"),
-        ({"rate": lambda x: np.ones((len(x), 2))}, "rate is to be nats per image"),
+        ({"rate": lambda x, key: np.ones((len(x), 2))}, "rate is to be nats per image"),
     ],
 )
 def test_a_tokenizer_s_faults_are_named(fault, message, small_dataset, monkeypatch):
@@ -135,7 +137,8 @@ def test_a_run_behind_the_protocol(trained_run, small_dataset):
     z_0 = math.sqrt(1 / (1 + math.exp(-5))) * z
     by_hand = decode(run.model, z_0, run.config.sample, keys=example_keys(KEY, 0, 4)).z
     np.testing.assert_allclose(tokenizer.decode(z, KEY), by_hand, atol=1e-4)
-    assert tokenizer.rate(x).shape == (4,)
+    rate = latent_rate(run.model, run.model.prior, jnp.asarray(x), Conditions(), example_keys(KEY, 0, 4), 16, 1).rate
+    np.testing.assert_allclose(tokenizer.rate(x, KEY), rate, rtol=1e-4)
 
 
 def test_a_run_leaves_a_card_that_can_be_compared(trained_run, small_dataset, tmp_path, monkeypatch, capsys):

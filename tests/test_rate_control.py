@@ -30,6 +30,11 @@ def controller(learning_rates=None, ema_decay=0.99, warmup_end=250, **changes) -
     )
 
 
+def averaging(limit: float, step: int) -> float:
+    """What step number `step` leaves of the average of the weights."""
+    return min(limit, step / (9 + step))
+
+
 def settled(excess: float) -> Control:
     return Control(*(jnp.asarray(excess) for _ in range(3)))
 
@@ -75,6 +80,15 @@ def test_what_is_left_counts_learning_rates_and_lags_as_the_average():
     assert found.averaged_left[999] == pytest.approx(9 * 0.5e-3, abs=1e-6)
 
 
+def test_it_averages_as_training_does():
+    found, average = controller(ema_decay=0.998), 1.0
+    for step in range(1, STEPS + 1):
+        decay = averaging(0.998, step)
+        average = decay * average + (1 - decay) * found.left[step - 1]
+        if step in (1, 300, 900):
+            assert found.averaged_left[step - 1] == pytest.approx(average, abs=1e-6)
+
+
 def test_lags_of_the_encoder_and_of_the_average():
     """After a step of λ* from 0 to 1, 1 − 1/e has been followed in a fifth of the time, and the average is behind. The
     first half of the steps, at nine times the learning rate of the rest, is 0.9 of the time."""
@@ -84,7 +98,8 @@ def test_lags_of_the_encoder_and_of_the_average():
     for step in range(1, STEPS + 1):
         control = found.lagged(step, control)
         time = 0.0018 * step if step <= 500 else 0.9 + 0.0002 * (step - 500)
-        average = 0.99 * average + 0.01 * (1 - math.exp(-time / 0.2))
+        decay = averaging(0.99, step)
+        average = decay * average + (1 - decay) * (1 - math.exp(-time / 0.2))
         if step in (111, 500, 800):
             assert float(control.followed) == pytest.approx(1 - math.exp(-time / 0.2), abs=2e-3)
             assert float(control.averaged) == pytest.approx(average, abs=2e-3)
@@ -112,7 +127,7 @@ def test_loop_closes_on_a_training_unlike_its_model(sensitivity, lag, drift, sta
         time += parts[step - 1]
         transient = 0.5 * math.exp(-20 * time)
         log_rate = math.log(start) + sensitivity * followed + transient + drift * (1 - time)
-        average += (log_rate - average) * 0.01
+        average += (log_rate - average) * (1 - averaging(0.99, step))
         control = loop.lagged(step, control)
         if loop.acts(step):
             control = loop.moved(step, control, jnp.asarray(math.exp(average)))
@@ -132,7 +147,7 @@ def test_measures_the_held_out_rate(small_config, small_dataset):
     model = runs.stage1_state(dataclasses.replace(small_config, model=model)).model
     images = held_out_images(small_dataset, 128)
     assert len(images) == len(small_dataset.validation)
-    assert len(held_out_images(small_dataset, 3)) == 3
+    np.testing.assert_array_equal(held_out_images(small_dataset, 3), images[[0, 2, 4]])  # spread over all
     x = jnp.asarray(images) / 127.5 - 1
     exact = float(model.posterior(x).normal_rate(5.0).mean()) / (256 * math.log(2))
     measured = rate_control._held_out_bits(model, x, jax.random.fold_in(KEY, 3))

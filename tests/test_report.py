@@ -165,6 +165,23 @@ class TestPage:
         assert "prefers-color-scheme: dark" in html
         assert 'name="viewport"' in html
 
+    def test_swap_flow_and_mean_image(self, metrics, small_dataset):
+        """What the stand-in gives: 10 nats by the flow where the bound has 10.5 (i + 1), on 256 pixels; and a decoder
+        that shows another image's latent, SHIFT levels off."""
+        bits = lambda nats: pytest.approx(nats / 256 / math.log(2), rel=1e-4)  # noqa: E731
+        assert metrics["flow"]["bits_per_pixel"]["value"] == bits(10)
+        assert metrics["flow"]["bound_less_flow"]["value"] == bits(10.5 * 3 - 10)
+        found = metrics["swap"]["psnr_to_the_latents_image"]["value"]
+        assert found == pytest.approx(20 * math.log10(255 / SHIFT), abs=1e-3)
+        assert metrics["swap"]["gap"]["value"] > 10
+        train, held_out = (
+            np.stack([example["image"] for example in split]).astype(float)
+            for split in (small_dataset.train, small_dataset.validation)
+        )
+        error = ((held_out - train.mean(axis=0).round()) ** 2).mean(axis=(1, 2, 3))
+        expected = (10 * np.log10(255**2 / error)).mean()
+        assert metrics["psnr_of_mean_training_image"]["value"] == pytest.approx(expected, rel=1e-4)
+
     def test_headline(self, html):
         """5 images with 10.5 (i + 1) nats on 256 pixels and as many latent dimensions."""
         bits = 10.5 * np.arange(1, 6) / 256 / math.log(2)

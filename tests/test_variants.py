@@ -13,13 +13,16 @@ import pytest
 from PIL import Image
 from stand_ins import Corner
 
-from ulx import job, losses, run_folder, runs, schedules
+from ulx import job, losses, rate_control, run_folder, runner, runs, schedules
+from ulx.bound import estimate_rate
 from ulx.config import Config, from_json, to_json
 from ulx.decoders import DiffusionDecoder, PixelDecoder, RegressionDecoder
 from ulx.denoiser import Denoiser, StandardNormal
+from ulx.diffusion import split_keys
 from ulx.encode import Options as EncodeOptions
 from ulx.encode import encode
 from ulx.generate import decode, sample_latents
+from ulx.likelihood import flow_rate
 from ulx.nn.conditions import Conditions, ConditionSpec
 from ulx.nn.encoder import Pixels
 from ulx.stages import autoencoder_loss, base_loss, decoder_loss
@@ -46,6 +49,7 @@ def batch():
     return {"image": image, "label": jnp.asarray([0, 1, 2, 0], jnp.int32)}
 
 
+KEY = jax.random.key(0)
 DRAWS = Draws(keys=jax.random.split(jax.random.key(0), 4), step_key=jax.random.key(9))
 
 
@@ -84,6 +88,78 @@ def test_stop_gradient_leaves_the_encoder_the_decoder_and_a_small_kl(small_confi
     of_kl = eqx.filter_grad(kl_alone)(model.encoder)
     for a, b, c in zip(*map(jax.tree.leaves, (found.encoder, without_kl.encoder, of_kl)), strict=True):
         np.testing.assert_allclose(a - b, config.kl_weight * c, rtol=2e-2, atol=1e-6)  # a difference of float32 sums
+
+
+def test_the_rate_s_pull_on_the_encoder_warms_up(small_config, batch):
+    """From nothing to all of it between the two steps of `prior_warmup`; the decoder's pull is there all the time."""
+    assert small_config.prior_warmup == (1, 3)
+    model = shaken(runs.stage1_state(small_config).model)
+
+    def pull(part, step):
+        config = dataclasses.replace(small_config, prior_gradient=part)
+        return gradient(config, model, batch, step)[0].encoder
+
+    for step, part in ((0, 0.0), (1, 0.0), (2, 0.5), (3, 1.0)):
+        for a, b in zip(jax.tree.leaves(pull(1.0, step)), jax.tree.leaves(pull(part, 100)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert size_of(jax.tree.map(jnp.subtract, pull(1.0, 100), pull(0.0, 100))) > 1e-3
+
+
+def test_the_encoder_s_own_term_is_scaled_and_measured(small_config, batch):
+    """L_e of Eq. 5: with no gradient from the rate there is none from it, and it is part of what is measured."""
+    model = shaken(runs.stage1_state(varied(small_config, "learned-variance")).model)
+    x, keys = batch["image"].astype(jnp.float32) / 127.5 - 1, jax.random.split(jax.random.key(0), 4)
+    times = (jnp.full(4, 0.5),) * 2
+
+    def rate(model, part):
+        bound, _ = model.bound(x, small_config.decoder_weighting, key=keys, t=times, prior_gradient=part)
+        return bound.rate.sum()
+
+    pull = eqx.filter_jit(eqx.filter_grad(rate))
+    assert size_of(pull(model, jnp.asarray(0.0)).encoder) == 0
+    assert size_of(pull(model, jnp.asarray(1.0)).encoder) > 0
+    own = model.posterior(x).nats(5.0)
+    assert float(jnp.abs(own).min()) > 0.1
+    found = runner.latent_rate(model, model.prior, x, Conditions(), keys, 4, 1)
+    np.testing.assert_allclose(found.encoder, own, rtol=1e-4)
+    np.testing.assert_allclose(found.rate - found.diffusion.total - found.terminal, own, rtol=1e-3, atol=1e-2)
+    standard = eqx.tree_at(lambda m: m.prior, model, StandardNormal(model.latent_shape))
+    z_clean = model.posterior(x).sample(key=split_keys(keys, 2)[0])
+    alone = eqx.filter_jit(flow_rate)(
+        standard.prior.given(),
+        z_clean,
+        model.latent_schedule,
+        key=split_keys(keys, 2)[1],
+        probes=runner.FLOW_PROBES,
+        tolerance=runner.FLOW_TOLERANCE,
+    )
+    np.testing.assert_allclose(runner._flow(standard, x, keys).rate, alone.rate + own, rtol=1e-4)
+    # Rate control measures it too.
+    clean_key, rate_key = split_keys(KEY, 2)
+    z_clean, schedule = model.posterior(x).sample(key=clean_key), model.latent_schedule
+    estimate = eqx.filter_jit(lambda model: estimate_rate(
+        model.prior.given(), z_clean, schedule, key=rate_key, levels=rate_control.LEVELS
+    ))  # fmt: skip
+    rest = estimate(model).rate
+    bits = rate_control._held_out_bits(model, x, KEY)
+    assert float(bits) == pytest.approx(float((rest + own).mean()) / (256 * np.log(2)), rel=1e-5)
+    assert abs(float(own.mean() / rest.mean())) > 1e-2
+
+
+def test_variants_are_what_the_table_says(small_config):
+    """ulx/README.md's table, Tab. 6 and App. B."""
+    of = lambda name: VARIANTS[name].change(small_config)  # noqa: E731
+    single, shifted, stopped = of("single-stage-logistic"), of("single-stage"), of("stop-gradient")
+    assert shifted.decoder_weighting.bias == pytest.approx(small_config.decoder_weighting.bias - 2)
+    for config in (single, shifted):
+        assert config.train.steps == small_config.train.steps + small_config.train_base.steps
+        assert config.model.prior == small_config.model.base
+    assert single.model.logsnr_0_bias == small_config.base_bias
+    assert (stopped.prior_gradient, stopped.kl_weight, stopped.model.encoder.latent_channels) == (0, 0.01, 8)
+    assert of("low-noise").model.logsnr_0 == 10
+    kl = of("kl-autoencoder")
+    assert (kl.prior_gradient, kl.model.logsnr_0) == (0.01, 10)
+    assert of("pixels").base_bias == pytest.approx(-3 + 2 * np.log(512 / 16))
 
 
 def test_learned_variance_is_paid_for_and_bought(small_config, batch):
@@ -141,6 +217,10 @@ def test_regression_decoder_weighs_as_its_cut_off(small_config, batch):
     to_decoder, to_model = eqx.filter_jit(eqx.filter_grad(step))((decoder, model))
     assert size_of(to_decoder) > 0
     assert size_of(to_model) == 0
+    z_keys, decoder_keys = split_keys(DRAWS.keys, 2)
+    z_0 = model.encode(x, key=z_keys)
+    nats = decoder.nats(x, z_0, config.decoder_weighting, key=decoder_keys, t=DRAWS.times(0))
+    assert float(step((decoder, model))) == pytest.approx(float(nats.mean()) / (256 * np.log(2)), rel=1e-4)
 
 
 def test_logistic_decoder_is_told_the_noise_of_its_latent(small_config, batch):

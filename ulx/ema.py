@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int, PyTree
 __all__ = [
     "LARGEST_SIGMA_REL",
     "Synthesis",
+    "average_decay",
     "combined",
     "gamma_of",
     "inner_product",
@@ -43,6 +44,12 @@ Floats = float | Float[np.ndarray, "..."]
 def sigma_rel_of(gamma: float) -> float:
     """The standard deviation of p_γ over its length t: √(γ + 1) / ((γ + 2) √(γ + 3)) (App. C)."""
     return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
+
+
+def average_decay(limit: float, step: Int[Array, "..."] | Int[np.ndarray, "..."]) -> Float[Array, "..."]:
+    """What a training step leaves of the moving average of the weights, after so many steps before it: few at first, so
+    that the initial weights are soon forgotten, and no more than `limit`."""
+    return jnp.minimum(limit, (1.0 + step) / (10.0 + step))
 
 
 def gamma_of(sigma_rel: float) -> float:

@@ -202,7 +202,8 @@ class _Calls:
 
     def rated(self, images: Images) -> Float[np.ndarray, " n"]:
         rate = getattr(self.tokenizer, "rate")  # noqa: B009 - not part of the protocol
-        nats = self._batches(images, lambda x, _: rate(to_float(x)), "rate")
+        key = jax.random.fold_in(self.key, 3)
+        nats = self._batches(images, lambda x, start: rate(to_float(x), jax.random.fold_in(key, start)), "rate")
         if nats.ndim != 1:
             raise ValueError(f"the tokenizer's rate is to be nats per image, got the shape {nats.shape}")
         return nats

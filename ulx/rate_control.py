@@ -33,6 +33,7 @@ from ulx.bound import estimate_rate
 from ulx.data.pixels import to_float
 from ulx.data.source import Dataset
 from ulx.diffusion import split_keys
+from ulx.ema import average_decay
 from ulx.models import UnifiedLatents
 from ulx.typing import pytree
 from ulx.weightings import Sigmoid
@@ -157,11 +158,16 @@ class RateController:
         return 1 - np.cumsum(self.pace) / self.pace.sum()
 
     @cached_property
+    def decays(self) -> Float[np.ndarray, " steps"]:
+        """Of the averaged weights, at each step."""
+        return np.asarray(average_decay(self.ema_decay, np.arange(len(self.pace))), np.float64)
+
+    @cached_property
     def averaged_left(self) -> Float[np.ndarray, " steps"]:
         """The same averaged as the weights are."""
         found, average = np.empty_like(self.left), 1.0
-        for i, left in enumerate(self.left):
-            average += (left - average) * (1 - self.ema_decay)
+        for i, (left, decay) in enumerate(zip(self.left, self.decays, strict=True)):
+            average += (left - average) * (1 - decay)
             found[i] = average
         return found
 
@@ -169,7 +175,7 @@ class RateController:
         """After the training step that is number `step`."""
         part = min(1.0, float(self.pace[step - 1] / self.pace.sum()) / ENCODER_LAG)
         followed = control.followed + part * (control.excess - control.followed)
-        averaged = control.averaged + (followed - control.averaged) * (1 - self.ema_decay)
+        averaged = control.averaged + (followed - control.averaged) * (1 - float(self.decays[step - 1]))
         return dataclasses.replace(control, followed=followed, averaged=averaged)
 
     def moved(self, step: int, control: Control, bits_per_pixel: Float[Array, ""]) -> Control:

@@ -3,10 +3,10 @@
     class Mine:
         def encode(self, x): ...         # images in [−1, 1], `b h w 3` → latents `b *latent k`
         def decode(self, z, key): ...    # latents → images in [−1, 1]
-        def rate(self, x): ...           # optional: nats per image, `b`
+        def rate(self, x, key): ...      # optional: nats per image, `b`
         logsnr_0 = 10.0                  # optional: how noisy the latents are that `decode` takes
 
-Arrays may be of any library that NumPy can read; `key` seeds whatever the decoder draws. Nothing of ulx is imported.
+Arrays may be of any library that NumPy can read; `key` seeds whatever is drawn. Nothing of ulx is imported.
 """
 
 import dataclasses
@@ -82,9 +82,9 @@ class RunTokenizer:
 class RatedRunTokenizer(RunTokenizer):
     """The same of a run that measures its latent's rate: any but pixels."""
 
-    def rate(self, x: Float[np.ndarray, "b h w 3"], /) -> Float[Array, " b"]:
+    def rate(self, x: Float[np.ndarray, "b h w 3"], key: Key[Array, ""], /) -> Float[Array, " b"]:
         """The prior's bound L_z, with the encoder's term, in nats."""
-        keys = example_keys(jax.random.key(0), 0, len(x))
+        keys = example_keys(key, 0, len(x))
         return latent_rate(self.model, self.model.prior, jnp.asarray(x), Conditions(), keys, LEVELS, 1).rate
 
 

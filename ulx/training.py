@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from ulx import diffusion, losses, sharding
 from ulx.checkpoint import Checkpoints, Position
 from ulx.config import TrainConfig
-from ulx.ema import gamma_of, power_average
+from ulx.ema import average_decay, gamma_of, power_average
 from ulx.guard import NORMS, DivergedError, Guard, SpikeError, layer_norms
 from ulx.metrics_log import MetricsLog
 from ulx.nn.split import WEIGHTS, whole
@@ -193,8 +193,7 @@ def make_step(
         params, static = eqx.partition(state.model, eqx.is_inexact_array)
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
         params = optax.apply_updates(params, updates)
-        decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
-        ema = optax.incremental_update(params, state.ema, 1 - decay)
+        ema = optax.incremental_update(params, state.ema, 1 - average_decay(config.ema_decay, state.step))
         posthoc = tuple(
             power_average(average, params, state.step + 1, gamma)
             for average, gamma in zip(state.posthoc, gammas, strict=True)
