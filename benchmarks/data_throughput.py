@@ -204,9 +204,10 @@ def write(results: dict[str, Any], file: Path) -> None:
     stored = "; ".join(f"{value / 1e3:.1f} kB {what}" for what, value in results["bytes"].items())
     columns = ("", "1 worker / plain loop over files", "1 worker / over records", "2 workers / 1 worker")
     file.with_suffix(".md").write_text(
-        "Measured by `python benchmarks/data_throughput.py`: JPEG files of 500×375 read as 256×256 images, videos of "
-        "340×256 and ten seconds as clips of 16 frames of 128×128 that begin anywhere; medians of "
-        f"{results['rounds']} turns, in brackets their range. Machine: {results['machine']}, {results['date']}.\n\n"
+        f"Measured by `python benchmarks/data_throughput.py --rounds {results['rounds']}`: JPEG files of 500×375 "
+        "read as 256×256 images, videos of 340×256 and ten seconds as clips of 16 frames of 128×128 that begin "
+        f"anywhere; medians of {results['rounds']} turns, in brackets their range. "
+        f"Machine: {results['machine']}, {results['date']}.\n\n"
         f"{points.markdown(('examples', 'read by', 'per second'), rows)}\n\n{points.markdown(columns, ratios)}\n\n"
         f"Stored: {stored}. Frames of 128×128 of two films:\n\n"
         f"{points.markdown(('codec', 'kB/frame', 'PSNR'), sizes)}\n"
