@@ -36,10 +36,10 @@ SHIFT = 5  # levels by which the decoder is off: PSNR 20 log10(255 / 5) = 34.15 
 class Runner:
     """The latent is the image, the decoder makes it SHIFT levels brighter; samples are grey and tell their label."""
 
-    def __init__(self, model, config, progress):
+    def __init__(self, model, config, progress, store):
         self.model, self.config = model, config
 
-    def rate(self, images, denoiser, told=None):
+    def rate(self, images, denoiser, told=None, *, name):
         # Nats: 1, 2, 3, 4 in the four slices and 0.5 of terminal KL, each image i with (i + 1) times that; the base
         # model (of three classes) needs twice the nats of every slice.
         times = jnp.arange(1.0, len(images) + 1)
@@ -47,26 +47,26 @@ class Runner:
         nats = times[:, None, None] * slices
         return RateEstimate(DiffusionEstimate(nats, self.model.latent_schedule), 0.5 * times, 0 * times)
 
-    def decoder_nats(self, images, told):
+    def decoder_nats(self, images, told, *, name):
         nats = jnp.full((len(images), 1, 4), 25.0).at[0].set(30.0)
         return DiffusionEstimate(nats, self.model.decoder.schedule)
 
     def flow_nats(self, images):
         return np.full(len(images), 10.0), 7
 
-    def encode(self, images):
+    def encode(self, images, *, name=None):
         return images.astype(np.float32)
 
-    def decode(self, latents, purpose, told=None):
+    def decode(self, latents, purpose, told=None, *, name=None):
         return (latents + SHIFT).astype(np.uint8), 2
 
-    def sample(self, denoiser, count, purpose, told=None, *, guidance=1.0):
+    def sample(self, denoiser, count, purpose, told=None, *, guidance=1.0, name=None):
         level = np.full(count, 120) if told is None else 40 + 50 * told.label
         level = level + 20 * (guidance != 1) + np.arange(count) % 7
         return np.broadcast_to(level[:, None, None, None], (count, 16, 16, 3)).astype(np.uint8), 4
 
 
-def corners(network, images, *, description="", unit="images"):
+def corners(network, images, **_):
     """Features of an image: some of its pixels."""
     return images.reshape(len(images), -1)[:, :8].astype(np.float32)
 

@@ -4,6 +4,8 @@ python -m ulx.evaluate runs/openmoji
 python -m ulx.evaluate runs/openmoji --ema 0.07                    the base model with another average of its weights
 python -m ulx.evaluate runs/openmoji --inception-weights FILE      FID and KID too
 python -m ulx.evaluate runs/kinetics600 --held-out 2048            FVD of 2,048 continued clips
+
+What it makes is kept on disk until the end, in RUN/evaluation/unfinished: interrupted and given again, it goes on.
 """
 
 import dataclasses

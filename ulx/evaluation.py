@@ -6,6 +6,7 @@ which network, against which images, and from which code and seed, is said once 
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from ulx.data.pixels import to_float
 from ulx.data.source import Dataset
 from ulx.denoiser import Denoiser
 from ulx.evaluation_data import held_out_examples, held_out_rows, mean_image, rows_like, told_of
+from ulx.latents import weights_hash
 from ulx.metrics import clip_score, compare, efficientnet, i3d, inception, lpips
 from ulx.metrics.copies import copies_among, spread_over
 from ulx.metrics.entries import Metric, as_json, frechet, mean
@@ -36,6 +38,7 @@ from ulx.models import UnifiedLatents
 from ulx.progress import Progress
 from ulx.prompted import DEFINITIONS as DEFINITIONS_OF_PROMPTS
 from ulx.prompted import Asked, References, prompted
+from ulx.rows import Store
 from ulx.runner import FLOW_PROBES, Runner, Told
 from ulx.seeding import root_int
 from ulx.text.encoders import TextEncoder
@@ -47,6 +50,7 @@ __all__ = [
     "Evaluation",
     "evaluate",
     "evaluate_autoencoder",
+    "evaluation_facts",
     "networks",
 ]
 
@@ -56,6 +60,11 @@ PICTURES = 64
 """Images of each kind that the report shows."""
 NEXT = 3
 """Frames after the given ones by which continuations are judged against the last of these, repeated."""
+
+ELSEWHERE = ("name", "runs", "resume")
+"""Settings that say where a run lies."""
+MEASURES = ("inception_weights", "inception_resize", "lpips", "clip_weights")
+"""Those that ask for more numbers of the same images."""
 
 TRAINING, HELD_OUT = "training images", "held-out images"
 """What numbers are measured against; all others than distances are measured on held-out images."""
@@ -129,20 +138,46 @@ def networks(config: Config) -> tuple[list[FeatureNetwork], lpips.LPIPS | None, 
     return found, lpips.load() if options.lpips else None, clip
 
 
-def evaluate(
+def evaluation_facts(
     model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Config, text: TextEncoder | None = None
+) -> dict[str, Any]:
+    """What the images, latents and rates of an evaluation follow from: with the same facts they are the same."""
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in ELSEWHERE}
+    settings["evaluate"] = {name: value for name, value in settings["evaluate"].items() if name not in MEASURES}
+    code, root = hashlib.sha256(), Path(ulx.__file__).parent
+    for file in sorted(root.rglob("*.py")):
+        code.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
+    return {
+        "weights": weights_hash((model, base)),
+        "data": dataset.fingerprint,
+        "text": None if text is None else text.definition,
+        "config": settings,
+        "code": code.hexdigest(),
+    }
+
+
+def evaluate(
+    model: UnifiedLatents,
+    base: Denoiser,
+    dataset: Dataset,
+    config: Config,
+    text: TextEncoder | None = None,
+    store: Store = Store(),
 ) -> Evaluation:
     """Evaluate a run. `model` and `base` hold the averaged weights; validation images are those of `dataset`, whose
-    captions, and the prompts of the configuration, `text` embeds.
+    captions, and the prompts of the configuration, `text` embeds. What was made is kept in the store, in memory if it
+    has no folder.
 
     Raises as `networks` does.
     """
     compared, of_pairs, clip = networks(config)
-    held_out, _ = held_out_examples(dataset, config.evaluate)
-    made = _Made.by(model, base, dataset, held_out, config, text)
+    held_out, _ = held_out_examples(dataset, config.evaluate, store)
+    made = _Made.by(model, base, dataset, held_out, config, text, store)
     sampled, network = config.sample, compared[0]
     over = "frames · height · width" if config.data.clips else "height · width"
-    references = References.of(dataset, network, config) if made.base_told.captions is not None else None
+    references = None
+    if made.base_told.captions is not None:
+        references = References.of(dataset, network, config, store)
     known = {} if references is None else {network.metric: references.features}
     metrics: dict[str, Any] = {
         "held_out": {"n": len(held_out), "data": dataset.name, "split": "validation"},
@@ -167,6 +202,7 @@ def evaluate(
             if config.data.clips
             else lambda by: training_moments(dataset, by, config.data.cache_dir, found=known.get(by.metric)),
             config.data.unit,
+            store,
         ),
         "sampler": {
             "latent": sampled.solver,
@@ -203,11 +239,11 @@ def evaluate(
             "bound_less_flow": bits(np.asarray(made.rate.rate)[made.flow_of] - made.flow),
         }
     pictures = {
-        "originals": held_out[:PICTURES],
-        "reconstructions": made.reconstructions[:PICTURES],
+        "originals": np.array(held_out[:PICTURES]),
+        "reconstructions": np.array(made.reconstructions[:PICTURES]),
         "swapped": made.swapped,
-        "prior_samples": made.prior_samples[:PICTURES],
-        "base_samples": made.base_samples[:PICTURES],
+        "prior_samples": np.array(made.prior_samples[:PICTURES]),
+        "base_samples": np.array(made.base_samples[:PICTURES]),
         **_said("base", made.base_told),
     }
     if made.given:
@@ -228,7 +264,7 @@ def evaluate(
     if references is not None and text is not None:
         asked = Asked(made.base_samples, made.base_rows, made.base_told, SAMPLE)
         trained = training_moments(dataset, network, config.data.cache_dir)
-        numbers, images = prompted(model, base, dataset, text, asked, network, references, trained, config, clip)
+        numbers, images = prompted(model, base, dataset, text, asked, network, references, trained, config, clip, store)
         metrics, pictures = metrics | numbers, pictures | images
         metrics["definitions"] |= {} if clip is None else clip_score.definitions(clip)
         of_network = {"network": {"definition": network.definition, "sha256": network.sha256}}
@@ -277,6 +313,7 @@ class _Made:
         held_out: Images,
         config: Config,
         text: TextEncoder | None,
+        store: Store,
     ) -> "_Made":
         options, given = config.evaluate, config.model.given_frames
         first = held_out[:, :given] if given else None
@@ -294,17 +331,18 @@ class _Made:
         flow_of = spread_over(len(held_out), options.flow_images)
         total = 5 * len(held_out) + len(flow_of) + min(PICTURES, len(held_out)) + 2 * count + PICTURES
         with Progress("evaluate", total=total + 2 * len(originals), unit=config.data.unit) as progress:
-            run = Runner(model, config, progress)
-            rate, base_rate = run.rate(held_out, model.prior), run.rate(held_out, base, told)
-            decoder = run.decoder_nats(held_out, decoder_told)
+            run = Runner(model, config, progress, store)
+            rate = run.rate(held_out, model.prior, name="rate")
+            base_rate = run.rate(held_out, base, told, name="base rate")
+            decoder = run.decoder_nats(held_out, decoder_told, name="decoder rate")
             flow, flow_steps = run.flow_nats(held_out[flow_of]) if flow_of else (np.zeros(0), 0)
-            latents = run.encode(held_out)
-            reconstructions, decoder_nfe = run.decode(latents, RECONSTRUCT, decoder_told)
+            latents = run.encode(held_out, name="latents")
+            reconstructions, decoder_nfe = run.decode(latents, RECONSTRUCT, decoder_told, name="reconstructions")
             before = (np.arange(len(held_out)) - 1)[:PICTURES]
             swapped, _ = run.decode(latents[before], RECONSTRUCT, decoder_told[before])
-            prior_samples, prior_nfe = run.sample(model.prior, count, SAMPLE)
+            prior_samples, prior_nfe = run.sample(model.prior, count, SAMPLE, name="prior samples")
             of_clips = dataclasses.replace(base_told, first=first)
-            base_samples, base_nfe = run.sample(base, count, SAMPLE, of_clips)
+            base_samples, base_nfe = run.sample(base, count, SAMPLE, of_clips, name="base samples")
             guided = None
             if config.can_guide and base.conditions.num_classes:
                 turn = Told(label=np.arange(PICTURES, dtype=np.int32) % len(dataset.class_names))
@@ -342,6 +380,7 @@ def _distances(
     held_out: Images,
     moments_of: Callable[[FeatureNetwork], Moments] | None,
     unit: str,
+    store: Store = Store(),
 ) -> dict[str, Any]:
     """What was made ("base", "prior", "reconstruction": images and NFE) against real images.
 
@@ -352,7 +391,11 @@ def _distances(
     metrics: dict[str, Any] = {}
     others: dict[str, Metric] = {what: {} for what in made}
     for network in compared:
-        seen = lambda images, what, by=network: features(by, images, description=f"features: {what}", unit=unit)  # noqa: E731
+
+        def seen(images: Images, what: str, by: FeatureNetwork = network) -> Float[np.ndarray, "n d"]:
+            into = store.rows(f"{by.metric} {by.sha256[:8]} {what}", len(images))
+            return features(by, images, description=f"features: {what}", unit=unit, into=into)
+
         originals = seen(held_out, f"held-out {unit}")
         own = Moments.of(originals)
         trained = None if moments_of is None else moments_of(network)
@@ -410,15 +453,19 @@ def _errors(images: Images, originals: Images, distance: PairMeasure | None) -> 
 
 
 def _psnr(images: Images, originals: Images) -> Metric:
-    return mean(psnr(to_float(images), to_float(originals)))
+    return mean(_by_parts(psnr, images, originals))
 
 
-def _of_pairs(measure: PairMeasure, images: Images, originals: Images, rows: int = 64) -> Metric:
+def _by_parts(measure: PairMeasure, images: Images, originals: Images, rows: int = 64) -> Float[np.ndarray, " n"]:
+    """Of each pair; so many at a time are held as floats."""
+    parts = [slice(start, start + rows) for start in range(0, len(images), rows)]
+    return np.concatenate([measure(to_float(images[part]), to_float(originals[part])) for part in parts])
+
+
+def _of_pairs(measure: PairMeasure, images: Images, originals: Images) -> Metric:
     """Of clips, every frame's, averaged over each clip first."""
     x, y = (each.reshape(-1, *each.shape[-3:]) for each in (images, originals))
-    parts = [slice(start, start + rows) for start in range(0, len(x), rows)]
-    values = np.concatenate([measure(to_float(x[part]), to_float(y[part])) for part in parts])
-    return mean(values.reshape(len(images), -1).mean(axis=1))
+    return mean(_by_parts(measure, x, y).reshape(len(images), -1).mean(axis=1))
 
 
 def _continuation(continued: Images, originals: Images, given: int) -> dict[str, Metric]:
@@ -426,7 +473,7 @@ def _continuation(continued: Images, originals: Images, given: int) -> dict[str,
     after = slice(given, given + NEXT)
     wanted = originals[:, after]
     repeated = np.broadcast_to(originals[:, given - 1 : given], wanted.shape)
-    own, other = (psnr(to_float(each), to_float(wanted)) for each in (continued[:, after], repeated))
+    own, other = (_by_parts(psnr, each, wanted) for each in (continued[:, after], repeated))
     return {"psnr": mean(own), "psnr_of_last_frame": mean(other), "gap": _gap(own, other)}
 
 
@@ -438,7 +485,7 @@ def _swap(swapped: Images, originals: Images) -> dict[str, Any]:
     return {"psnr_to_the_latents_image": mean(own), "psnr_to_the_other": mean(other), "gap": _gap(own, other)}
 
 
-def _gap(own: PerExample, other: PerExample) -> Metric:
+def _gap(own: PerExample | Float[np.ndarray, " b"], other: PerExample | Float[np.ndarray, " b"]) -> Metric:
     """Of PSNRs, in dB; none where both are infinite."""
     one, two = np.asarray(own), np.asarray(other)
     return mean(np.subtract(one, two, out=np.zeros_like(one), where=one != two))

@@ -9,12 +9,15 @@ from ulx.config import EvaluateConfig
 from ulx.data.source import Dataset, Split
 from ulx.metrics.copies import spread_over
 from ulx.nn.conditions import ConditionSpec
+from ulx.rows import Store
 from ulx.runner import Told
 from ulx.text.encoders import TextEncoder
 from ulx.text.examples import Prompts
 
-__all__ = ["held_out_examples", "held_out_rows", "mean_image", "rows_like", "told_of"]
+__all__ = ["examples", "held_out_examples", "held_out_rows", "mean_image", "rows_like", "told_of"]
 
+READ = 64
+"""Examples that are read before they are kept."""
 AVERAGED = 8192
 """Training images of which the mean is taken; of a larger set, so many spread over it."""
 
@@ -27,10 +30,26 @@ def held_out_rows(dataset: Dataset, options: EvaluateConfig) -> list[int]:
     return spread_over(len(dataset.validation), options.held_out or len(dataset.validation))
 
 
-def held_out_examples(dataset: Dataset, options: EvaluateConfig) -> tuple[Images, Int32[np.ndarray, " n"]]:
-    """Those held-out images and their labels."""
+def held_out_examples(
+    dataset: Dataset, options: EvaluateConfig, store: Store = Store()
+) -> tuple[Images, Int32[np.ndarray, " n"]]:
+    """Those held-out images, which the store keeps, and their labels."""
     held_out, rows = dataset.validation, held_out_rows(dataset, options)
-    return np.stack([held_out[i]["image"] for i in rows]), held_out.labels[rows]
+    return examples(held_out, rows, store, name="held-out"), held_out.labels[rows]
+
+
+def examples(
+    split: Split,
+    rows: Sequence[int] | Int[np.ndarray, " m"],
+    store: Store = Store(),
+    *,
+    name: str | None = None,
+) -> Images:
+    """Those images, or clips, kept in the store under the name."""
+    into = store.rows(name, len(rows))
+    for begin in range(into.done, len(rows), READ):
+        into.append([np.stack([split[int(row)]["image"] for row in rows[begin : begin + READ]])])
+    return into.leaves()[0]
 
 
 def mean_image(dataset: Dataset) -> UInt8[np.ndarray, "..."]:

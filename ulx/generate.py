@@ -17,6 +17,7 @@ from ulx.diffusion import normal, split_keys
 from ulx.frames import given_frames, padded
 from ulx.models import UnifiedLatents
 from ulx.nn.conditions import Conditions
+from ulx.rows import Collected, Stored
 from ulx.schedules import Schedule
 from ulx.sharding import make_mesh, on_host, place_rows
 from ulx.typing import Denoise, Keys
@@ -147,6 +148,7 @@ def in_batches(
     key: Key[Array, ""],
     start: int = 0,
     on_batch: Callable[[int], None] = lambda done: None,
+    into: Collected | Stored | None = None,
 ) -> Any:
     """`function(*rows, keys=keys)`, given JAX arrays, over all rows, `batch_size` at a time; its results as NumPy
     arrays, concatenated.
@@ -156,17 +158,25 @@ def in_batches(
     The last batch is filled up by repeating its last row and the filling dropped, so that a jitted `function` compiles
     once. All devices of all processes share every batch, which is made larger if they do not divide it; each process
     has all rows and gets all results. Row i gets the key of example `start + i`: the batch size and the devices change
-    no result beyond rounding.
+    no result beyond rounding. `into` takes the results, by default in memory; rows that it has are not computed again.
     """
     mesh = make_mesh()
     batch_size = -(-batch_size // mesh.size) * mesh.size
     total = len(jax.tree.leaves(rows)[0])
-    results = []
-    for begin in range(0, total, batch_size):
+
+    def batch(begin: int) -> tuple[PyTree, Keys]:
         wanted = np.minimum(np.arange(begin, begin + batch_size), total - 1)
         keys = example_keys(key, start + begin, batch_size)
-        some, keys = place_rows((jax.tree.map(lambda leaf: leaf[wanted], rows), keys), mesh)  # noqa: B023
-        result = on_host(function(*some, keys=keys))
-        results.append(jax.tree.map(lambda leaf: leaf[: total - begin], result))  # noqa: B023
+        return place_rows((jax.tree.map(lambda leaf: leaf[wanted], rows), keys), mesh)
+
+    into = Collected() if into is None else into
+    structure = None
+    for begin in range(into.done, total, batch_size):
+        some, keys = batch(begin)
+        leaves, structure = jax.tree.flatten(on_host(function(*some, keys=keys)))
+        into.append([leaf[: total - begin] for leaf in leaves])
         on_batch(min(batch_size, total - begin))
-    return jax.tree.map(lambda *parts: np.concatenate(parts), *results)
+    if structure is None:  # all were done before, and what they make up is known to the function alone
+        some, keys = batch(0)
+        structure = jax.tree.structure(jax.eval_shape(lambda some, keys: function(*some, keys=keys), some, keys))
+    return jax.tree.unflatten(structure, into.leaves())

@@ -16,13 +16,14 @@ from ulx.data import open_dataset
 from ulx.data.pipeline import train_batches
 from ulx.data.source import Dataset
 from ulx.denoiser import Denoiser
-from ulx.evaluation import evaluate, networks
+from ulx.evaluation import evaluate, evaluation_facts, networks
 from ulx.guard import Guard
 from ulx.latents import encoded
 from ulx.metrics_log import MetricsLog, read_metrics
 from ulx.models import UnifiedLatents
 from ulx.progress import duration
 from ulx.rate_control import RateController, held_out_images
+from ulx.rows import Store
 from ulx.seeding import root_int, root_key
 from ulx.snapshots import Snapshots
 from ulx.stages import CollapseWatch, autoencoder_loss, base_loss, collapsed, decoder_loss
@@ -145,12 +146,16 @@ def measure(
     *,
     weights: str = "EMA",
 ) -> Path:
-    """Evaluate a trained run and write its report; returns the report's path. `weights` says which average it is."""
+    """Evaluate a trained run and write its report; returns the report's path. `weights` says which average it is.
+
+    What an interrupted evaluation of the same weights has made is not made again.
+    """
     from ulx.report import document
 
     began = time.monotonic()
     model, base = sharding.place((model, base), sharding.make_mesh())
-    evaluation = evaluate(model, base, dataset, config, text)
+    store = Store.begin(path / "evaluation" / "unfinished", evaluation_facts(model, base, dataset, config, text))
+    evaluation = evaluate(model, base, dataset, config, text, store)
     logs = {stage: read_metrics(path / f"{stage}.jsonl") for stage in config.stages}
     evaluation.metrics["collapsed"] = collapsed(config, logs.get("stage1", []))
     evaluation.metrics["weights"] = weights
@@ -165,6 +170,7 @@ def measure(
         document.write(path)
 
     processes.first(write)
+    store.finish()
     return path / "report.html"
 
 

@@ -55,6 +55,11 @@ class Progress:
         """Count the rate from now on: what went before was preparation."""
         self.began = time.monotonic()
 
+    def skip(self, units: int) -> None:
+        """So many were done by an earlier run, and do not count for the rate."""
+        self.start += units
+        self.count += units
+
     def advance(self, units: int = 1, **fields: object) -> None:
         self.count += units
         self.fields.update(fields)

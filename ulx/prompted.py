@@ -17,6 +17,7 @@ from ulx.config import Config
 from ulx.data.captions import kinds
 from ulx.data.source import Dataset, Split
 from ulx.denoiser import Denoiser
+from ulx.evaluation_data import examples
 from ulx.metrics import clip_score, retrieval
 from ulx.metrics.copies import NEAREST_AMONG, spread_over
 from ulx.metrics.entries import Metric, frechet, mean
@@ -24,6 +25,7 @@ from ulx.metrics.features import FeatureNetwork, features
 from ulx.metrics.frechet import Moments
 from ulx.models import UnifiedLatents
 from ulx.progress import Progress
+from ulx.rows import Store
 from ulx.runner import Runner, Told
 from ulx.text.encoders import TextEncoder
 from ulx.text.examples import Prompts
@@ -69,12 +71,13 @@ class References:
     features: Float[np.ndarray, "m d"]
 
     @classmethod
-    def of(cls, dataset: Dataset, network: FeatureNetwork, config: Config) -> "References":
+    def of(cls, dataset: Dataset, network: FeatureNetwork, config: Config, store: Store = Store()) -> "References":
         """All of them; of a large set, `NEAREST_AMONG` spread over it."""
         train = dataset.train
         rows, of_train = spread_over(len(train), NEAREST_AMONG), kinds(config.data.source, train)
-        images = (train[row]["image"][None] for row in rows)
-        found = features(network, images, total=len(rows), description="features of training images")
+        into = store.rows("features of training images", len(rows))
+        images = (train[row]["image"][None] for row in rows[into.done :])
+        found = features(network, images, total=len(rows), description="features of training images", into=into)
         return cls(rows, [of_train[row] for row in rows], found)
 
 
@@ -89,6 +92,7 @@ def prompted(
     trained: Moments,
     config: Config,
     clip: clip_score.Clip | None = None,
+    store: Store = Store(),
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Numbers and pictures, for a metrics.json and a report.
 
@@ -110,13 +114,17 @@ def prompted(
     grid = [caption for split, rows in shown.values() for caption in _captions(split, rows)] + own
     of_train, of_held = (kinds(config.data.source, split) for split in (train, held_out))
     wanted, captions = [of_train[row] for row in asked.rows], _captions(train, asked.rows)
-    seen = lambda images, what: features(network, images, description=f"features: {what}")  # noqa: E731
+
+    def seen(images: Images, what: str) -> Float[np.ndarray, "n d"]:
+        into = store.rows(f"prompted features {what}", len(images))
+        return features(network, images, description=f"features: {what}", into=into)
 
     def sampled(told: Told, count: int, scale: float, purpose: str, what: str) -> tuple[Images, int]:
         with Progress(f"sample: {what}", total=count, unit="images") as progress:
             # As an array, so that one program is compiled for all scales; 1 needs no guidance, and half of the calls.
             by = scale if scale == 1 else jnp.asarray(scale)
-            return Runner(model, config, progress).sample(base, count, purpose, told, guidance=by)
+            run = Runner(model, config, progress, store)
+            return run.sample(base, count, purpose, told, guidance=by, name=f"prompted {what}")
 
     def measured(images: Images, what: str) -> dict[str, Metric]:
         found = seen(images, what)
@@ -139,11 +147,12 @@ def prompted(
         by_guidance[f"{scale:g}"] = measured(images, what)
 
     some = asked.rows[:CEILING]
-    originals = _images(train, some)
+    originals = examples(train, some, store, name="prompted originals")
     with Progress("reconstruct", total=2 * len(some), unit="images") as progress:
-        run = Runner(model, config, progress)
+        run = Runner(model, config, progress, store)
         told = Told(captions=Prompts(text, captions[:CEILING])) if config.model.decoder_text else Told()
-        reconstructions, _ = run.decode(run.encode(originals), GUIDED, told)
+        latents = run.encode(originals, name="prompted latents")
+        reconstructions, _ = run.decode(latents, GUIDED, told, name="prompted reconstructions")
     by_kind = retrieval.kinds_found(seen(reconstructions, "reconstructions"), references.features, references.kinds)
     ceilings = leave_one_out(seen(originals, "real images"), some, wanted, references) | {
         "reconstructions": retrieval.score(by_kind, wanted[:CEILING]) | {"n_reference": len(references.rows)}
@@ -154,7 +163,8 @@ def prompted(
 
     told = Told(captions=Prompts(text, _captions(held_out, held)))
     of_held_out, nfe = sampled(told, len(held), guidance, GUIDED, "held-out prompts")
-    everything = np.concatenate([references.features, seen(_images(held_out, held), "held-out images")])
+    of_held_images = seen(examples(held_out, held, store, name="prompted held-out"), "held-out images")
+    everything = np.concatenate([references.features, of_held_images])
     asked_for = [of_held[row] for row in held]
     by_kind = retrieval.kinds_found(seen(of_held_out, "held-out prompts"), everything, [*references.kinds, *asked_for])
     told = Told(captions=Prompts(text, [caption for caption in grid for _ in range(EACH)]))
@@ -176,7 +186,7 @@ def prompted(
     for name, (split, rows) in shown.items():
         pictures |= {
             f"{name}_prompts": np.array(_captions(split, rows)),
-            f"{name}_prompts_real": _images(split, rows),
+            f"{name}_prompts_real": examples(split, rows),
             f"{name}_prompts_samples": tiles[begin : begin + len(rows)],
         }
         begin += len(rows)
@@ -203,7 +213,3 @@ def leave_one_out(
 def _captions(split: Split, rows: Sequence[int] | Int[np.ndarray, " n"]) -> list[str]:
     assert split.captions is not None, "a run with captions has some"
     return [split.captions[row] for row in rows]
-
-
-def _images(split: Split, rows: Sequence[int] | Int[np.ndarray, " n"]) -> Images:
-    return np.stack([split[int(row)]["image"] for row in rows])

@@ -22,6 +22,7 @@ from ulx.likelihood import FlowRate, flow_rate
 from ulx.models import UnifiedLatents
 from ulx.nn.conditions import Conditions
 from ulx.progress import Progress
+from ulx.rows import Store
 from ulx.seeding import root_key
 from ulx.text.examples import Prompts
 from ulx.typing import pytree
@@ -60,17 +61,33 @@ class Told:
 
 @dataclasses.dataclass(frozen=True)
 class Runner:
-    """The model's calls in batches. Each kind compiles once, whatever it is used for afterwards."""
+    """The model's calls in batches. Each kind compiles once, whatever it is used for afterwards.
+
+    Results that are given a `name` are kept under it in the store until all work is done, and not made again.
+    """
 
     model: UnifiedLatents
     config: Config
     progress: Progress
+    store: Store = Store()
 
-    def _run(self, function, *rows, purpose: str, on_batch=lambda done: None):
+    def _run(self, function, *rows, purpose: str, name: str | None, counts: bool = True):
         size, key = self.config.evaluate.batch_size, root_key(self.config.seed, f"evaluation {purpose}")
-        return in_batches(function, *rows, batch_size=size, key=key, on_batch=on_batch)
+        into = self.store.rows(name, len(jax.tree.leaves(rows)[0]))
+        on_batch = lambda done: None  # noqa: E731
+        if counts:
+            on_batch = self.progress.advance
+            self.progress.skip(into.done)
+        return in_batches(function, *rows, batch_size=size, key=key, on_batch=on_batch, into=into)
 
-    def rate(self, images: Images, denoiser: Denoiser | StandardNormal, told: Told = Told()) -> RateEstimate:
+    def rate(
+        self,
+        images: Images,
+        denoiser: Denoiser | StandardNormal,
+        told: Told = Told(),
+        *,
+        name: str | None = None,
+    ) -> RateEstimate:
         """L_z under the prior or the base model, `draws` independent estimates per image."""
         options = self.config.evaluate
 
@@ -78,10 +95,10 @@ class Runner:
             conditions = told.conditions(self.model.shape)
             return latent_rate(self.model, denoiser, to_float(x), conditions, keys, options.levels, options.draws)
 
-        rate = self._run(measure, images, told, purpose="rate", on_batch=self.progress.advance)
+        rate = self._run(measure, images, told, purpose="rate", name=name)
         return jax.tree.map(jnp.asarray, rate)
 
-    def decoder_nats(self, images: Images, told: Told = Told()) -> DiffusionEstimate:
+    def decoder_nats(self, images: Images, told: Told = Told(), *, name: str | None = None) -> DiffusionEstimate:
         """L_x with w = 1. One draw of each level: the images' spread is far larger than the estimator's noise."""
 
         def measure(x, told, *, keys):
@@ -89,7 +106,7 @@ class Runner:
                 self.model, to_float(x), told.conditions(self.model.shape), keys, self.config.evaluate.levels
             )
 
-        nats = self._run(measure, images, told, purpose="decoder", on_batch=self.progress.advance)
+        nats = self._run(measure, images, told, purpose="decoder", name=name)
         return jax.tree.map(jnp.asarray, nats)
 
     def flow_nats(self, images: Images) -> tuple[Float[np.ndarray, " n"], int]:
@@ -103,24 +120,27 @@ class Runner:
         nats, steps = in_batches(measure, images, batch_size=size, key=key, on_batch=self.progress.advance)
         return nats, int(steps.max())
 
-    def encode(self, images: Images) -> Float[np.ndarray, "n *latent k"]:
+    def encode(self, images: Images, *, name: str | None = None) -> Float[np.ndarray, "n *latent k"]:
         def latents(x, *, keys):
             return encode(self.model, to_float(x), keys=keys)
 
-        return self._run(latents, images, purpose="encode", on_batch=self.progress.advance)
+        return self._run(latents, images, purpose="encode", name=name)
 
-    def decode(self, latents: np.ndarray, purpose: str, told: Told = Told()) -> tuple[Images, int]:
+    def decode(
+        self, latents: np.ndarray, purpose: str, told: Told = Told(), *, name: str | None = None
+    ) -> tuple[Images, int]:
         """Images of latents and the decoder's NFE. Clips whose first frames are given keep these as they are."""
 
         def images(z_0, told, *, keys):
             sample = decode(
                 self.model, z_0, self.config.sample, keys=keys, conditions=told.conditions(self.model.shape)
             )
-            return to_uint8(sample.z), jnp.broadcast_to(sample.nfe, len(z_0))
+            pixels = to_uint8(sample.z)
+            if told.first is not None:
+                pixels = jnp.concatenate([told.first, pixels[:, told.first.shape[1] :]], axis=1)
+            return pixels, jnp.broadcast_to(sample.nfe, len(z_0))
 
-        pixels, nfe = self._run(images, latents, told, purpose=f"{purpose}, decoder", on_batch=self.progress.advance)
-        if told.first is not None:
-            pixels[:, : told.first.shape[1]] = told.first
+        pixels, nfe = self._run(images, latents, told, purpose=f"{purpose}, decoder", name=name)
         return pixels, round(nfe.mean())
 
     def sample(
@@ -131,13 +151,15 @@ class Runner:
         told: Told = Told(),
         *,
         guidance: float | Float[Array, ""] = 1.0,
+        name: str | None = None,
     ) -> tuple[Images, int]:
         """Images and the latent sampler's mean NFE (the decoder's comes on top).
 
         Of clips, the continuations of the first frames, if they are given, with these before them.
         """
-        z_0, nfe = self.latents(denoiser, count, purpose, told, guidance=guidance)
-        return self.decode(z_0, purpose, told)[0], nfe
+        of_latents = None if name is None else f"{name} latents"
+        z_0, nfe = self.latents(denoiser, count, purpose, told, guidance=guidance, name=of_latents)
+        return self.decode(z_0, purpose, told, name=name)[0], nfe
 
     def latents(
         self,
@@ -147,6 +169,7 @@ class Runner:
         told: Told = Told(),
         *,
         guidance: float | Float[Array, ""] = 1.0,
+        name: str | None = None,
     ) -> tuple[Float[np.ndarray, "n *latent k"], int]:
         """What `sample` decodes, and the sampler's mean NFE."""
 
@@ -161,7 +184,7 @@ class Runner:
             )
             return sample.z, jnp.broadcast_to(sample.nfe, len(index))
 
-        z_0, nfe = self._run(latents, np.arange(count), told, purpose=purpose)
+        z_0, nfe = self._run(latents, np.arange(count), told, purpose=purpose, name=name, counts=False)
         return z_0, round(nfe.mean())
 
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Num
 
 from ulx.progress import Progress
+from ulx.rows import Collected, Stored
 from ulx.sharding import BATCH, WHOLE, make_mesh, on_host, place, place_rows
 
 __all__ = ["FeatureNetwork", "Network", "feature_batches", "features"]
@@ -58,10 +59,21 @@ def features(
     total: int | None = None,
     description: str = "features",
     unit: str = "images",
+    into: Collected | Stored | None = None,
 ) -> Float[np.ndarray, "n d"]:
-    """The features of all images, in order; see `feature_batches` for the arguments and errors."""
-    parts = feature_batches(network, images, batch_size, total=total, description=description, unit=unit)
-    return np.concatenate(list(parts))
+    """The features of all images, in order; see `feature_batches` for the arguments and errors.
+
+    `into` takes them, by default in memory; the first of an array's images whose features it has are left out, and an
+    iterable is to give those after them alone.
+    """
+    into = Collected() if into is None else into
+    if isinstance(images, (Array, np.ndarray)):
+        total, images = len(images), images[into.done :]
+    if total is None or into.done < max(total, 1):  # of none it is an error
+        arguments = {"total": total, "start": into.done, "description": description, "unit": unit}
+        for batch in feature_batches(network, images, batch_size, **arguments):
+            into.append([batch])
+    return into.leaves()[0]
 
 
 def feature_batches(
@@ -70,6 +82,7 @@ def feature_batches(
     batch_size: int = 64,
     *,
     total: int | None = None,
+    start: int = 0,
     description: str = "features",
     unit: str = "images",
 ) -> Iterator[Float[np.ndarray, "b d"]]:
@@ -79,13 +92,14 @@ def feature_batches(
     (0 to 255) or as floats in [-1, 1], which are used as they are: to measure what a PNG would hold, quantise first.
     `network` maps `n h w c` or `n t h w c` in [-1, 1] to `n d`, n being a device's share of `batch_size`; batches that
     are short, or that the devices do not divide, are padded for it and the padding's features dropped. `total`, the
-    number of images, is needed for the progress of an iterable, which calls them `unit`.
+    number of images, is needed for the progress of an iterable, which calls them `unit`; `start` of them were done
+    before, and are not among `images`.
     Raises ValueError for no images, sizes that change, or values that are not finite or plainly not [-1, 1].
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if isinstance(images, (Array, np.ndarray)):
-        total, array = len(images), images
+        total, array = start + len(images), images
         images = (array[i : i + batch_size] for i in range(0, len(array), batch_size))
     if total is None:
         raise ValueError("an iterable of images needs total=, the number of images it will give")
@@ -93,7 +107,7 @@ def feature_batches(
     mesh = make_mesh()
     network = place(network, mesh)
     padded_size = -(-batch_size // mesh.size) * mesh.size
-    with Progress(description, total, unit=unit) as progress:
+    with Progress(description, total, unit=unit, start=start) as progress:
         for batch in _rebatched(images, batch_size):
             padded = np.pad(batch, [(0, padded_size - len(batch))] + [(0, 0)] * (batch.ndim - 1))
             # On the host when the devices are done, so progress counts finished images.
