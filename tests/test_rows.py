@@ -10,6 +10,7 @@ import pytest
 from stand_ins import Corner
 
 from ulx import evaluation, job, runs
+from ulx.evaluation_data import evaluation_facts
 from ulx.generate import in_batches
 from ulx.metrics import reference
 from ulx.metrics.features import features
@@ -60,7 +61,7 @@ def test_rows_are_found_again_without_those_of_a_batch_that_was_cut_off(tmp_path
     assert store.rows("two arrays", 7).done == 0
 
 
-def test_other_facts_begin_anew_and_the_end_leaves_nothing(tmp_path, capsys):
+def test_other_facts_begin_anew_and_the_end_leaves_nothing(tmp_path, capsys, monkeypatch):
     folder = tmp_path / "unfinished"
     Store.begin(folder, {"seed": 0, "weights": "a"}).rows("x", 2).append([np.zeros(1)])
     assert Store.begin(folder, {"weights": "a", "seed": 0}).rows("x", 2).done == 1
@@ -68,6 +69,13 @@ def test_other_facts_begin_anew_and_the_end_leaves_nothing(tmp_path, capsys):
     store = Store.begin(folder, {"seed": 1, "weights": "a"})
     assert store.rows("x", 2).done == 0
     assert "begins anew" in capsys.readouterr().out
+    # Stopped while it is removed, it is nobody's.
+    store.rows("x", 2).append([np.zeros(1)])
+    with monkeypatch.context() as patch:
+        patch.setattr("ulx.rows.shutil.rmtree", lambda folder: (folder / "x.0.npy").unlink())
+        store.finish()
+    store = Store.begin(folder, {"seed": 1, "weights": "a"})
+    assert store.rows("x", 2).done == 0
     store.finish()
     assert not folder.exists()
     Store().finish()
@@ -269,7 +277,7 @@ def test_facts_change_with_all_that_results_follow_from(trained_run, small_datas
     run = runs.load(trained_run)
     model, base, config = run.model, run.base, run.config
     assert base is not None
-    facts = lambda **others: evaluation.evaluation_facts(  # noqa: E731
+    facts = lambda **others: evaluation_facts(  # noqa: E731
         **({"model": model, "base": base, "dataset": small_dataset, "config": config} | others)
     )
     known = facts()

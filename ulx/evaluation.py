@@ -6,7 +6,6 @@ which network, against which images, and from which code and seed, is said once 
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,6 @@ from ulx.data.pixels import to_float
 from ulx.data.source import Dataset
 from ulx.denoiser import Denoiser
 from ulx.evaluation_data import held_out_examples, held_out_rows, mean_image, rows_like, told_of
-from ulx.latents import weights_hash
 from ulx.metrics import clip_score, compare, efficientnet, i3d, inception, lpips
 from ulx.metrics.copies import copies_among, spread_over
 from ulx.metrics.entries import Metric, as_json, frechet, mean
@@ -50,7 +48,6 @@ __all__ = [
     "Evaluation",
     "evaluate",
     "evaluate_autoencoder",
-    "evaluation_facts",
     "networks",
 ]
 
@@ -60,11 +57,6 @@ PICTURES = 64
 """Images of each kind that the report shows."""
 NEXT = 3
 """Frames after the given ones by which continuations are judged against the last of these, repeated."""
-
-ELSEWHERE = ("name", "runs", "resume")
-"""Settings that say where a run lies."""
-MEASURES = ("inception_weights", "inception_resize", "lpips", "clip_weights")
-"""Those that ask for more numbers of the same images."""
 
 TRAINING, HELD_OUT = "training images", "held-out images"
 """What numbers are measured against; all others than distances are measured on held-out images."""
@@ -136,24 +128,6 @@ def networks(config: Config) -> tuple[list[FeatureNetwork], lpips.LPIPS | None, 
         found.append(inception.load(options.inception_weights, options.inception_resize))
     clip = None if options.clip_weights is None else clip_score.load(options.clip_weights)
     return found, lpips.load() if options.lpips else None, clip
-
-
-def evaluation_facts(
-    model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Config, text: TextEncoder | None = None
-) -> dict[str, Any]:
-    """What the images, latents and rates of an evaluation follow from: with the same facts they are the same."""
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in ELSEWHERE}
-    settings["evaluate"] = {name: value for name, value in settings["evaluate"].items() if name not in MEASURES}
-    code, root = hashlib.sha256(), Path(ulx.__file__).parent
-    for file in sorted(root.rglob("*.py")):
-        code.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
-    return {
-        "weights": weights_hash((model, base)),
-        "data": dataset.fingerprint,
-        "text": None if text is None else text.definition,
-        "config": settings,
-        "code": code.hexdigest(),
-    }
 
 
 def evaluate(

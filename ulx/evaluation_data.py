@@ -1,20 +1,33 @@
-"""Which examples an evaluation is on, and what the models are told of them."""
+"""Which examples an evaluation is on, what the models are told of them, and what else its results follow from."""
 
+import dataclasses
+import hashlib
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Int32, UInt8
 
-from ulx.config import EvaluateConfig
+import ulx
+from ulx.config import Config, EvaluateConfig
 from ulx.data.source import Dataset, Split
+from ulx.denoiser import Denoiser
+from ulx.latents import weights_hash
 from ulx.metrics.copies import spread_over
+from ulx.models import UnifiedLatents
 from ulx.nn.conditions import ConditionSpec
 from ulx.rows import Store
 from ulx.runner import Told
 from ulx.text.encoders import TextEncoder
 from ulx.text.examples import Prompts
 
-__all__ = ["examples", "held_out_examples", "held_out_rows", "mean_image", "rows_like", "told_of"]
+__all__ = ["evaluation_facts", "examples", "held_out_examples", "held_out_rows", "mean_image", "rows_like", "told_of"]
+
+ELSEWHERE = ("name", "runs", "resume")
+"""Settings that say where a run lies."""
+MEASURES = ("inception_weights", "inception_resize", "lpips", "clip_weights")
+"""Those that ask for more numbers of the same images."""
 
 READ = 64
 """Examples that are read before they are kept."""
@@ -74,3 +87,21 @@ def told_of(
     if spec.text_channels and text is not None and split.captions is not None:
         captions = Prompts(text, [split.captions[row] for row in rows])
     return Told(split.labels[np.asarray(rows)] if spec.num_classes else None, captions)
+
+
+def evaluation_facts(
+    model: UnifiedLatents, base: Denoiser, dataset: Dataset, config: Config, text: TextEncoder | None = None
+) -> dict[str, Any]:
+    """What the images, latents and rates of an evaluation follow from: with the same facts they are the same."""
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in ELSEWHERE}
+    settings["evaluate"] = {name: value for name, value in settings["evaluate"].items() if name not in MEASURES}
+    code, root = hashlib.sha256(), Path(ulx.__file__).parent
+    for file in sorted(root.rglob("*.py")):
+        code.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
+    return {
+        "weights": weights_hash((model, base)),
+        "data": dataset.fingerprint,
+        "text": None if text is None else text.definition,
+        "config": settings,
+        "code": code.hexdigest(),
+    }

@@ -16,7 +16,8 @@ from ulx.data import open_dataset
 from ulx.data.pipeline import train_batches
 from ulx.data.source import Dataset
 from ulx.denoiser import Denoiser
-from ulx.evaluation import evaluate, evaluation_facts, networks
+from ulx.evaluation import evaluate, networks
+from ulx.evaluation_data import evaluation_facts
 from ulx.guard import Guard
 from ulx.latents import encoded
 from ulx.metrics_log import MetricsLog, read_metrics

@@ -122,7 +122,7 @@ class Store:
             if not known.exists() or known.read_text("utf-8") != text:
                 if folder.exists():
                     print(f"{folder} is of other weights, settings or code: it begins anew")
-                    shutil.rmtree(folder)
+                    _remove(folder)
                 folder.mkdir(parents=True)
                 aside = known.with_suffix(".tmp")
                 aside.write_text(text, "utf-8")
@@ -140,5 +140,11 @@ class Store:
 
     def finish(self) -> None:
         """Removes the folder: the work is done, and saved elsewhere."""
-        if self.folder is not None:
-            processes.first(lambda: shutil.rmtree(self.folder or ""))
+        if (folder := self.folder) is not None:
+            processes.first(lambda: _remove(folder))
+
+
+def _remove(folder: Path) -> None:
+    """The facts first: what an interruption leaves of the rest is then nobody's, and cleared."""
+    (folder / FACTS).unlink(missing_ok=True)
+    shutil.rmtree(folder)
