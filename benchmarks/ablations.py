@@ -186,8 +186,8 @@ def write(shown: list[Point], settings: Settings, file: Path) -> None:
     file.with_suffix(".md").write_text(
         f"Measured by `python benchmarks/ablations.py {settings.options}`: the `{settings.label}` preset on "
         f"{settings.data}, EMA weights. Bits are held-out, of the latent under the stage-1 prior and under the base "
-        "model; "
-        f"{points.distances(first)}. ± is one standard error over images. Machine: {first['machine']}, 2 cores.\n\n"
+        f"model; {points.distances(first)}. ± is one standard error over images. Machine: "
+        f"{points.machines(point.found for point in shown)}.\n\n"
         f"{tables(shown)}\n"
     )
     plot(shown, file.with_suffix(".png"))

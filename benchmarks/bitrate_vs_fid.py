@@ -126,8 +126,8 @@ def table(shown: list[Point]) -> str:
 
 
 def cut_off(pair: tuple[float, float]) -> float:
-    """λ* = b + ln(c_lf − 1)."""
-    return pair[0] + math.log(pair[1] - 1)
+    """λ* = b + ln(c_lf − 1); at c_lf of 1 or less no noise level is worth its bits: −∞."""
+    return pair[0] + math.log(pair[1] - 1) if pair[1] > 1 else -math.inf
 
 
 def plot(shown: list[Point], path: Path) -> None:
@@ -209,13 +209,14 @@ def measured(settings: Settings, file: Path) -> Iterator[list[Point]]:
 def write(shown: list[Point], settings: Settings, file: Path) -> None:
     first = shown[0].autoencoder
     samples = first["fd_efflite0"]["base"]
+    machines = points.machines(run for point in shown for run in point.found.values())
     file.with_suffix(".md").write_text(
         f"Measured by `python benchmarks/bitrate_vs_fid.py {settings.options}`: the "
         f"`{settings.label}` preset with {first['base_steps']} steps of the base models, EMA weights, held-out "
         f"{settings.data}; fd is fd_efflite0 of {samples['n']} samples to the {samples['n_reference']} training "
         f"images, or of {first['held_out']['n']} reconstructions to their originals (fewer than features: compare "
         "within the table alone), kd the kernel distance to the held-out images. λ* = b + ln(c_lf − 1). ± is one "
-        f"standard error over images. Machine: {first['machine']}, 2 cores.\n\n{table(shown)}\n"
+        f"standard error over images. Machine: {machines}.\n\n{table(shown)}\n"
     )
     plot(shown, file.with_suffix(".png"))
     if all((point.runs["large"].path / "evaluation").exists() for point in shown):

@@ -142,7 +142,7 @@ def write(found: dict[str, list[dict[str, Any]]], settings: Settings, file: Path
         f"weights; fd is fd_efflite0 of {samples['n']} samples without guidance to the {samples['n_reference']} "
         "training images (fewer than features: compare within the table alone), kd the kernel distance to the "
         "held-out images; FLOPs of training by the paper's convention. Machine: "
-        f"{first['machine']}, 2 cores.\n\n{table(found)}\n"
+        f"{points.machines(point for of in found.values() for point in of)}.\n\n{table(found)}\n"
     )
     plot(found, file.with_suffix(".png"))
 

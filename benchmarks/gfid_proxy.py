@@ -132,7 +132,7 @@ def write(shown: list[dict[str, Any]], settings: Settings, file: Path) -> None:
     file.with_suffix(".md").write_text(
         f"Measured by `python benchmarks/gfid_proxy.py {settings.options}`: fd is fd_efflite0 of 512 "
         "samples to the training images, of the proxy's base model and of those of bitrate_vs_fid. Machine: "
-        f"{shown[0]['machine']}, 2 cores.\n\n{table(shown)}\n"
+        f"{points.machines(shown)}.\n\n{table(shown)}\n"
     )
     plot(shown, file.with_suffix(".png"))
 

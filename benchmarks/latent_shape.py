@@ -3,15 +3,18 @@
     python benchmarks/latent_shape.py                            four numbers of channels, three grids: six runs
     python benchmarks/latent_shape.py --channels 4 8 --grids 16 8
     python benchmarks/latent_shape.py --preset smoke             does it work?
+    python benchmarks/latent_shape.py --path imagenet-512        the paper's shapes around 32×32×32, of ImageNet
 
 The presets' latent is 8×8×8. Channels vary at 8×8; they change the first and the last layer of the networks alone. The
 grid varies at 8 channels, and each network's FLOPs stay within 6 % (the table has them); its parameters do not:
 
-* encoder: its step from 16×16 to the grid is by 1, 2 or 4, and the stage on the grid is half as wide on 16×16 and twice
-  as wide on 4×4;
+* encoder: its last step, from 16×16 to the grid, is by 1, 2 or 4, and the stage on the grid is half as wide on 16×16
+  and twice as wide on 4×4;
 * prior and base model: 64 tokens of 2×2 positions on 16×16, 64 of one position on 8×8, and on 4×4, which has no more,
   16 tokens of twice the width, in four times the parameters;
 * decoder: the same 64 tokens throughout; a latent of another grid is brought to theirs.
+
+ImageNet's vary around 32×32×32 in the same way, and FLOPs stay within 13 %.
 
 Every run is one of the main job, resumed if interrupted, and not run again once it is in the results file. The distance
 is `fd_efflite0`, not FID. Leaves benchmarks/results/latent_shape.jsonl, two tables and a plot.
@@ -21,16 +24,13 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import points
 
 if TYPE_CHECKING:
     from ulx.config import Config
     from ulx.nn.uvit import UViTConfig
-
-GRID, CHANNELS = 8, 8
-"""The presets' own."""
 
 Shape = tuple[int, int]
 """Positions each way, and channels."""
@@ -40,38 +40,53 @@ Shape = tuple[int, int]
 class Settings(points.Settings):
     """Tables 3 and 4."""
 
-    channels: tuple[int, ...] = (2, 4, 8, 16)
-    """Channels of latents of 8×8 positions."""
-    grids: tuple[Literal[16, 8, 4], ...] = (16, 8, 4)
-    """Positions each way of latents of 8 channels."""
+    channels: tuple[int, ...] | None = None
+    """Channels of latents of the preset's grid; by default 2, 4, 8 and 16, of ImageNet 4 to 64 as in the paper."""
+    grids: tuple[int, ...] | None = None
+    """Positions each way of latents of the preset's channels: its own number of them, half or twice as many."""
     seeds: tuple[int, ...] = (0,)
     """Each trains all of them."""
+
+    def __post_init__(self):
+        for each in self.grids or ():
+            grid, _ = self.own
+            if each not in (2 * grid, grid, grid // 2):
+                raise ValueError(f"grids are {2 * grid}, {grid} and {grid // 2} positions each way here, got {each}")
+
+    @property
+    def own(self) -> Shape:
+        """Of the preset."""
+        config = self.config()
+        (across, _) = config.model.encoder.reduction(2)
+        return config.data.resolution // across, config.model.encoder.latent_channels
 
     @property
     def shapes(self) -> list[Shape]:
         """Of both tables, each once."""
-        return list(dict.fromkeys([*((GRID, c) for c in self.channels), *((grid, CHANNELS) for grid in self.grids)]))
+        grid, channels = self.own
+        of_channels = self.channels or ((2, 4, 8, 16) if self.path is None else (4, 8, 16, 32, 64))
+        of_grids = self.grids or (2 * grid, grid, grid // 2)
+        return list(dict.fromkeys([*((grid, each) for each in of_channels), *((each, channels) for each in of_grids)]))
 
 
 def config_of(shape: Shape, seed: int, settings: Settings) -> "Config":
-    grid, channels = shape
+    (grid, channels), (own, _) = shape, settings.own
     preset = settings.config()
     model, encoder = preset.model, preset.model.encoder
-    assert isinstance(encoder.patch, int)  # the presets' encoders: patches, and one step
+    step = encoder.down
+    assert isinstance(step, int)  # the presets' encoders: all are alike
 
     def transformer(config: "UViTConfig") -> "UViTConfig":
-        width = max(1, GRID // grid)
+        width = max(1, own // grid)
         return dataclasses.replace(
-            config, patch=max(1, grid // GRID), channels=tuple(width * size for size in config.channels)
+            config, patch=max(1, grid // own), channels=tuple(width * size for size in config.channels)
         )
 
-    outer, inner = encoder.channels
-    encoder = dataclasses.replace(
-        encoder,
-        channels=(outer, inner * GRID // grid),
-        down=preset.data.resolution // encoder.patch // grid,
-        latent_channels=channels,
-    )
+    encoder = dataclasses.replace(encoder, latent_channels=channels)
+    if grid != own:
+        *outer, inner = encoder.channels
+        steps = (*[step] * len(outer[1:]), step * own // grid)
+        encoder = dataclasses.replace(encoder, channels=(*outer, inner * own // grid), down=steps)
     return dataclasses.replace(
         preset,
         name=f"latent_{settings.label}_{grid}x{grid}x{channels}_s{seed}",
@@ -118,10 +133,10 @@ def cells(point: Point) -> list[str]:
     ]
 
 
-def tables(shown: list[Point]) -> str:
+def tables(shown: list[Point], own: Shape) -> str:
     """Tab. 3 and Tab. 4, as far as their rows are there."""
-    of_channels = sorted((p for p in shown if p.shape[0] == GRID), key=lambda p: p.shape[1])
-    of_grids = sorted((p for p in shown if p.shape[1] == CHANNELS), key=lambda p: -p.shape[0])
+    of_channels = sorted((p for p in shown if p.shape[0] == own[0]), key=lambda p: p.shape[1])
+    of_grids = sorted((p for p in shown if p.shape[1] == own[1]), key=lambda p: -p.shape[0])
     return "\n\n".join(
         f"{name}:\n\n{points.markdown(COLUMNS, [cells(point) for point in rows])}"
         for name, rows in (("Channels (Tab. 3)", of_channels), ("Grid (Tab. 4)", of_grids))
@@ -129,13 +144,14 @@ def tables(shown: list[Point]) -> str:
     )
 
 
-def plot(shown: list[Point], path: Path) -> None:
+def plot(shown: list[Point], own_shape: Shape, path: Path) -> None:
     """Through the means over seeds; every run is a dot."""
     from matplotlib.figure import Figure
 
+    grid, channels = own_shape
     panels = {
-        "channels of an 8×8 latent (Tab. 3)": [(p.shape[1], p) for p in shown if p.shape[0] == GRID],
-        "positions each way, 8 channels (Tab. 4)": [(p.shape[0], p) for p in shown if p.shape[1] == CHANNELS],
+        f"channels of latents of {grid}×{grid} (Tab. 3)": [(p.shape[1], p) for p in shown if p.shape[0] == grid],
+        f"positions each way, {channels} channels (Tab. 4)": [(p.shape[0], p) for p in shown if p.shape[1] == channels],
     }
     panels = {title: own for title, own in panels.items() if own}
     figure = Figure(figsize=(4.5 * len(panels), 3.8), layout="constrained")
@@ -167,9 +183,9 @@ def write(shown: list[Point], settings: Settings, file: Path) -> None:
         f"Measured by `python benchmarks/latent_shape.py {settings.options}`: the `{settings.label}` preset "
         f"on {settings.data}, EMA weights, with latents of other shapes at comparable compute; held-out bits under the "
         f"stage-1 prior; {points.distances(first)}; MFLOPs of one forward pass. ± is one standard error over images. "
-        f"Machine: {first['machine']}, 2 cores.\n\n{tables(shown)}\n"
+        f"Machine: {points.machines(point.found for point in shown)}.\n\n{tables(shown, settings.own)}\n"
     )
-    plot(shown, file.with_suffix(".png"))
+    plot(shown, settings.own, file.with_suffix(".png"))
 
 
 def main() -> None:

@@ -103,7 +103,7 @@ def main() -> None:
         (file.parent / "loss_factor.md").write_text(
             "Measured by `python benchmarks/loss_factor.py`: stage 1 of the `tiny` preset with b = 2.5, EMA weights, "
             "held-out OpenMoji by family. ± is one standard error over images. Machine: "
-            f"{shown[0]['machine']}, 2 cores.\n\n"
+            f"{points.machines(shown)}.\n\n"
             f"{text}\n"
         )
         plot(shown, file.parent / "loss_factor.png")

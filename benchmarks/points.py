@@ -26,6 +26,7 @@ __all__ = [
     "find",
     "here",
     "leave",
+    "machines",
     "markdown",
     "measured",
     "of_length",
@@ -158,7 +159,15 @@ def command(
 
 def here() -> dict[str, str]:
     """The machine and the day, for a results file."""
-    return {"machine": f"{os.cpu_count()} cores, {_processor()}, CPU", "date": datetime.date.today().isoformat()}
+    import jax
+
+    device = "CPU" if jax.default_backend() == "cpu" else f"{jax.device_count()} × {jax.devices()[0].device_kind}"
+    return {"machine": f"{os.cpu_count()} cores, {_processor()}, {device}", "date": datetime.date.today().isoformat()}
+
+
+def machines(found: Iterable[dict[str, Any]]) -> str:
+    """All that the points were measured on."""
+    return "; ".join(dict.fromkeys(point["machine"] for point in found))
 
 
 def _processor() -> str:

@@ -113,7 +113,7 @@ def main() -> None:
             f"Measured by `python benchmarks/rate_control.py`: stage 1 of the `tiny` preset, {settings.steps} steps, "
             f"EMA weights, {pairs[0][0]['bits_per_pixel']['n']} held-out OpenMoji by family, of which the control "
             f"saw {controlled.rate.images}. ± is one standard error over images, which the two runs of a row share. "
-            f"Machine: {pairs[0][0]['machine']}, 2 cores.\n\n{text}\n"
+            f"Machine: {points.machines(point for pair in pairs for point in pair)}.\n\n{text}\n"
         )
         if len(logs) == len(settings.targets):  # a plot of fewer would take the place of one of all
             plot(logs, file.parent / "rate_control.png")

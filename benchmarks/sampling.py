@@ -118,6 +118,11 @@ class Subject:
         return Moments.of(self.seen(self.held_out, "held-out images"))
 
     @cached_property
+    def text(self):
+        """What embeds captions, of a run that has them."""
+        return self.run.open_text() if self.run.text else None
+
+    @cached_property
     def latents(self) -> "np.ndarray":
         """Of the held-out images."""
         from ulx.progress import Progress
@@ -143,25 +148,27 @@ class Subject:
         assert self.run.base is not None
         count = config.evaluate.num_samples
         rows = rows_like(self.dataset.train, count, root_int(config.seed, "evaluation labels"))
-        text = self.run.open_text() if self.run.text else None
-        told = told_of(self.dataset.train, rows, self.run.base.conditions, text)
+        told = told_of(self.dataset.train, rows, self.run.base.conditions, self.text)
         with Progress("sample", total=count, unit="images") as progress:
             z_0, nfe = Runner(self.run.model, config, progress).latents(self.run.base, count, SAMPLE, told)
             # By the run's own settings, which decode the same: so the decoder is compiled once for all points.
-            images, _ = Runner(self.run.model, self.config, progress).decode(z_0, SAMPLE)
+            images, _ = Runner(self.run.model, self.config, progress).decode(z_0, SAMPLE, told)
         return {"nfe": nfe, "fd_efflite0": frechet(self.seen(images, "samples"), self.training)}
 
     def of_decoder(self, config: "Config") -> dict[str, Any]:
         """Reconstructions of held-out images by the settings in `config.sample`."""
         from ulx.data.pixels import to_float
         from ulx.evaluation import RECONSTRUCT
+        from ulx.evaluation_data import held_out_rows, told_of
         from ulx.metrics.entries import frechet, mean
         from ulx.metrics.images import psnr
         from ulx.progress import Progress
         from ulx.runner import Runner
 
+        rows = held_out_rows(self.dataset, self.config.evaluate)
+        told = told_of(self.dataset.validation, rows, self.run.model.decoder.conditions, self.text)
         with Progress("decode", total=len(self.held_out), unit="images") as progress:
-            images, nfe = Runner(self.run.model, config, progress).decode(self.latents, RECONSTRUCT)
+            images, nfe = Runner(self.run.model, config, progress).decode(self.latents, RECONSTRUCT, told)
         return {
             "nfe": nfe,
             "psnr": mean(psnr(to_float(images), to_float(self.held_out))),
@@ -271,7 +278,7 @@ def write(shown: list[Point], settings: Settings, file: Path) -> None:
         f"is fd_efflite0 of {samples['n']} samples without guidance to the {samples['n_reference']} training images, "
         "or of reconstructions of held-out images to their originals (fewer than features: compare within a table "
         "alone); NFE are the calls of the one network. ± is one standard error over images. Machine: "
-        f"{first.found['machine']}, 2 cores.\n\n{tables(shown)}\n"
+        f"{points.machines(point.found for point in shown)}.\n\n{tables(shown)}\n"
     )
     plot(shown, file.with_suffix(".png"))
 

@@ -174,7 +174,7 @@ def write(found: Points, settings: Settings, file: Path) -> None:
         f"themselves left out, find their family in {points.plus_minus(ceiling, 3)} of the cases. Of held-out prompts "
         f"the images of families that no model saw are sought, among all, at guidance "
         f"{first['held_out_prompts']['guidance_scale']:g}. ± is one standard error over images. Machine: "
-        f"{first['machine']}, 2 cores.\n\n{table(found)}\n"
+        f"{points.machines(found.values())}.\n\n{table(found)}\n"
     )
     plot(found, file.with_suffix(".png"))
 

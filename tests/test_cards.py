@@ -167,6 +167,34 @@ def test_runs_on_other_data_or_other_samples_are_refused(runs_of):
     assert "fd_efflite0" not in cards.table([one, of_data], ["bits_per_pixel"]).split("NFE")[0]
 
 
+def test_runs_of_clips_are_compared_where_the_clips_and_the_task_are_the_same(runs_of):
+    def clips(frames=16, stride=1, given=5):
+        def change(found):
+            found["fvd"] = found.pop("fd_efflite0")
+            found["definitions"]["fvd"] = found["definitions"].pop("fd_efflite0")
+            found["clip"] = {"frames": frames, "stride": stride, "given": given}
+
+        return change
+
+    one, same, longer, slower, harder = runs_of(
+        ("one", clips()),
+        ("same", clips()),
+        ("longer", clips(frames=24)),
+        ("slower", clips(stride=2)),
+        ("harder", clips(given=1)),
+    )
+    shown = cards.table([one, same]).splitlines()
+    assert [line.split()[-2:] for line in shown if line.startswith("NFE of the base model")] == [["16", "16"]]
+    for other, reason in (
+        (longer, "bits_per_pixel, fvd.base: the frames of each video: 16, 24"),
+        (slower, "bits_per_pixel, fvd.base: the stride of frames: 1, 2"),
+        (harder, "fvd.base: the given frames: 5, 1"),
+    ):
+        with pytest.raises(ValueError, match=f"may not be compared by {reason}$"):
+            cards.table([one, other])
+    assert cards.table([one, harder], ["bits_per_pixel"])  # of whole clips, without given frames
+
+
 def test_a_run_that_is_not_evaluated_or_long_ago(runs_of, tmp_path):
     (path,) = runs_of(("old", lambda found: found.pop("definitions")))
     with pytest.raises(ValueError, match=f"python -m ulx.evaluate {path}"):

@@ -1,14 +1,15 @@
 """Settings: to JSON and back, what is refused, what is warned of."""
 
 import dataclasses
+import math
 import signal
 import sys
 
 import pytest
 from openmoji import PRESETS
 
-from ulx import run_folder, weightings
-from ulx.command_line import parse, run_command
+from ulx import job, run_folder, weightings
+from ulx.command_line import experiment, parse, run_command
 from ulx.config import Config, SampleConfig, TrainConfig, differences, from_json, to_json
 from ulx.data import DataConfig
 from ulx.presets import PAPER
@@ -106,6 +107,21 @@ def test_a_variant_changes_the_defaults_and_options_come_on_top():
     assert config.model == PRESETS["smoke"].model
     with pytest.raises(SystemExit):
         read("--variant", "stop-gradients")
+
+
+def test_a_variant_s_noise_levels_are_those_of_the_resolution_asked_for(monkeypatch):
+    """λ moves by 2 ln(size ratio), and so does b: from 32 to 64 pixels by 2 ln 2."""
+    found = []
+    monkeypatch.setattr(job, "run", found.append)
+    for options in ([], ["--data.resolution", "64"], ["--data.resolution=64", "--base-bias", "0.5"]):
+        monkeypatch.setattr(sys, "argv", ["openmoji.py", "--variant", "pixels", *options])
+        experiment(PRESETS, "")
+    small, large, changed = found
+    assert (small.data.resolution, large.data.resolution) == (32, 64)
+    for value in (lambda c: c.model.logsnr_0, lambda c: c.model.logsnr_1, lambda c: c.base_bias):
+        assert value(small) - value(large) == pytest.approx(2 * math.log(2))
+    assert changed.model == large.model
+    assert changed.base_bias == 0.5
 
 
 def test_widths_come_through_the_command_line_and_json():

@@ -23,9 +23,9 @@ from ulx.command_line import parse_arguments
 from ulx.config import Config
 from ulx.data.pixels import to_float
 from ulx.data.source import Dataset, InMemory, Split
-from ulx.data.video import find_videos, frames
+from ulx.data.video import ShortError, find_videos, frames
 from ulx.diffusion import noise, normal, per_example_keys
-from ulx.evaluation_data import held_out_examples
+from ulx.evaluation_data import held_out_examples, held_out_rows
 from ulx.frames import given_frames, given_shape, padded
 from ulx.generate import decode, example_keys, extend, sample_latents
 from ulx.latents import encoded
@@ -157,7 +157,7 @@ def test_frames_are_dropped_at_the_rate_asked_for():
     assert np.asarray(given_or_dropped(x, keys, 1, 0.0))[..., 1].sum() == 4000
 
 
-@pytest.mark.parametrize("rate", [0.0, 1.0])
+@pytest.mark.parametrize("rate", [1e-9, 1.0])
 def test_stage_1_s_decoder_sees_the_given_frames_and_the_rate_does_not(config, model, clips, rate):
     """The bound by hand with and without frames: the same rate, another decoder term."""
     batch = {"image": jnp.asarray(clips), "label": jnp.zeros(6, jnp.int32)}
@@ -170,7 +170,7 @@ def test_stage_1_s_decoder_sees_the_given_frames_and_the_rate_does_not(config, m
     changed = found(model, dataclasses.replace(config, frames_dropout=rate))
     none = found(model, without)
     assert float(changed["rate"]) == pytest.approx(float(none["rate"]), rel=1e-6)
-    assert (abs(float(changed["decoder"]) - float(none["decoder"])) > 1e-4) == (rate == 0)
+    assert (abs(float(changed["decoder"]) - float(none["decoder"])) > 1e-4) == (rate < 1)
 
 
 def test_stage_2_on_cached_latents_is_stage_2_on_clips(config, model, base, clips, tmp_path):
@@ -184,7 +184,7 @@ def test_stage_2_on_cached_latents_is_stage_2_on_clips(config, model, base, clip
     assert kept[0]["first"].shape == (2, 16, 16, 3)
     latents = {name: jnp.stack([example[name] for example in kept]) for name in kept[0]}
     loss = base_loss(dataclasses.replace(config, base_frames_dropout=0.5), 4 * 16 * 16)
-    given = dataclasses.replace(config, base_frames_dropout=0.0)
+    given = dataclasses.replace(config, base_frames_dropout=1e-9)
 
     @eqx.filter_jit
     def value(loss, frozen, batch):
@@ -236,28 +236,32 @@ def finished(config, tmp_path_factory):
     rng = np.random.default_rng(1)
 
     def split(count: int) -> Split:
-        labels = np.zeros(count, np.int32)
+        labels = np.arange(count, dtype=np.int32) % 2
         source = InMemory({"image": rng.integers(0, 256, (count, *SHAPE), dtype=np.uint8), "label": labels})
         return Split(source, tuple(map(str, range(count))), labels)
 
-    dataset = Dataset("clips", 16, ("clips",), split(12), split(6), "f")
+    dataset = Dataset("clips", 16, ("still", "moving"), split(12), split(6), "f")
     options = dataclasses.replace(config.evaluate, held_out=5, flow_images=0)
     unguided = dataclasses.replace(config.sample, guidance_scale=1.0)
     runs_folder = str(tmp_path_factory.mktemp("runs"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job, "open_dataset", lambda data: dataset)
         patch.setattr(i3d, "load", LastCorner)
+        patch.setattr(i3d, "MIN_FRAMES", 4)
         job.run(dataclasses.replace(config, runs=runs_folder, evaluate=options, sample=unguided))
     path = Path(runs_folder) / config.name
     return path, evaluation.Evaluation.load(path / "evaluation"), dataset
 
 
 def test_continuations_begin_with_the_given_frames_and_are_judged_by_the_next(finished):
-    _, found, _ = finished
+    path, found, dataset = finished
     originals, continued = found.pictures["originals"], found.pictures["base_samples"]
     assert originals.shape == continued.shape == (5, *SHAPE)
     np.testing.assert_array_equal(originals[:, :2], continued[:, :2])
     assert (originals[:, 2:] != continued[:, 2:]).any()
+    rows = held_out_rows(dataset, dataclasses.replace(runs.load(path).config.evaluate, held_out=5))
+    np.testing.assert_array_equal(found.pictures["base_labels"], dataset.validation.labels[rows])
+    assert found.metrics["sampler"]["labels"] == "the held-out clips' own"
     decibels = lambda a, b: 10 * np.log10(255**2 / ((a.astype(float) - b) ** 2).mean((1, 2, 3, 4)))  # noqa: E731
     entry = found.metrics["continuation"]
     by_hand = decibels(continued[:, 2:], originals[:, 2:])  # two frames are left, of three that are looked at
@@ -265,6 +269,13 @@ def test_continuations_begin_with_the_given_frames_and_are_judged_by_the_next(fi
     repeated = decibels(np.broadcast_to(originals[:, 1:2], originals[:, 2:].shape), originals[:, 2:])
     assert entry["psnr_of_last_frame"]["value"] == pytest.approx(repeated.mean(), rel=1e-5)
     assert entry["gap"]["value"] == pytest.approx((by_hand - repeated).mean(), rel=1e-4)
+    assert found.metrics["definitions"]["continuation"]["definition"].startswith("PSNR in dB of the 2 frames after")
+    assert found.metrics["clip"] == {"frames": 4, "stride": 1, "given": 2}
+
+
+def test_clips_too_short_for_i3d_are_refused_before_anything_is_trained(config):
+    with pytest.raises(ValueError, match=r"clips of 4 frames .* cannot be evaluated: FVD's I3D takes at least 9"):
+        job.run(config)
 
 
 def test_held_out_clips_are_continued_beyond_the_run_s_length(finished, tmp_path, monkeypatch):
@@ -274,7 +285,7 @@ def test_held_out_clips_are_continued_beyond_the_run_s_length(finished, tmp_path
     longer = InMemory({"image": np.concatenate([of_run, later], axis=1), "label": dataset.validation.labels})
     held_out = dataclasses.replace(dataset.validation, source=longer)
     opened = {4: dataset, 7: dataclasses.replace(dataset, validation=held_out, fingerprint="of 7 frames")}
-    monkeypatch.setattr(predict, "open_dataset", lambda data: opened[data.frames])
+    monkeypatch.setattr(predict, "open_dataset", lambda data, frames=None: opened[frames or data.frames])
     run = runs.load(path)
     assert run.base is not None
     guided = dataclasses.replace(run.config, sample=dataclasses.replace(run.config.sample, guidance_scale=2.0))
@@ -300,7 +311,7 @@ def test_held_out_clips_are_continued_beyond_the_run_s_length(finished, tmp_path
         run.config.sample,
         given=2,
         keys=example_keys(root_key(0, "predict"), 0, 6)[np.array(rows)],
-        conditions=Conditions(label=jnp.zeros(3, int)),
+        conditions=Conditions(label=jnp.asarray([0, 0, 1])),
     )
     np.testing.assert_allclose(clips, (np.asarray(by_hand) + 1) * 127.5, atol=0.51)  # rounded to bytes
     np.testing.assert_array_equal(clips[:, :2], originals[:, :2])
@@ -331,6 +342,25 @@ def test_held_out_clips_are_continued_beyond_the_run_s_length(finished, tmp_path
     opened[4] = dataclasses.replace(dataset, fingerprint="another")
     with pytest.raises(ValueError, match="was trained on other data than clips is now"):
         predict.predict(predict.Options(path, num=1, out=tmp_path / "other"))
+
+
+def test_clips_that_are_too_short_make_room_for_the_next():
+    lengths = [9, 4, 4, 9, 9, 4, 9]
+
+    class Videos:
+        def __len__(self):
+            return len(lengths)
+
+        def __getitem__(self, index):
+            if lengths[index] < 9:
+                raise ShortError("has 4 frames")
+            return {}
+
+    split = Split(Videos(), tuple("abcdefg"), np.zeros(7, np.int32))
+    assert predict.long_enough(split, 1) == [0]
+    assert predict.long_enough(split, 3) == [0, 3, 6]
+    assert predict.long_enough(split, 4) == [0, 3, 4, 6]
+    assert predict.long_enough(split, 6) == [0, 3, 4, 6]
 
 
 def test_clips_are_compared_with_the_held_out_ones_by_fvd(finished):
@@ -460,6 +490,8 @@ def test_what_the_base_model_knows_of_a_clip_frame_by_frame(finished, tmp_path, 
         ({"data": {"frames": 2}}, "must leave some of a clip's 2 frames"),
         ({"frames_dropout": 1.5}, "frames_dropout must be in"),
         ({"base_frames_dropout": -0.1}, "base_frames_dropout must be in"),
+        ({"frames_dropout": 0.0}, "frames_dropout=0: bits and reconstructions are measured without given frames"),
+        ({"base_frames_dropout": 0.0}, "base_frames_dropout=0: the base model's bits are measured without given"),
     ],
 )
 def test_settings_that_cannot_be(config, changes, message):

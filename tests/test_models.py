@@ -16,8 +16,9 @@ from ulx.config import Config, SampleConfig
 from ulx.generate import decode, example_keys, in_batches, sample_latents
 from ulx.models import UnifiedLatents
 from ulx.nn.conditions import NO_LABEL, Conditions, ConditionSpec
+from ulx.sharding import make_mesh
 from ulx.stages import CollapseWatch, autoencoder_loss, base_loss, dropped_conditions, make_base
-from ulx.training import Draws
+from ulx.training import Draws, Spread, make_optimizer, make_step
 
 CLASSES = ConditionSpec(num_classes=3)
 KEY = jax.random.key(0)
@@ -141,7 +142,7 @@ def test_training_minimises_bits_per_pixel_of_the_sum(small_config, model, image
     # One divisor for both terms: pixels · ln 2, with 16·16 pixels whatever the channels.
     assert float(value) == pytest.approx(float(jnp.mean(bound.total)) / (256 * math.log(2)), rel=1e-4)
     spread = np.asarray(eqx.filter_jit(model.encoder)(x)).std(axis=0).mean()
-    assert float(metrics["latent_std"]) == pytest.approx(spread, rel=1e-4)
+    assert float(metrics["latent_std"].std) == pytest.approx(spread, rel=1e-4)
 
 
 def test_the_two_terms_draw_their_times_apart():
@@ -275,3 +276,33 @@ def test_collapse_is_told_loudly_once_and_not_without_reason():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         watch(500, {"latent_std": 0.02, "rate": 0.001})
+    # An encoder of variance adds noise of its own: √(0.082² + 1).
+    of_variance = CollapseWatch(Config(name="x"))
+    with pytest.warns(UserWarning, match=r"standard deviation over images, 0\.490, is below half .* 1\.003"):
+        of_variance(400, {"latent_std": 0.49, "encoder_std": 1.0, "rate": 0.001})
+
+
+def test_a_spread_is_that_of_the_whole_however_it_is_divided():
+    x = np.random.default_rng(0).normal(3.0, 0.5, (8, 3, 2)).astype(np.float32)
+    parts = [Spread.of(jnp.asarray(part)) for part in x[:, None]]
+    whole = jax.tree.map(lambda *each: sum(each) / 8, *parts)
+    assert float(whole.std) == pytest.approx(x.std(axis=0).mean(), rel=1e-5)
+    assert float(Spread.of(jnp.ones((2, 3))).std) == 0
+
+
+def test_pieces_of_a_batch_log_what_the_batch_does(small_config):
+    """Of one example each, which has no spread of its own."""
+    batch = {
+        "image": jnp.asarray(np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3)), jnp.uint8),
+        "label": jnp.zeros(4, jnp.int32),
+    }
+    found = []
+    for pieces in (1, 4):
+        train = dataclasses.replace(small_config.train, batch_size=4, accumulate=pieces)
+        optimizer = make_optimizer(train)
+        mesh = make_mesh(devices=jax.devices()[:1])
+        step = make_step(autoencoder_loss(small_config), optimizer, train, key=KEY, mesh=mesh)
+        _, metrics = step((None, batch), runs.stage1_state(small_config))
+        found.append({name: float(metrics[name]) for name in ("latent_std", "rate", "loss")})
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert found[0]["latent_std"] > 1e-3

@@ -96,14 +96,39 @@ def test_a_perfect_base_model_of_gaussian_latents_gives_their_mean_and_spread(sm
 
 def test_pixels_come_back_but_for_noise_that_cannot_be_seen(small_dataset, tmp_path):
     metrics, pictures = proxy.measure(Identity(), small_dataset, RECIPE, batch_size=4)
-    # The noise is exp(−10/2)/3 on [−1, 1], and moves a value to the next of 255 levels if it is over half of a step.
-    step, noise = 2 / 255, math.exp(-5) / 3
+    # Noise of exp(−10/2) of the latents' spread moves a value to the next of 255 levels if it is over half a step.
+    images = np.stack([example["image"] for example in small_dataset.train]) / 127.5
+    spread = np.sqrt(((images - images.mean(axis=(0, 1, 2))) ** 2).mean())
+    step, noise = 2 / 255, math.exp(-5) * spread
     moved = math.erfc(step / 2 / noise / math.sqrt(2))
     # Some 310 of 3,840 values: 0.24 dB of standard error.
     assert metrics["psnr"]["value"] == pytest.approx(10 * math.log10(4 / (moved * step**2)), abs=0.8)
     assert metrics["fd_efflite0_reconstruction"]["value"] < 1e-4 < metrics["fd_efflite0"]["value"]
     assert "bits_per_pixel" not in metrics
     assert pictures["samples"].shape == (7, 16, 16, 3)
+
+
+def test_the_units_of_latents_change_nothing(small_dataset, monkeypatch):
+    monkeypatch.setattr(proxy, "_generated", lambda made, *_: made.back(made.latents[:7]))
+
+    class Scaled(Identity):
+        def __init__(self, scale):
+            self.scale = scale
+
+        def encode(self, x):
+            return self.scale * super().encode(x)
+
+        def decode(self, z, key):
+            return super().decode(z / self.scale, key)
+
+    found = [proxy.measure(Scaled(scale), small_dataset, RECIPE, batch_size=4)[0] for scale in (1.0, 1e-3, 50.0)]
+    # Float32 rounds pixels near the middle between two levels to either.
+    for other in found[1:]:
+        assert other["psnr"]["value"] == pytest.approx(found[0]["psnr"]["value"], abs=0.1)
+    made = [standardise(scale * np.random.default_rng(0).normal(size=(9, 2, 2, 1)), None) for scale in (1.0, 0.01)]
+    assert made[0].logsnr_0 == made[1].logsnr_0 == tokenizers.NOISE_FREE
+    assert made[1].noise == pytest.approx(0.01 * made[0].noise)
+    assert standardise(made[0].latents, 5.0).noise == pytest.approx(math.exp(-2.5))
 
 
 @pytest.mark.parametrize(

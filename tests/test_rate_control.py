@@ -64,6 +64,8 @@ def test_one_move_by_hand():
     # At the end nothing would be felt, and 2.5 times as far is enough.
     assert moved(settled(0.3), 0.44, 0.0) == pytest.approx(0.3 - 0.1 * 2.5 * math.log(1.1) / 0.45, rel=1e-5)
     assert moved(settled(0.3), 0.1, 0.5) == pytest.approx(0.3 + 0.1, rel=1e-5)
+    # An estimate of no rate may be below 0: as far up as it goes at once.
+    assert moved(settled(0.3), -1e-4, 0.5) == moved(settled(0.3), 0.0, 0.5) == pytest.approx(0.3 + 0.1, rel=1e-5)
     # On its way: of λ* = 0.3 the average has felt 0.1, with which the rate is on target, and the encoder 0.2. It has to
     # get back to 0.1 from there.
     arriving = Control(jnp.asarray(0.3), jnp.asarray(0.2), jnp.asarray(0.1))

@@ -113,7 +113,10 @@ def test_a_run_that_is_resumed_within_a_spike_judges_as_if_it_was_not(tmp_path):
     with Checkpoints(tmp_path / "parts" / "checkpoints") as checkpoints:
         spent = Guard([], 0, 10.0, 1)
         checkpoints.restore(whole, {"data": Points(), "guard": spent})
-        assert spent.rollbacks == 0  # it has gone back once, and may not again
+        assert not spent.may_go_back  # it has gone back once, and may not again
+        more = Guard([], 0, 10.0, 2)
+        checkpoints.restore(whole, {"data": Points(), "guard": more})
+        assert more.may_go_back  # unless it is allowed to
 
 
 def test_a_signal_in_the_last_step_stops_the_run(quiet, tmp_path):

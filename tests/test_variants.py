@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from stand_ins import Corner
 
-from ulx import job, losses, rate_control, run_folder, runner, runs, schedules
+from ulx import dry_run, job, losses, rate_control, run_folder, runner, runs, schedules
 from ulx.bound import estimate_rate
 from ulx.config import Config, from_json, to_json
 from ulx.decoders import DiffusionDecoder, PixelDecoder, RegressionDecoder
@@ -262,6 +262,8 @@ def test_refuses_combinations_that_have_no_network(small_config):
         model = dataclasses.replace(small_config.model, **change)
         with pytest.raises(ValueError, match="single_stage generates with the stage-1 prior"):
             dataclasses.replace(small_config, model=model, single_stage=True)
+    with pytest.raises(ValueError, match="label_dropout=0: the bits of a single stage"):
+        dataclasses.replace(small_config, single_stage=True, label_dropout=0.0)
     with pytest.raises(ValueError, match="logsnr_0_bias"):
         dataclasses.replace(small_config.model, latent_prior="normal", logsnr_0_bias=0.0)
 
@@ -330,6 +332,19 @@ def test_runs_from_end_to_end(quick, small_config, small_dataset, tmp_path, name
         assert not np.allclose(found["z_std"], found["z_clean"])
     if name == "mse":
         assert isinstance(run.model.decoder, DiffusionDecoder)
+        assert config.train_decoder == config.train  # as long as stage 1
+
+
+def test_a_drawn_noise_level_is_told_to_the_decoder_that_is_trained_afterwards(small_config, batch):
+    config = varied(small_config, "mse")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, logsnr_0_bias=0.0))
+    autoencoder = runs.stage1_state(config).model
+    decoder = shaken(runs.decoder_state(config, autoencoder, ConditionSpec()).model)
+    loss, _ = decoder_loss(config)(decoder, autoencoder, batch, DRAWS, jnp.asarray(0))
+    assert np.isfinite(float(loss))
+    model = runs.with_decoder(autoencoder, decoder)
+    z_0 = jax.random.normal(KEY, (4, *model.latent_shape))
+    assert np.isfinite(decode(model, z_0, config.sample, keys=DRAWS.keys).z).all()
 
 
 def test_an_autoencoder_of_another_run(quick, small_config, small_dataset, tmp_path):
@@ -347,6 +362,16 @@ def test_an_autoencoder_of_another_run(quick, small_config, small_dataset, tmp_p
     assert a.base is not None
     assert b.base is not None
     assert not np.array_equal(a.base.network.position, b.base.network.position)
+    # What would be trained is stage 2 alone, on what was taken; and once it was, the run stands on its own.
+    described = dry_run.describe(dataclasses.replace(second, name="third"), compiled=False)
+    assert "\nstage2 " in described
+    assert "\nstage1 " not in described
+    moved = first.path.rename(tmp_path / "elsewhere")
+    assert run_folder.adopt(dataclasses.replace(second, resume=True)).loss_factor == 1.7
+    for other in (second, dataclasses.replace(second, name="third", resume=True)):
+        with pytest.raises(FileNotFoundError, match="not a run"):
+            run_folder.adopt(other)
+    moved.rename(first.path)
     unfinished = Path(a.path) / "config.json"
     unfinished.write_text(to_json(dataclasses.replace(first, train=dataclasses.replace(first.train, steps=7))))
     with pytest.raises(FileNotFoundError, match="not finished stage1"):

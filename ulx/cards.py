@@ -43,11 +43,12 @@ OF_METRIC = {
     "the draws of each": ("draws",),
     "the labels": ("labels",),
     "the probes": ("probes",),
+    "the given frames": ("given",),
 }
 OF_RUN = {
     "solver of the latent": ("sampler", "latent"),
     "solver of the decoder": ("sampler", "decoder"),
-    "NFE of the base model": ("fd_efflite0", "base", "nfe"),
+    "NFE of the base model": ("distances", "base", "nfe"),
     "NFE of the decoder": ("sampler", "decoder_nfe"),
     "guidance": ("sampler", "guidance_scale"),
     "weights": ("weights",),
@@ -55,6 +56,8 @@ OF_RUN = {
     "commit": ("provenance", "commit"),
 }
 """How a run's numbers were made: part of what is compared, and so shown beside it."""
+CONTINUED = {"base", "continuation"}
+"""What is measured of a base model's samples, which of clips are continuations of the given frames."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +106,14 @@ def _of_run(path: Path) -> dict[str, Any]:
         assert meant is not None, f"{file}: no definition of {'.'.join(names)}"
         reference = found["references"][value.get("against", "held-out images")]
         known = "{data} {split}, {n} images {fingerprint}".format(**reference)
-        metrics[".".join(names)] = value | meant | {"reference": known}
+        given = {"given": _at(found, ("clip", "given"))} if CONTINUED & set(names) else {}
+        metrics[".".join(names)] = value | meant | {"reference": known} | given
 
     gather({name: part for name, part in found.items() if name not in ("definitions", "references")}, ())
-    facts = {what: _at(found, where) for what, where in OF_RUN.items()}
-    return {"metrics": metrics, "facts": facts, "b": {"path": str(path)}, "dtype": found["provenance"]["dtype"]}
+    made = found | {"distances": found.get("fvd", found.get("fd_efflite0"))}
+    facts = {what: _at(made, where) for what, where in OF_RUN.items()}
+    same = {"clip": found.get("clip"), "dtype": found["provenance"]["dtype"]}
+    return {"metrics": metrics, "facts": facts, "b": {"path": str(path)}, **same}
 
 
 def differences(one: dict[str, Any], other: dict[str, Any], metric: str) -> list[str]:

@@ -1,6 +1,8 @@
 """What every command shares: presets and options by tyro, errors as one line, the compilation cache."""
 
 import argparse
+import dataclasses
+import functools
 import logging
 import os
 import signal
@@ -75,7 +77,15 @@ def experiment(
         default = on_files
         if _option(args, "--data.source") is None:
             args += ["--data.source", "prepared"]
-    changes = {name: variant.change for name, variant in VARIANTS.items()}
+    resolution = _option(args, "--data.resolution")
+
+    def changed(config: Config, change: Callable[[Config], Config]) -> Config:
+        """A variant knows of the images' size, which noise levels and weightings follow from."""
+        if resolution is not None and resolution.isdecimal():
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, resolution=int(resolution)))
+        return change(config)
+
+    changes = {name: functools.partial(changed, change=variant.change) for name, variant in VARIANTS.items()}
     config = parse(Config, presets, default=default, variants=changes, description=description, args=args)
     if of is not None and config.data.path is None:
         print(

@@ -26,7 +26,7 @@ from ulx.nn.conditions import ConditionSpec
 from ulx.progress import duration
 from ulx.sharding import bytes_per_device, make_mesh
 from ulx.stages import autoencoder_loss, base_loss, decoder_loss
-from ulx.text.examples import channels_of
+from ulx.text.examples import channels_of, open_encoder
 from ulx.training import Loss, TrainState, make_optimizer, make_step
 
 __all__ = ["SHARE", "Plan", "PlannedStep", "describe", "matmul_speed", "planned"]
@@ -96,6 +96,8 @@ def planned(
 
 def describe(config: Config, *, compiled: bool = True) -> str:
     """The networks and the stages of a run, as two tables. Compiling takes from seconds to minutes."""
+    if config.autoencoder is not None:
+        config = run_folder.adopt(config, open_encoder(config.text) if config.data.captions else None)
     classes = num_classes(config.data)
     channels = channels_of(config.text) if config.data.captions else 0
     plan = planned(config, run_folder.spec_of(("",) * classes, channels))
@@ -111,7 +113,8 @@ def describe(config: Config, *, compiled: bool = True) -> str:
         lines.append(f"{name:<10}{parameters / 1e6:>10.1f} M{cost['forward_flops_per_image'][name] / 1e9:>16,.1f}")
     speeds = {dtype: matmul_speed(dtype) for dtype in {train.dtype for train in config.train_configs.values()}}
     lines += ["", f"{'stage':<10}{'steps':>10}{'batch':>7}{'FLOPs':>10}{'weights':>11}{'the step':>11}{'time':>12}"]
-    for stage, step in plan.steps.items():
+    steps = {name: step for name, step in plan.steps.items() if name == "stage2" or config.autoencoder is None}
+    for stage, step in steps.items():
         train, flops = step.train, cost[f"training_flops_{stage}"]
         held = bytes_per_device((step.state, step.frozen), config.fsdp)
         taken = step.memory() if compiled else None

@@ -72,7 +72,7 @@ DEFINITIONS = {
     lpips.METRIC: f"distance of each reconstruction in VGG16's activations, mean over images ({lpips.DEFINITION})",
     "psnr_of_mean_training_image": "10 log10(255²/MSE) in dB of the mean training image, mean over images",
     "swap": "PSNR in dB of decodings of another image's latent with this one's noise, mean over pairs",
-    "continuation": f"PSNR in dB of the {NEXT} frames after the given ones, mean over clips: the base model's; the "
+    "continuation": "PSNR in dB of the {next} frames after the given ones, mean over clips: the base model's; the "
     "last given one repeated; the difference",
     "flow": "−h(q) − log p(z_0) by the prior's probability flow, over {pixels} · ln 2; mean over images",
 }
@@ -120,9 +120,15 @@ def evaluate_autoencoder(model: UnifiedLatents, dataset: Dataset, config: Config
 def networks(config: Config) -> tuple[list[FeatureNetwork], lpips.LPIPS | None, clip_score.Clip | None]:
     """Those whose features are compared, of clips I3D, and LPIPS and CLIP if asked for.
 
-    Raises FileNotFoundError, ModuleNotFoundError, ValueError for weights that are not there or not the right ones.
+    Raises FileNotFoundError, ModuleNotFoundError, ValueError for weights that are not there or not the right ones, and
+    ValueError for clips too short for I3D.
     """
     options = config.evaluate
+    if config.data.clips and config.data.frames < i3d.MIN_FRAMES:
+        raise ValueError(
+            f"clips of {config.data.frames} frames (--data.frames) cannot be evaluated: FVD's I3D takes at least "
+            f"{i3d.MIN_FRAMES}"
+        )
     found: list[FeatureNetwork] = [i3d.load() if config.data.clips else efficientnet.load()]
     if options.inception_weights is not None:
         found.append(inception.load(options.inception_weights, options.inception_resize))
@@ -148,7 +154,10 @@ def evaluate(
     held_out, _ = held_out_examples(dataset, config.evaluate, store)
     made = _Made.by(model, base, dataset, held_out, config, text, store)
     sampled, network = config.sample, compared[0]
-    over = "frames · height · width" if config.data.clips else "height · width"
+    words = {
+        "pixels": "frames · height · width" if config.data.clips else "height · width",
+        "next": min(NEXT, config.data.frames - made.given),
+    }
     references = None
     if made.base_told.captions is not None:
         references = References.of(dataset, network, config, store)
@@ -191,9 +200,9 @@ def evaluate(
             "decoder_inverse_rho": sampled.decoder_inverse_rho,
             "decoder_nfe": made.decoder_nfe,
             "guidance_scale": 1.0,
-            "labels": "as frequent as in the training set",
+            "labels": "the held-out clips' own" if made.given else "as frequent as in the training set",
         },
-        "definitions": {name: {"definition": text.format(pixels=over)} for name, text in DEFINITIONS.items()}
+        "definitions": {name: {"definition": text.format(**words)} for name, text in DEFINITIONS.items()}
         | {name: entry for network in compared for name, entry in compare.definitions(network).items()},
         "references": {
             what: {"data": dataset.name, "split": split, "n": count, "fingerprint": dataset.fingerprint}
@@ -222,7 +231,9 @@ def evaluate(
     }
     if made.given:
         metrics["continuation"] = _continuation(made.base_samples, held_out, made.given)
-    if not config.data.clips:
+    if config.data.clips:
+        metrics["clip"] = {"frames": config.data.frames, "stride": config.data.stride, "given": made.given}
+    else:
         metrics["copies"], nearest = copies_among(
             dataset.train, made.base_samples, held_out, made.train_originals, made.train_reconstructions
         )
@@ -270,8 +281,9 @@ class _Made:
     given: int
     """Frames that these were given."""
     base_rows: Int[np.ndarray, " s"]
-    """The training examples whose classes and captions these were told."""
+    """The training examples whose classes and captions these were told, unless they are continuations."""
     base_told: Told
+    """What they were told: continuations the class of the clip that they continue."""
     base_nfe: int
     guided: tuple[Images, Told, int] | None
     """Samples for the eye, the classes in turn, and their NFE."""
@@ -293,8 +305,8 @@ class _Made:
         first = held_out[:, :given] if given else None
         count = len(held_out) if given else options.num_samples
         rows = rows_like(dataset.train, count, root_int(config.seed, "evaluation labels"))
-        base_told = told_of(dataset.train, rows, base.conditions, text)
         own = told_of(dataset.validation, held_out_rows(dataset, options), base.conditions, text)
+        base_told = own if given else told_of(dataset.train, rows, base.conditions, text)
         told = own if config.label_dropout == 0 else Told()
         # Reconstructions are without given frames, but a decoder that knows captions is told them.
         decoder_told = Told(captions=own.captions) if config.model.decoder_text else Told()

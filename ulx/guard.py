@@ -28,7 +28,7 @@ REMEMBERED, FEWEST = 200, 50
 """Steps whose losses a new one is compared with, and how many there must be."""
 IN_A_ROW = 5
 """Steps that a leap lasts: single batches are hard now and then."""
-_REMEMBERED = ("high", "in_a_row", "skipped", "rollbacks")
+_REMEMBERED = ("high", "in_a_row", "skipped", "rolled_back")
 TO_DEVIATION = 1.4826
 """Of a normal distribution, the standard deviation over the median deviation from the median."""
 
@@ -86,7 +86,7 @@ class Guard:
     """Looks at every step's metrics. Up to `skip` bad steps in a row are let pass: the step has left itself out.
 
     A loss that lies more than `spike` robust standard deviations above the median of the last ones, for several steps
-    in a row, is a spike; 0: it does not look for them. `rollbacks` counts down how often the run may still go back.
+    in a row, is a spike; 0: it does not look for them. `rollbacks` is how often the run may go back, in all.
 
     What it remembers goes into checkpoints: a run that is resumed judges as one that was not interrupted.
     """
@@ -96,6 +96,8 @@ class Guard:
         self.in_a_row = 0
         self.skipped = 0
         """In all."""
+        self.rolled_back = 0
+        """How often the run has gone back."""
         self.losses: deque[float] = deque(maxlen=REMEMBERED)
         self.high: list[float] = []
 
@@ -110,7 +112,11 @@ class Guard:
     def set_state(self, state: dict[str, Any], /) -> None:
         self.losses = deque(state["losses"], maxlen=REMEMBERED)
         for name in _REMEMBERED:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, getattr(self, name)))
+
+    @property
+    def may_go_back(self) -> bool:
+        return self.rolled_back < self.rollbacks
 
     def passes(self, step: int, metrics: Mapping[str, float], norms: Float[np.ndarray, " layers"]) -> bool:
         """Whether all is finite. Warns of a step that was left out.

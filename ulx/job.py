@@ -15,6 +15,7 @@ from ulx.cost import network_costs
 from ulx.data import open_dataset
 from ulx.data.pipeline import train_batches
 from ulx.data.source import Dataset
+from ulx.data.split import LEAST
 from ulx.denoiser import Denoiser
 from ulx.evaluation import evaluate, networks
 from ulx.evaluation_data import evaluation_facts
@@ -49,8 +50,13 @@ def run(config: Config) -> Path:
             continue  # trained already
         sharding.check_batch(train.batch_size, mesh, pieces=train.accumulate, of=stage)
     dataset = processes.in_turn(lambda: open_dataset(config.data))
-    if encoder is not None:
-        _check_captions(dataset, encoder, config)
+    if len(dataset.validation) < LEAST:
+        raise ValueError(
+            f"{dataset.name} has {len(dataset.validation)} held-out {config.data.unit}, and {LEAST} are needed to "
+            "measure on: more files, or a larger --data.limit"
+        )
+    if isinstance(encoder, Precomputed):
+        encoder.require([*captions_of(dataset), *config.evaluate.prompts])
     spec = run_folder.spec_of(dataset.class_names, encoder.channels if encoder else 0)
     state = runs.stage1_state(config, spec)
     if config.resume:  # before the folder learns of other settings
@@ -70,17 +76,6 @@ def run(config: Config) -> Path:
     written = measure(path, model, train_base(model, dataset, config, text), dataset, config, prompts)
     print(f"{duration(time.monotonic() - began)} in all -> {written}")
     return written
-
-
-def _check_captions(dataset: Dataset, encoder: TextEncoder, config: Config) -> None:
-    """Raises ValueError for captions and prompts that the encoder's file lacks, or too few images to ask about."""
-    if isinstance(encoder, Precomputed):
-        encoder.require([*captions_of(dataset), *config.evaluate.prompts])
-    if min(len(dataset.validation), config.evaluate.num_samples) < 2:
-        raise ValueError(
-            "a run with captions asks whether samples follow them, and needs at least 2 held-out images and 2 samples: "
-            f"got {len(dataset.validation)} and {config.evaluate.num_samples}"
-        )
 
 
 def train_autoencoder(

@@ -25,6 +25,8 @@ from ulx import runs
 from ulx.command_line import parse_arguments, run_command
 from ulx.data import open_dataset
 from ulx.data.pixels import to_float, to_uint8
+from ulx.data.source import Split
+from ulx.data.video import ShortError
 from ulx.evaluation_data import told_of
 from ulx.generate import extend, in_batches
 from ulx.image_files import STRIPS, claim, contact_sheet, film_strips, framed, moving_sheet, write_png
@@ -90,10 +92,15 @@ def predict(options: Options) -> Path:
         raise ValueError(f"frames must be above the {given} that {options.run} is given, got {length}")
     run.check_guidance(options.guidance_scale)
     run.check_data(open_dataset(data))
-    held_out = open_dataset(dataclasses.replace(data, frames=length)).validation
+    held_out = open_dataset(data, frames=length).validation
     if options.num > len(held_out):
         raise ValueError(f"num must be at most the {len(held_out)} held-out clips of {data.source}, got {options.num}")
-    rows = spread_over(len(held_out), options.num)
+    rows = long_enough(held_out, options.num)
+    if len(rows) < options.num:
+        raise ValueError(
+            f"num must be at most the {len(rows)} held-out clips of {data.source} that have {length} frames, got "
+            f"{options.num}"
+        )
     stem = f"seed{options.seed}"
     names = [f"{stem}-{row:06d}.png" for row in rows]
     sheets = [f"{stem}-sheet.png", f"{stem}-sheet-moving.png"]
@@ -156,6 +163,26 @@ def predict(options: Options) -> Path:
     print(f"PSNR of frames {given} to {length - 1}: {_listed(own)} dB")
     print(f"of frame {given - 1} in their place: {_listed(repeated)} dB")
     return out
+
+
+def long_enough(held_out: Split, count: int) -> list[int]:
+    """So many clips, spread over all of them; in the place of one too short the next that is not. Fewer, if there are
+    no more."""
+    rows: list[int] = []
+    for wanted in spread_over(len(held_out), count):
+        for row in ((wanted + i) % len(held_out) for i in range(len(held_out))):
+            if row not in rows and _is_there(held_out, row):
+                rows.append(row)
+                break
+    return sorted(rows)
+
+
+def _is_there(held_out: Split, row: int) -> bool:
+    try:
+        held_out[row]
+    except ShortError:
+        return False
+    return True
 
 
 def _decibels(clips: Clips, originals: Clips, given: int) -> Float[np.ndarray, "n 2 _later"]:

@@ -97,6 +97,8 @@ class Standardised:
     latents: Float[np.ndarray, "n *latent k"]
     mean: Float[np.ndarray, " k"]
     std: float
+    noise: float
+    """Standard deviation of the decoder's noise on the tokenizer's own scale."""
     logsnr_0: float
     """λ of the decoder's noise on these, where it matters; else NOISE_FREE."""
 
@@ -104,8 +106,9 @@ class Standardised:
         return self.mean + self.std * z
 
 
-def standardise(latents: Float[np.ndarray, "n *latent k"], logsnr_0: float) -> Standardised:
+def standardise(latents: Float[np.ndarray, "n *latent k"], logsnr_0: float | None) -> Standardised:
     """One scale for all channels: then noise of λ on the latents is noise of λ + 2 ln std on these, in every one.
+    Without a λ these are free of noise.
 
     Raises ValueError for latents that are constant or not finite.
     """
@@ -113,7 +116,9 @@ def standardise(latents: Float[np.ndarray, "n *latent k"], logsnr_0: float) -> S
     std = float((latents - mean).std(dtype=np.float64))
     if not math.isfinite(std) or std == 0:
         raise ValueError(f"the latents' standard deviation is {std:g}: there is nothing to generate")
-    return Standardised((latents - mean) / np.float32(std), mean, std, min(logsnr_0 + 2 * math.log(std), NOISE_FREE))
+    own = NOISE_FREE if logsnr_0 is None else logsnr_0 + 2 * math.log(std)
+    noise = std * math.exp(-own / 2)
+    return Standardised((latents - mean) / np.float32(std), mean, std, noise, min(own, NOISE_FREE))
 
 
 def measure(
@@ -134,8 +139,8 @@ def measure(
     total = len(dataset.train) + 2 * len(held_out) + recipe.num_samples
     with Progress("tokenizer", total=total, unit="images") as progress:
         calls = _Calls(tokenizer, held_out.shape[1:], batch_size, root_key(seed, "proxy"), progress)
-        reconstructions = calls.decoded(calls.noised(calls.encoded(held_out)), "reconstructions")
         made = standardise(calls.encoded(_images(dataset.train)), noise_level(tokenizer))
+        reconstructions = calls.decoded(calls.noised(calls.encoded(held_out), made.noise), "reconstructions")
         labels = np.random.default_rng(root_int(seed, "proxy labels")).choice(dataset.train.labels, recipe.num_samples)
         latents = _generated(made, dataset, labels.astype(np.int32), recipe, seed, batch_size)
         samples = calls.decoded(latents, "samples")
@@ -188,9 +193,9 @@ class _Calls:
             raise ValueError(f"latents need at least one axis of positions and one of channels, got {latents.shape}")
         return latents
 
-    def noised(self, latents: Float[np.ndarray, "n *latent k"]) -> Float[np.ndarray, "n *latent k"]:
+    def noised(self, latents: Float[np.ndarray, "n *latent k"], std: float) -> Float[np.ndarray, "n *latent k"]:
         noise = jax.random.normal(jax.random.fold_in(self.key, 0), latents.shape)
-        return latents + np.float32(math.exp(-noise_level(self.tokenizer) / 2)) * np.asarray(noise)
+        return latents + np.float32(std) * np.asarray(noise)
 
     def decoded(self, latents: Float[np.ndarray, "n *latent k"], what: str) -> Images:
         key = jax.random.fold_in(self.key, {"reconstructions": 1, "samples": 2}[what])
@@ -284,6 +289,8 @@ def run(options: Options) -> dict[str, Any]:
         raise ValueError(f"{options.tokenizer} is no folder of a run: give an --out for the card")
     claim(out, FILES, options.overwrite)
     data = run_folder.read_config(path).data if is_run else options.data
+    if data.clips:
+        raise ValueError(f"{options.tokenizer}: the proxy generates images, and --data.clips are clips")
     dataset = open_dataset(data)
     metrics, pictures = measure(
         tokenizers.load(options.tokenizer),

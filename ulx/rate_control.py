@@ -52,6 +52,8 @@ LARGEST_GAIN = 2.5
 """How many times as far as what is to be felt it goes, when little time is left to feel it."""
 LARGEST_MOVE = 1.0
 """How far the λ* to go to may lie from where it is: far away the linear model is too bold."""
+LOWEST = 1e-3
+"""Of the target, what a measured rate counts as at least: an estimate of next to no rate may be below 0."""
 LEVELS = 8
 """Noise levels per image at which the rate is measured."""
 
@@ -181,7 +183,8 @@ class RateController:
     def moved(self, step: int, control: Control, bits_per_pixel: Float[Array, ""]) -> Control:
         """After one adaptation to the rate measured at `step`."""
         assert self.config.target_bits_per_pixel is not None
-        error = jnp.log(bits_per_pixel / self.config.target_bits_per_pixel) - DRIFT * self.averaged_left[step - 1]
+        times = jnp.maximum(bits_per_pixel / self.config.target_bits_per_pixel, LOWEST)
+        error = jnp.log(times) - DRIFT * self.averaged_left[step - 1]
         to_be_felt = control.averaged - error / SENSITIVITY
         will_follow = max(1 - math.exp(-self.left[step - 1] / ENCODER_LAG), 1 / LARGEST_GAIN)
         wanted = control.followed + (to_be_felt - control.followed) / will_follow

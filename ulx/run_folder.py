@@ -225,7 +225,9 @@ def adopt(config: Config, text: TextEncoder | None = None) -> Config:
         return config
     path = Path(config.autoencoder)
     if not (path / "config.json").exists():
-        raise FileNotFoundError(f"autoencoder={config.autoencoder} is not a run: it has no config.json")
+        if not _has_copy(config):
+            raise FileNotFoundError(f"autoencoder={config.autoencoder} is not a run: it has no config.json")
+        path = config.path
     other = read_config(path)
     for stage, train in other.train_configs.items():
         if stage != "stage2" and latest(path, stage) != train.steps:
@@ -242,6 +244,16 @@ def adopt(config: Config, text: TextEncoder | None = None) -> Config:
         )
     taken = {name: getattr(other, name) for name in (*_STAGE_1, "train", "train_decoder")}
     return dataclasses.replace(config, model=dataclasses.replace(other.model, base=config.model.base), **taken)
+
+
+def _has_copy(config: Config) -> bool:
+    """Whether this run, which goes on, has copied that autoencoder already."""
+    if not config.resume or not (config.path / "config.json").exists():
+        return False
+    before = read_config(config.path)
+    stages = [stage for stage in before.stages if stage != "stage2"]
+    copied = all((config.path / "checkpoints" / stage).exists() for stage in stages)
+    return before.autoencoder == config.autoencoder and copied
 
 
 _STAGE_1 = ("loss_factor", "sigmoid_bias", "prior_warmup", "prior_gradient", "kl_weight", "single_stage", "rate")

@@ -4,6 +4,7 @@ They are in the form that `training.make_step` takes.
 """
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -22,7 +23,7 @@ from ulx.nn.conditions import Conditions, ConditionSpec, Text
 from ulx.nn.uvit import UViT
 from ulx.posterior import Posterior
 from ulx.rate_control import Control, controlled
-from ulx.training import Batch, Draws, Loss
+from ulx.training import Batch, Draws, Loss, Spread
 from ulx.typing import Keys
 
 __all__ = [
@@ -82,7 +83,8 @@ def autoencoder_loss(config: Config) -> Loss:
             "loss": total,
             "rate": losses.bits_per_pixel(bound.rate, num_pixels=pixels).mean(),
             "decoder": losses.bits_per_pixel(bound.decoder, num_pixels=pixels).mean(),
-            "latent_std": jnp.sqrt(draws.mean((posterior.mean - draws.mean(posterior.mean)) ** 2)).mean(),
+            "latent_std": Spread.of(posterior.mean),
+            **({} if posterior.std is None else {"encoder_std": posterior.std.mean()}),
             **({} if control is None else control.logged),
         }
 
@@ -94,12 +96,19 @@ def make_decoder(
 ) -> DiffusionDecoder:
     """An untrained diffusion decoder for that autoencoder's latents, in the place of its own."""
     conditions = decoder_spec(model.shape, config, spec)
-    network = UViT(model.shape, config.decoder, context_shape=model.latent_shape, conditions=conditions, key=key)
+    network = UViT(
+        model.shape,
+        config.decoder,
+        context_shape=model.latent_shape,
+        context_logsnr=model.logsnr_0 is not None,
+        conditions=conditions,
+        key=key,
+    )
     return DiffusionDecoder(Denoiser(network), schedules.image_schedule(model.shape[-2]))
 
 
 def decoder_loss(config: Config) -> Loss:
-    """A diffusion decoder on the latents of a frozen encoder: L_x alone, in bits per pixel (Tab. 5)."""
+    """A diffusion decoder on the latents of a frozen encoder, at λ_z(0): L_x alone, in bits per pixel (Tab. 5)."""
     weighting = config.decoder_weighting
 
     def loss(
@@ -114,7 +123,16 @@ def decoder_loss(config: Config) -> Loss:
         z_keys, decoder_keys = diffusion.split_keys(draws.keys, 2)
         z_0 = jax.lax.stop_gradient(frozen.encode(x, key=z_keys))
         conditions = _decoder_conditions(batch, x, draws.keys, config, decoder)
-        nats = decoder.nats(x, z_0, weighting, key=decoder_keys, t=draws.times(0), conditions=conditions, dropout=True)
+        nats = decoder.nats(
+            x,
+            z_0,
+            weighting,
+            key=decoder_keys,
+            t=draws.times(0),
+            logsnr_0=frozen.decoder_logsnr_0(len(x)),
+            conditions=conditions,
+            dropout=True,
+        )
         total = losses.bits_per_pixel(nats, num_pixels=x[0, ..., 0].size).mean()
         return total, {"loss": total}
 
@@ -210,8 +228,9 @@ def base_loss(config: Config, num_pixels: int) -> Loss:
 class CollapseWatch:
     """Warns loudly, once, when the latent carries nothing: posterior collapse.
 
-    After the prior's warm-up it looks at `latent_std` against the latent's own noise σ_z(0)/α_z(0). At half the noise
-    a Gaussian latent could carry ½ log₂(1 + ¼) = 0.16 bits per dimension; below that there is nothing to decode.
+    After the prior's warm-up it looks at `latent_std` against the latent's own noise, σ_z(0)/α_z(0) and that of an
+    encoder of variance. At half the noise a Gaussian latent could carry ½ log₂(1 + ¼) = 0.16 bits per dimension; below
+    that there is nothing to decode.
     """
 
     def __init__(self, config: Config):
@@ -221,14 +240,15 @@ class CollapseWatch:
         self.collapsed = False
 
     def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
-        if step < self.after or self.collapsed or metrics["latent_std"] >= 0.5 * self.noise:
+        noise = math.hypot(self.noise, metrics.get("encoder_std", 0.0))
+        if step < self.after or self.collapsed or metrics["latent_std"] >= 0.5 * noise:
             return
         self.collapsed = True
         weighting = self.config.decoder_weighting
         cutoff = weightings.cutoff(float(weighting.bias), float(weighting.factor))
         warnings.warn(
             f"THE LATENT HAS COLLAPSED at step {step}: its standard deviation over images, "
-            f"{metrics['latent_std']:.3f}, is below half that of its noise, {self.noise:.3f}, and its rate is "
+            f"{metrics['latent_std']:.3f}, is below half that of its noise, {noise:.3f}, and its rate is "
             f"{metrics['rate']:.4f} bits/pixel. The decoder ignores it. Raise --loss-factor (now "
             f"{weighting.factor}) or --sigmoid-bias (now {weighting.bias:.2f}; together they value detail up to a "
             f"log-SNR of {cutoff:.2f}), lengthen --prior-warmup, or use a decoder that learns faster.",

@@ -4,7 +4,8 @@
         def encode(self, x): ...         # images in [−1, 1], `b h w 3` → latents `b *latent k`
         def decode(self, z, key): ...    # latents → images in [−1, 1]
         def rate(self, x, key): ...      # optional: nats per image, `b`
-        logsnr_0 = 10.0                  # optional: how noisy the latents are that `decode` takes
+        logsnr_0 = 10.0                  # optional: λ of the noise on the latents that `decode` takes; by default
+                                         # they are free of noise, whatever their scale
 
 Arrays may be of any library that NumPy can read; `key` seeds whatever is drawn. Nothing of ulx is imported.
 """
@@ -50,9 +51,10 @@ class Tokenizer(Protocol):
         ...
 
 
-def noise_level(tokenizer: Tokenizer) -> float:
-    """λ of the noise, exp(−λ/2) of standard deviation, on the latents that `decode` takes."""
-    return float(getattr(tokenizer, "logsnr_0", NOISE_FREE))
+def noise_level(tokenizer: Tokenizer) -> float | None:
+    """λ of the noise, exp(−λ/2) of standard deviation, on the latents that `decode` takes; None: free of noise."""
+    level = getattr(tokenizer, "logsnr_0", None)
+    return None if level is None else float(level)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ from ulx.snapshots import Snapshots
 from ulx.typing import PerExample
 from ulx.watchdog import Watchdog
 
-__all__ = ["Draws", "Interrupted", "TrainState", "fit", "make_optimizer", "make_step", "pace"]
+__all__ = ["Draws", "Interrupted", "Spread", "TrainState", "fit", "make_optimizer", "make_step", "pace"]
 
 
 class TrainState(eqx.Module):
@@ -89,8 +89,6 @@ class Draws(eqx.Module):
     first: Int[Array, ""] | int = 0
     total: int | None = eqx.field(static=True, default=None)
     """None: these are all."""
-    axes: tuple[str, ...] = eqx.field(static=True, default=())
-    """Of the mesh over which the batch is split, inside `jax.shard_map`."""
 
     def times(self, term: int) -> PerExample:
         """Low-discrepancy times for the `term`-th loss term, independent between terms."""
@@ -98,15 +96,28 @@ class Draws(eqx.Module):
         everyone = losses.sample_t(jax.random.fold_in(self.step_key, term), self.total or size)
         return jax.lax.dynamic_slice_in_dim(everyone, self.first, size)
 
-    def mean(self, x: Float[Array, " b *dims"]) -> Float[Array, " *dims"]:
-        """Over the examples, those of other devices too."""
-        here = x.mean(axis=0)
-        return jax.lax.pmean(here, self.axes) if self.axes else here
+
+class Spread(eqx.Module):
+    """Two means over examples, by which their spread is known however they are divided: means of these are means over
+    all."""
+
+    mean: Float[Array, " *dims"]
+    square: Float[Array, " *dims"]
+
+    @classmethod
+    def of(cls, x: Float[Array, " b *dims"]) -> "Spread":
+        return cls(x.mean(axis=0), (x**2).mean(axis=0))
+
+    @property
+    def std(self) -> Float[Array, ""]:
+        """The standard deviation over examples, mean over dimensions."""
+        return jnp.sqrt(jnp.maximum(self.square - self.mean**2, 0)).mean()
 
 
 Batch = dict[str, Array]
-Loss = Callable[..., tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
-"""loss(model, frozen, batch, draws, step, control) -> (what is minimised, what is logged)."""
+Loss = Callable[..., tuple[Float[Array, ""], dict[str, Any]]]
+"""loss(model, frozen, batch, draws, step, control) -> (what is minimised, what is logged: numbers, of a `Spread` its
+`std`)."""
 Controller = Callable[[int, Callable[[], Any], PyTree], PyTree]
 """controller(step, averaged model, control) -> control, called after every step; the model is made when asked for."""
 
@@ -189,7 +200,8 @@ def make_step(
     @eqx.filter_jit(donate="all-except-first")
     def step(given: tuple[Any, Batch], state: TrainState) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
         step_key = jax.random.fold_in(key, state.step)
-        grads, metrics = _gradients(loss, given, state, step_key, config, mesh)
+        grads, logged = _gradients(loss, given, state, step_key, config, mesh)
+        metrics = {name: value.std if isinstance(value, Spread) else value for name, value in logged.items()}
         params, static = eqx.partition(state.model, eqx.is_inexact_array)
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
         params = optax.apply_updates(params, updates)
@@ -218,7 +230,7 @@ def make_step(
 
 def _gradients(
     loss: Loss, given: tuple[Any, Batch], state: TrainState, step_key: Key[Array, ""], config: TrainConfig, mesh: Mesh
-) -> tuple[PyTree, dict[str, Float[Array, ""]]]:
+) -> tuple[PyTree, dict[str, Any]]:
     """Of the batch's mean loss with respect to the model's weights, cut as these are, and what the loss logs.
 
     Each device takes the gradient of its own examples' mean loss, `config.accumulate` pieces of them one after another.
@@ -236,7 +248,7 @@ def _gradients(
         def objective(params: PyTree, batch: Batch, keys: Key[Array, " b"], first: Int[Array, ""]):
             model = eqx.combine(cast(params, config.dtype), static)
             model = whole(sharding.parts(model, cuts), leave=(Stack,))
-            draws = Draws(keys, step_key, first, total, sharding.AXES)
+            draws = Draws(keys, step_key, first, total)
             return loss(model, frozen, batch, draws, step, control)
 
         gradient = jax.grad(objective, has_aux=True)
@@ -342,7 +354,7 @@ def fit(
             if not guard.passes(at, values, norms):
                 return
         except SpikeError as error:
-            if guard.rollbacks > 0 and checkpoints.has_before(error.step):
+            if guard.may_go_back and checkpoints.has_before(error.step):
                 raise
             warnings.warn(str(error), stacklevel=2)
         losses.append(values["loss"])
@@ -395,13 +407,13 @@ def fit(
                 if saving or storing:
                     look()
             except DivergedError as error:
-                if guard.rollbacks == 0 or not checkpoints.has_before(error.step):
+                if not guard.may_go_back or not checkpoints.has_before(error.step):
                     raise
                 state, good = checkpoints.back_before(error.step, state)
                 warnings.warn(f"{error} Back to step {good}, and on with other batches", stacklevel=2)
                 log.back_to(good)
                 guard.forget()
-                guard.rollbacks -= 1
+                guard.rolled_back += 1
                 number, progress.count, unseen = good, good, None
                 losses.clear()
                 continue

@@ -84,7 +84,9 @@ VARIANTS = {
     "mse": Variant(
         "Tab. 5",
         "encoder and prior with a squared error, then a diffusion decoder",
-        lambda config: _model(config, reconstruction="mse-then-diffusion"),
+        lambda config: _model(
+            dataclasses.replace(config, train_decoder=config.train), reconstruction="mse-then-diffusion"
+        ),
     ),
     "single-stage": Variant(
         "App. B, 1", "the prior is the base model; the decoder's weighting shifted to noise", _shifted_single_stage

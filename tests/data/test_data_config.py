@@ -44,7 +44,7 @@ def test_the_command_line_sets_it(tmp_path):
         ({"path": "photos"}, "--data.path photos is not used by --data.source openmoji: add --data.source folder"),
         ({"resolution": 4}, "--data.resolution 4: must be from 8 to 1024"),
         ({"workers": -1}, "--data.workers -1: must be 0 or more"),
-        ({"limit": 1}, "--data.limit 1: at least 2 are needed"),
+        ({"limit": 2}, "--data.limit 2: at least 3 are needed, one to train on, 2 to validate"),
         ({"captions": "txt"}, "--data.captions txt: --data.source openmoji takes a language"),
         ({"captions": "a.csv"}, "--data.captions a.csv: --data.source openmoji takes a language"),
         ({"captions": ""}, "--data.source openmoji takes a language"),
@@ -76,7 +76,7 @@ def test_captions_that_can_be_meant(arguments):
 
 def test_opening_each_source(tmp_path):
     emoji = open_dataset(DataConfig(resolution=16, limit=8, cache_dir=str(tmp_path / "mine")))
-    assert (emoji.name, emoji.resolution, len(emoji.train)) == ("openmoji", 16, 7)
+    assert (emoji.name, emoji.resolution, len(emoji.train)) == ("openmoji", 16, 6)
     assert (tmp_path / "mine").is_dir()
     (tmp_path / "photos").mkdir()
     for i in range(5):

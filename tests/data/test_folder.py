@@ -14,7 +14,7 @@ from ulx.data.folder import open_folder
 from ulx.data.image import center_crop, find_images, read_image
 from ulx.data.pipeline import train_batches
 from ulx.data.split import held_out
-from ulx.data.video import Clip
+from ulx.data.video import Clip, ShortError
 from ulx.data.video import frames as frames_of
 
 
@@ -54,7 +54,7 @@ def test_images_without_classes(tmp_path):
     assert set(dataset.train.labels) == {0}
 
 
-@pytest.mark.parametrize("name", ["validation", "val"])
+@pytest.mark.parametrize("name", ["validation", "valid", "val"])
 def test_the_folders_own_splits_are_used(photos, tmp_path, name):
     root = tmp_path / "split"
     shutil.copytree(photos, root / "train")
@@ -93,6 +93,10 @@ def test_a_linked_class_is_followed(photos, tmp_path):
     (photos / "dogs").symlink_to(tmp_path / "elsewhere")
     assert open_folder(photos, 32).class_counts().keys() == {"cats", "dogs"}
     assert len(find_images(photos)) == 30
+    (photos / "again").symlink_to(tmp_path / "elsewhere")  # the same folder by another name is there twice
+    linked = [name.split("/")[1] for name in find_images(photos) if name.startswith("again/")]
+    assert linked == [name.split("/")[1] for name in find_images(photos) if name.startswith("dogs/")]
+    assert linked
 
 
 def test_unreadable_files_are_named_counted_and_skipped_or_refused(photos):
@@ -166,13 +170,22 @@ def write_two_validations(root):
         plain(RED).save(root / name / "a.png")
 
 
+def write_train_and_test(root):
+    for name in ("train", "test", "dev"):
+        for which in ("cats", "dogs"):
+            (root / name / which).mkdir(parents=True)
+            for index in range(4):
+                plain(RED).save(root / name / which / f"{index}.png")
+
+
 @pytest.mark.parametrize(
     ("write", "message"),
     [
         (write_nothing, r"no images in .*looked for \.png \.jpg"),
         (write_loose, r"class folders \(such as cats/a\.png\) and 1 beside them \(such as loose\.png\)"),
-        (write_one, "holds one image: at least 2 are needed"),
-        (write_two_validations, r"validation/ and val/: keep one"),
+        (write_one, "holds 1 image: at least 3 are needed, one to train on, 2 to validate"),
+        (write_two_validations, r"has val/ and validation/: keep one"),
+        (write_train_and_test, r"has train/ and dev/, test/ and no validation/: give what is to be measured on that"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -199,7 +212,7 @@ def test_few_files_still_have_both_splits(tmp_path, held):
     for name in names:
         plain(RED).save(tmp_path / name)
     dataset = open_folder(tmp_path, 32)
-    assert (len(dataset.train), len(dataset.validation)) == ((1, 2) if held else (2, 1))
+    assert (len(dataset.train), len(dataset.validation)) == (1, 2)
     assert sorted([*dataset.train.names, *dataset.validation.names]) == sorted(names)
 
 
@@ -253,12 +266,14 @@ def videos(tmp_path):
 
 
 def test_a_folder_of_videos_is_one_of_clips(videos):
+    (videos / "cats" / "bad.gif").write_bytes(b"GIF")
     config = DataConfig("folder", str(videos), resolution=16, clips=True, frames=4, stride=2)
-    with pytest.warns(UserWarning, match="2 of 12 files in .* cannot be read as videos") as warned:
+    with pytest.warns(UserWarning, match="3 of 13 files in .* cannot be read as videos") as warned:
         dataset = open_dataset(config)
     message = str(warned[0].message)
     assert "cats/05.webm (has 5 frames, and at least 7 are wanted)" in message
     assert "cats/08.mp4 (" in message
+    assert "cats/bad.gif (is no image that Pillow knows)" in message
     assert dataset.class_names == ("cats", "dogs")
     assert len(dataset.train) + len(dataset.validation) == 10
     assert len(dataset.validation) >= 1
@@ -271,6 +286,12 @@ def test_a_folder_of_videos_is_one_of_clips(videos):
             assert 10 * np.log10(255**2 / error) > 28
     batch = next(train_batches(dataset, batch_size=4, seed=0, flip=True))
     assert batch["image"].shape == (4, 4, 16, 16, 3)
+    longer = open_dataset(config, frames=5)
+    assert longer.fingerprint == dataset.fingerprint
+    np.testing.assert_array_equal(longer.train[0]["image"][:4], dataset.train[0]["image"])
+    assert longer.train[0]["image"].shape == (5, 16, 16, 3)
+    with pytest.raises(ShortError, match="has 9 frames, and 11 are wanted"):
+        open_dataset(config, frames=6).train[0]
     with pytest.raises(ValueError, match=r"cannot be read as videos: .*--data\.on-unreadable skip"):
         open_dataset(dataclasses.replace(config, on_unreadable="refuse"))
 

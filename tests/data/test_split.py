@@ -31,7 +31,7 @@ def test_the_hash_is_uniform():
     assert abs(share - HELD_OUT) < 4 * np.sqrt(HELD_OUT * (1 - HELD_OUT) / 10_000)
 
 
-@pytest.mark.parametrize(("limit", "expected"), [(2, (1, 1)), (10, (9, 1)), (50, (45, 5)), (999, (899, 100))])
+@pytest.mark.parametrize(("limit", "expected"), [(3, (1, 2)), (10, (8, 2)), (50, (45, 5)), (999, (899, 100))])
 def test_a_subset_keeps_the_proportion_and_the_order(limit, expected):
     train, validation = subset(TRAIN, VALIDATION, limit)
     assert (len(train), len(validation)) == expected
@@ -51,7 +51,7 @@ def test_a_limit_that_limits_nothing(limit):
     assert subset(TRAIN, VALIDATION, limit) == (TRAIN, VALIDATION)
 
 
-@pytest.mark.parametrize("limit", [1, 0, -3])
+@pytest.mark.parametrize("limit", [2, 0, -3])
 def test_a_limit_too_small(limit):
-    with pytest.raises(ValueError, match=f"--data.limit {limit}: at least 2"):
+    with pytest.raises(ValueError, match=f"--data.limit {limit}: at least 3"):
         subset(TRAIN, VALIDATION, limit)

@@ -29,8 +29,8 @@ class DataConfig:
     bounce about. moving-digits: the same with MNIST's digits, as in the literature. vizdoom: walks through Doom."""
 
     path: str | None = None
-    """Folder of images, or of videos; its subfolders are the classes. With train/ and validation/ (or val/) inside,
-    those are the splits; otherwise about 10 % of the files, chosen by a hash of their path, are held out."""
+    """Folder of images, or of videos; its subfolders are the classes. With train/ and validation/ (or valid/, val/)
+    inside, those are the splits; otherwise about 10 % of the files, chosen by a hash of their path, are held out."""
 
     resolution: int = 32
     """Height and width in pixels, 8 to 1024. OpenMoji is drawn at this size; folders are centre-cropped and resized."""
@@ -130,8 +130,11 @@ class DataConfig:
         return Clip(self.frames, self.stride) if self.clips else None
 
 
-def open_dataset(config: DataConfig) -> Dataset:
+def open_dataset(config: DataConfig, *, frames: int | None = None) -> Dataset:
     """The data set that `config` names, prepared first if it is not in the cache yet.
+
+    With `frames`, clips of so many in the place of the configured ones. It is the same data: a video that is too short
+    for them raises `ShortError` when it is read.
 
     Raises `FileNotFoundError`, `NotADirectoryError` or `ValueError` for a folder that cannot serve, `OSError` for a
     cache that cannot be written, `ImportError` for a missing extra. What is wrong with a table of captions as a whole,
@@ -139,7 +142,7 @@ def open_dataset(config: DataConfig) -> Dataset:
     """
     # Imported there: `ulx.data` itself stays light enough for a command line's --help.
     find = _finder(config)
-    dataset = _open(config)
+    dataset = _open(config, frames or config.frames)
     if find is not None:
         from ulx.data.captions import attached
 
@@ -184,7 +187,7 @@ def _finder(config: DataConfig) -> "Callable[[Sequence[str]], Found] | None":
     )
 
 
-def _open(config: DataConfig) -> Dataset:
+def _open(config: DataConfig, frames: int) -> Dataset:
     if config.source == "openmoji":
         from ulx.data.openmoji import open_openmoji
 
@@ -196,6 +199,7 @@ def _open(config: DataConfig) -> Dataset:
             config.path,
             config.resolution,
             clip=config.clip,
+            frames=frames,
             on_unreadable=config.on_unreadable,
             cache_dir=config.cache_dir,
             limit=config.limit,
@@ -203,14 +207,14 @@ def _open(config: DataConfig) -> Dataset:
     if config.source == "prepared" and config.path is not None:
         from ulx.data.prepared import open_prepared
 
-        return open_prepared(config.path, config.resolution, clip=config.clip, limit=config.limit)
+        return open_prepared(config.path, config.resolution, clip=config.clip, frames=frames, limit=config.limit)
     if config.source in ("moving-emoji", "moving-digits"):
         from ulx.data.moving import open_moving
 
         return open_moving(
             config.source,
             config.resolution,
-            frames=config.frames,
+            frames=frames,
             speed=config.speed,
             cache_dir=config.cache_dir,
             limit=config.limit,
@@ -218,7 +222,7 @@ def _open(config: DataConfig) -> Dataset:
     if config.source == "vizdoom":
         from ulx.data.doom import open_doom
 
-        return open_doom(config.resolution, frames=config.frames, limit=config.limit)
+        return open_doom(config.resolution, frames=frames, limit=config.limit)
     raise ValueError(
         f"--data.source {config.source}: there are openmoji, folder, prepared, moving-emoji, moving-digits and vizdoom"
     )

@@ -118,7 +118,10 @@ def read_video(path: Path, resolution: int, at_least: int, crf: int = CRF) -> tu
 
 @dataclass(frozen=True)
 class Encoded:
-    """The decoded examples of records; a `Source`. Of a clip it reads the first frames, and draws any."""
+    """The decoded examples of records; a `Source`. Of a clip it reads the first frames, and draws any.
+
+    Raises `ShortError` for a video that has not as many.
+    """
 
     records: Source
     clip: Clip | None = None
@@ -138,6 +141,9 @@ class Encoded:
         if self.clip is None:
             (codec,) = CODECS.keys() & example.keys()
             return {"image": decode_image(example.pop(codec)), **example}
-        places = int(example.pop("frames")) - self.clip.span + 1
+        count = int(example.pop("frames"))
+        places = count - self.clip.span + 1
+        if places < 1:
+            raise ShortError(f"has {count} frame{'s' * (count != 1)}, and {self.clip.span} are wanted")
         first = 0 if rng is None else int(rng.integers(places))
         return {"image": decode_clip(example.pop("h264"), first, self.clip), **example}

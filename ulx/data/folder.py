@@ -1,8 +1,9 @@
 """A folder of the user's own images or videos: `path/class/*.png`, or files directly in `path` (one class, "all").
 
-Files in deeper folders belong to the class of the first. With `train/` and `validation/` (or `val/`) inside `path`,
-those are the splits and hold the classes; otherwise about 10 % of the files are held out by a hash of their relative
-path, so a file added later moves no other. Files without a suffix of theirs, and hidden ones, are ignored.
+Files in deeper folders belong to the class of the first. With `train/` and `validation/` (or `valid/`, `val/`) inside
+`path`, those are the splits and hold the classes; otherwise about 10 % of the files, two at least, are held out by a
+hash of their relative path, so a file added later moves no other. Files without a suffix of theirs, and hidden ones,
+are ignored.
 """
 
 import os
@@ -17,13 +18,15 @@ from ulx.data.cache import Prepared, Recipe, each, prepare
 from ulx.data.encoded import CRF, VIDEO_BYTES, Encoded, read_video
 from ulx.data.image import PREPARATION, SUFFIXES, find_images, read_image, require_folder
 from ulx.data.source import Dataset
-from ulx.data.split import Item, digest_of, held_out, subset, unit_hash
+from ulx.data.split import LEAST, Item, digest_of, held_out, subset, unit_hash
 from ulx.data.video import ANIMATIONS, Clip, find_videos
 from ulx.data.video import SUFFIXES as VIDEO_SUFFIXES
 
 __all__ = ["first_named", "list_splits", "open_folder", "stamp"]
 
 NAMED = 10  # files named in a message; the rest are counted
+VALIDATION = {"validation", "valid", "val"}
+OTHER_SPLITS = {"test", "testing", "dev", "eval", "holdout"}
 
 
 def open_folder(
@@ -31,16 +34,18 @@ def open_folder(
     resolution: int = 32,
     *,
     clip: Clip | None = None,
+    frames: int | None = None,
     on_unreadable: Literal["skip", "refuse"] = "skip",
     cache_dir: str | os.PathLike[str] | None = None,
     limit: int | None = None,
 ) -> Dataset:
     """The folder as a data set, read into the cache first if it is not there or if a file has changed.
 
-    Of images; with a `clip` of videos (animated GIFs, WebPs and PNGs among them), all of whose frames are kept,
-    in the cache compressed. Unreadable files, and videos too short for the clip, are named and counted in a warning and
-    left out, or in a `ValueError` with `on_unreadable="refuse"`. Raises `FileNotFoundError`, `NotADirectoryError`,
-    `ValueError` for a folder with nothing to learn from, `OSError` for a cache that cannot be written.
+    Of images; with a `clip` of videos (animated GIFs, WebPs and PNGs among them), all of whose frames are kept, in the
+    cache compressed; examples are of so many `frames`, if these are given. Unreadable files, and videos too short for
+    the clip, are named and counted in a warning and left out, or in a `ValueError` with `on_unreadable="refuse"`.
+    Raises `FileNotFoundError`, `NotADirectoryError`, `ValueError` for a folder with nothing to learn from, `OSError`
+    for a cache that cannot be written.
     """
     root = Path(path).expanduser().resolve()
     kind = "image" if clip is None else "video"
@@ -70,24 +75,32 @@ def open_folder(
     )
     prepared = prepare(recipe, cache_dir)
     _report(root, prepared, kind, on_unreadable)
-    return prepared.dataset if clip is None else prepared.dataset.mapped(lambda records: Encoded(records, clip))
+    if clip is None:
+        return prepared.dataset
+    return prepared.dataset.mapped(lambda records: Encoded(records, clip.of(frames)))
 
 
 def list_splits(root: Path, kind: Literal["image", "video"]) -> tuple[list[Item], list[Item], tuple[str, ...]]:
     """Training items, validation items and class names. Raises as `open_folder` does."""
     require_folder(root, f"{kind}s (--data.path)")
-    names = find_images(root) if kind == "image" else find_videos(root)
+    names = find_images(root) if kind == "image" else find_videos(root, strict=False)
     if not names:
         looked_for = " ".join(SUFFIXES if kind == "image" else VIDEO_SUFFIXES + ANIMATIONS)
         raise ValueError(f"no {kind}s in {root} (looked for {looked_for}, subfolders included)")
     folders = {name.split("/")[0] for name in names if "/" in name}
-    validation_folders = sorted(folders & {"validation", "val"})
+    validation_folders = sorted(folders & VALIDATION)
     if "train" in folders and validation_folders:
-        if len(validation_folders) == 2:
-            raise ValueError(f"{root} has validation/ and val/: keep one of them")
+        if len(validation_folders) > 1:
+            raise ValueError(f"{root} has {'/ and '.join(validation_folders)}/: keep one of them")
         train = [name for name in names if name.startswith("train/")]
         validation = [name for name in names if name.startswith(f"{validation_folders[0]}/")]
         depth = 1
+    elif "train" in folders and folders - {"train"} <= OTHER_SPLITS and len(folders) > 1:
+        # Two classes by these names would be trained on what was set aside.
+        raise ValueError(
+            f"{root} has train/ and {'/, '.join(sorted(folders - {'train'}))}/ and no validation/: give what is to be "
+            "measured on that name, or move train/ elsewhere and 10 % of it will be held out"
+        )
     else:
         depth = 1 if folders == {"train"} and all("/" in name for name in names) else 0
         train, validation = _hold_out(root, names, kind)
@@ -99,13 +112,14 @@ def list_splits(root: Path, kind: Literal["image", "video"]) -> tuple[list[Item]
 
 
 def _hold_out(root: Path, names: Sequence[str], kind: str) -> tuple[list[str], list[str]]:
-    if len(names) < 2:
-        raise ValueError(f"{root} holds one {kind}: at least 2 are needed, one to train on and one to validate")
-    held = {name for name in names if held_out(name)}
-    if not held:  # few files: the one that came nearest to being held out
-        held = {min(names, key=unit_hash)}
-    elif len(held) == len(names):
-        held.remove(max(names, key=unit_hash))
+    if len(names) <= LEAST:
+        raise ValueError(
+            f"{root} holds {len(names)} {kind}{'s' * (len(names) > 1)}: at least {LEAST + 1} are needed, one to train "
+            f"on, {LEAST} to validate"
+        )
+    # Of few files those that came nearest to being held out, and not all of them.
+    count = min(max(LEAST, sum(map(held_out, names))), len(names) - 1)
+    held = set(sorted(names, key=unit_hash)[:count])
     return [name for name in names if name not in held], [name for name in names if name in held]
 
 

@@ -42,14 +42,14 @@ def require_folder(folder: Path, what: str) -> None:
 def find_files(root: Path, suffixes: tuple[str, ...]) -> list[str]:
     """Relative paths (with `/`) of all files with these suffixes (lower case) under a folder, sorted, but for hidden
     ones; links to folders are followed."""
-    found, seen = [], set()
+    found, above = [], {str(root): frozenset()}
     for folder, subfolders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link back up would never end
+        real, parents = os.path.realpath(folder), above.pop(folder)
+        if real in parents:  # a link back up would never end
             subfolders.clear()
             continue
-        seen.add(real)
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        above |= {os.path.join(folder, name): parents | {real} for name in subfolders}
         found += [
             Path(folder, name).relative_to(root).as_posix()
             for name in files

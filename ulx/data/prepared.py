@@ -14,9 +14,15 @@ __all__ = ["open_prepared"]
 
 
 def open_prepared(
-    path: str | os.PathLike[str], resolution: int, *, clip: Clip | None = None, limit: int | None = None
+    path: str | os.PathLike[str],
+    resolution: int,
+    *,
+    clip: Clip | None = None,
+    frames: int | None = None,
+    limit: int | None = None,
 ) -> Dataset:
-    """The data set in a folder, of images or, with a `clip`, of clips.
+    """The data set in a folder, of images or, with a `clip`, of clips; of so many `frames`, if these are given, whether
+    all videos have them or not.
 
     Raises `FileNotFoundError` for a preparation that is not there or not finished, `ValueError` for a damaged one, and
     for one of another resolution, of another kind, or with videos too short for the clip.
@@ -39,7 +45,7 @@ def open_prepared(
             f"the videos in {folder} have at least {at_least} frames, and {clip.frames} with a stride of "
             f"{clip.stride} need {clip.span}: prepare them with --at-least {clip.span}, or ask for less"
         )
-    dataset = dataset.mapped(lambda records: Encoded(records, clip))
+    dataset = dataset.mapped(lambda records: Encoded(records, clip and clip.of(frames)))
     return dataset if limit is None else _limited(dataset, limit)
 
 

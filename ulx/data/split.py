@@ -8,9 +8,11 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["HELD_OUT", "Item", "check_limit", "clip_counts", "digest_of", "held_out", "subset", "unit_hash"]
+__all__ = ["HELD_OUT", "LEAST", "Item", "check_limit", "clip_counts", "digest_of", "held_out", "subset", "unit_hash"]
 
 HELD_OUT = 0.1  # share of the names that goes to validation
+LEAST = 2
+"""Held-out examples at least: of fewer there is no distance and no standard error."""
 
 
 CLIPS = (65_536, 2_048)
@@ -43,22 +45,22 @@ def held_out(name: str) -> bool:
 
 
 def check_limit(limit: int | None) -> None:
-    """Raises `ValueError` for a limit that leaves a split without an example."""
-    if limit is not None and limit < 2:
-        raise ValueError(f"--data.limit {limit}: at least 2 are needed, one to train on and one to validate")
+    """Raises `ValueError` for a limit that leaves a split without enough examples."""
+    if limit is not None and limit <= LEAST:
+        raise ValueError(f"--data.limit {limit}: at least {LEAST + 1} are needed, one to train on, {LEAST} to validate")
 
 
 def subset(train: Sequence[Item], validation: Sequence[Item], limit: int | None) -> tuple[list[Item], list[Item]]:
-    """`limit` examples in all, chosen by hash, in the splits' own proportion and at least one of each.
+    """`limit` examples in all, chosen by hash, in the splits' own proportion, of which `LEAST` at least are held out.
 
     Order is kept, and a larger limit contains a smaller one as far as the proportion allows.
-    Raises `ValueError` for a limit below 2.
+    Raises `ValueError` as `check_limit` does.
     """
     total = len(train) + len(validation)
     check_limit(limit)
     if limit is None or limit >= total:
         return list(train), list(validation)
-    held = min(max(1, round(limit * len(validation) / total)), limit - 1)
+    held = min(max(LEAST, round(limit * len(validation) / total)), limit - 1)
     return _lowest(train, limit - held), _lowest(validation, held)
 
 
@@ -67,7 +69,7 @@ def clip_counts(limit: int | None) -> tuple[int, int]:
     if limit is None:
         return CLIPS
     train, validation = CLIPS
-    held = max(1, round(limit * validation / (train + validation)))
+    held = max(LEAST, round(limit * validation / (train + validation)))
     return min(train, max(1, limit - held)), min(validation, held)
 
 

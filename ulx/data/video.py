@@ -74,18 +74,34 @@ class Clip:
         """How many frames a video must have."""
         return (self.frames - 1) * self.stride + 1
 
+    def of(self, frames: int | None) -> "Clip":
+        """A clip of another length, if it is given, of the same stride."""
+        return self if frames is None else dataclasses.replace(self, frames=frames)
 
-def find_videos(folder: Path) -> list[str]:
+
+def find_videos(folder: Path, *, strict: bool = True) -> list[str]:
     """Relative paths (with `/`) of all video files under a folder, sorted, and of GIFs, WebPs and PNGs if they are
     animated.
 
-    Raises ValueError for a GIF or a WebP that cannot be read, naming it.
+    Raises ValueError for a GIF or a WebP that cannot be read, naming it; where this is not `strict`, it counts as a
+    video, and whoever reads it says what ails it.
     """
     found = find_files(folder, SUFFIXES + ANIMATIONS)
     moving = {name: _moves(folder / name) for name in found if _is_animation(name)}
-    # A PNG that cannot be read is what the others are: whoever reads it says what ails it.
-    among_clips = any(moves for name, moves in moving.items() if name.lower().endswith(PNG))
-    return [name for name in found if (among_clips if (moves := moving.get(name, True)) is None else moves)]
+    # A PNG that cannot be read is what the others are.
+    among_clips = any(moves is True for name, moves in moving.items() if name.lower().endswith(PNG))
+
+    def is_video(name: str) -> bool:
+        moves = moving.get(name, True)
+        if not isinstance(moves, Exception):
+            return moves
+        if name.lower().endswith(PNG):
+            return among_clips
+        if strict:
+            raise ValueError(f"{folder / name} cannot be read ({reason_of(folder / name, moves)}): repair or remove it")
+        return True
+
+    return [name for name in found if is_video(name)]
 
 
 def frames(path: Path) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
@@ -159,17 +175,15 @@ def _is_animation(name: str) -> bool:
     return name.lower().endswith(ANIMATIONS)
 
 
-def _moves(path: Path) -> bool | None:
-    """None of a PNG that cannot be read."""
+def _moves(path: Path) -> bool | Exception:
+    """What its reading raised, of a file that cannot be read."""
     image_module = optional("PIL.Image")
     try:
         with image_module.open(path) as opened:
             frames = opened.n_frames - 1 if _has_another_picture(opened) else 2
             return getattr(opened, "is_animated", False) and frames > 1
-    except Exception as error:
-        if path.name.lower().endswith(PNG):
-            return None
-        raise ValueError(f"{path} cannot be read ({reason_of(path, error)}): repair or remove it") from error
+    except Exception as error:  # damaged bytes raise anything in Pillow's decoders
+        return error
 
 
 def pictures(path: Path) -> Generator[Picture, None, None]:

@@ -10,6 +10,7 @@ from ulx.metrics.images import nearest
 
 __all__ = ["NEAREST_AMONG", "copies_among", "spread_over"]
 
+SIDE = 32
 NEAREST_AMONG = 50_000
 """Training images among which the nearest one to a sample is sought; in a larger set, that many spread over it."""
 
@@ -45,13 +46,15 @@ def copies_among(
 
 
 def _thumbnails(images: Images) -> Float[np.ndarray, "n h w c"]:
-    """Averaged over blocks down to at most 32 pixels; sizes that do not divide stay as they are."""
-    count, height, width, channels = images.shape
-    factor = max(1, height // 32)
-    if height % factor or width % factor:
-        return images.astype(np.float32)
-    blocks = images.reshape(count, height // factor, factor, width // factor, factor, channels)
-    return blocks.mean(axis=(2, 4), dtype=np.float32)
+    """Averaged over blocks down to at most 32 pixels; these are not all of one size where 32 does not divide it."""
+    return np.stack([_averaged(_averaged(image.astype(np.float32), 0), 1) for image in images])
+
+
+def _averaged(image: Float[np.ndarray, "h w c"], axis: int) -> Float[np.ndarray, "_h _w c"]:
+    size = image.shape[axis]
+    begins = np.arange(min(size, SIDE)) * size // min(size, SIDE)
+    counts = np.diff(begins, append=size).astype(np.float32)
+    return np.add.reduceat(image, begins, axis=axis) / np.expand_dims(counts, [i for i in range(3) if i != axis])
 
 
 def spread_over(total: int, count: int) -> list[int]:

@@ -147,8 +147,8 @@ def _evaluated(run: Reported) -> list[str]:
             "Continuations by the base model" if run.given else "Samples of the base model",
             *([_next_frames(run, metrics["continuation"])] if run.given else []),
             f"<p>No guidance, {nfe} ({steps}) and the decoder's {sampler['decoder_nfe']}. "
-            f"{kind} as frequent as in "
-            f"training. These are what {distance} measures.</p>",
+            f"{kind} {'of the held-out clips themselves' if run.given else 'as frequent as in training'}. "
+            f"These are what {distance} measures.</p>",
             run.shown("base_samples", of_base, () if run.given else run.captions("base")),
         ),
         _guided(run, metrics["guided_samples"]) if "guided_samples" in metrics else "",
@@ -292,7 +292,9 @@ def _cost(run: Reported) -> str:
         ],
     ]
     networks = [[part, si(count), f"{si(forward[part])}FLOP"] for part, count in parameters.items()]
-    networks.append(["all", si(sum(parameters.values())), ""])
+    # In a single stage the prior generates: it is both.
+    once = {part: count for part, count in parameters.items() if part != "base" or not run.config.single_stage}
+    networks.append(["all", si(sum(once.values())), ""])
     return page.section(
         "Cost", page.table([], rows), page.table(["network", "parameters", "one forward pass, one image"], networks)
     )
