@@ -79,7 +79,6 @@ def config_of(row: str, seed: int, settings: Settings) -> "Config":
         variant=f"autoencoder of {settings.other_data}" if row == OTHER_DATA else row,
         runs=settings.runs,
         seed=seed,
-        train_decoder=preset.train,
         evaluate=dataclasses.replace(preset.evaluate, flow_images=0),
     )
     for variant in ROWS[row].variants:

@@ -87,11 +87,13 @@ def main() -> None:
     settings = tyro.cli(Settings, description=__doc__)
     file = Path(settings.results) / "paper_step.jsonl"
     known = points.read(file)
+    machine = {}
     for experiment in settings.experiments:
         for stage in settings.stages:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 found = pool.submit(step, experiment, settings.preset, stage).result()
-            found |= points.here()
+            machine = machine or points.here()  # after the first: whoever asks a device's name may hold it
+            found |= machine
             same = lambda one, found=found: all(one[k] == found[k] for k in ("experiment", "preset", "stage"))  # noqa: E731
             known = [*(one for one in known if not same(one)), found]
             file.write_text("".join(json.dumps(one) + "\n" for one in known))

@@ -210,9 +210,10 @@ def distances(found: dict[str, Any]) -> str:
 
 def resumable(config: "Config") -> "Config":
     """`config`, to be continued if its run was begun; with an autoencoder of its own if the run to copy is gone."""
-    if config.autoencoder is not None and not (Path(config.autoencoder) / "config.json").exists():
+    begun = (config.path / "config.json").exists()
+    if config.autoencoder is not None and not (begun or (Path(config.autoencoder) / "config.json").exists()):
         config = dataclasses.replace(config, autoencoder=None)
-    return dataclasses.replace(config, resume=(config.path / "config.json").exists())
+    return dataclasses.replace(config, resume=begun)
 
 
 def stage1(config: "Config") -> dict[str, Any]:

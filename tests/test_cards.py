@@ -196,8 +196,12 @@ def test_runs_of_clips_are_compared_where_the_clips_and_the_task_are_the_same(ru
 
 
 def test_a_run_that_is_not_evaluated_or_long_ago(runs_of, tmp_path):
-    (path,) = runs_of(("old", lambda found: found.pop("definitions")))
-    with pytest.raises(ValueError, match=f"python -m ulx.evaluate {path}"):
-        cards.table([path, path])
+    (path, clips) = runs_of(
+        ("old", lambda found: found.pop("definitions")),
+        ("old clips", lambda found: found.update(fvd=found["fd_efflite0"])),
+    )
+    for old in (path, clips):
+        with pytest.raises(ValueError, match=f"python -m ulx.evaluate {old}"):
+            cards.table([old, old])
     with pytest.raises(FileNotFoundError, match="is no evaluated run"):
         cards.table([tmp_path, path])

@@ -273,9 +273,25 @@ def test_continuations_begin_with_the_given_frames_and_are_judged_by_the_next(fi
     assert found.metrics["clip"] == {"frames": 4, "stride": 1, "given": 2}
 
 
-def test_clips_too_short_for_i3d_are_refused_before_anything_is_trained(config):
-    with pytest.raises(ValueError, match=r"clips of 4 frames .* cannot be evaluated: FVD's I3D takes at least 9"):
-        job.run(config)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, r"clips of 4 frames .* cannot be evaluated: FVD's I3D takes at least 9"),
+        ({"frames_dropout": 0.0}, "--frames-dropout 0: bits and reconstructions are measured without given frames"),
+        ({"base_frames_dropout": 0.0}, "--base-frames-dropout 0: the base model's bits are measured without given"),
+        ({"evaluate": {"num_samples": 1}}, "--evaluate.num-samples 1: distances need at least 2 examples"),
+        ({"evaluate": {"held_out": 1}}, "--evaluate.held-out 1: distances need at least 2 examples"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is_trained(config, monkeypatch, changes, message):
+    if changes:
+        monkeypatch.setattr(i3d, "MIN_FRAMES", 4)
+    changes = {
+        name: dataclasses.replace(getattr(config, name), **value) if isinstance(value, dict) else value
+        for name, value in changes.items()
+    }
+    with pytest.raises(ValueError, match=message):
+        job.run(dataclasses.replace(config, **changes))
 
 
 def test_held_out_clips_are_continued_beyond_the_run_s_length(finished, tmp_path, monkeypatch):
@@ -490,8 +506,6 @@ def test_what_the_base_model_knows_of_a_clip_frame_by_frame(finished, tmp_path, 
         ({"data": {"frames": 2}}, "must leave some of a clip's 2 frames"),
         ({"frames_dropout": 1.5}, "frames_dropout must be in"),
         ({"base_frames_dropout": -0.1}, "base_frames_dropout must be in"),
-        ({"frames_dropout": 0.0}, "frames_dropout=0: bits and reconstructions are measured without given frames"),
-        ({"base_frames_dropout": 0.0}, "base_frames_dropout=0: the base model's bits are measured without given"),
     ],
 )
 def test_settings_that_cannot_be(config, changes, message):

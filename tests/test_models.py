@@ -276,7 +276,7 @@ def test_collapse_is_told_loudly_once_and_not_without_reason():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         watch(500, {"latent_std": 0.02, "rate": 0.001})
-    # An encoder of variance adds noise of its own: √(0.082² + 1).
+    # An encoder of variance adds noise of its own, of which that of the best channel counts: √(0.082² + 1).
     of_variance = CollapseWatch(Config(name="x"))
     with pytest.warns(UserWarning, match=r"standard deviation over images, 0\.490, is below half .* 1\.003"):
         of_variance(400, {"latent_std": 0.49, "encoder_std": 1.0, "rate": 0.001})

@@ -101,8 +101,8 @@ def test_pixels_come_back_but_for_noise_that_cannot_be_seen(small_dataset, tmp_p
     spread = np.sqrt(((images - images.mean(axis=(0, 1, 2))) ** 2).mean())
     step, noise = 2 / 255, math.exp(-5) * spread
     moved = math.erfc(step / 2 / noise / math.sqrt(2))
-    # Some 310 of 3,840 values: 0.24 dB of standard error.
-    assert metrics["psnr"]["value"] == pytest.approx(10 * math.log10(4 / (moved * step**2)), abs=0.8)
+    # Some 690 of 3,840 values: 0.16 dB of standard error.
+    assert metrics["psnr"]["value"] == pytest.approx(10 * math.log10(4 / (moved * step**2)), abs=0.5)
     assert metrics["fd_efflite0_reconstruction"]["value"] < 1e-4 < metrics["fd_efflite0"]["value"]
     assert "bits_per_pixel" not in metrics
     assert pictures["samples"].shape == (7, 16, 16, 3)

@@ -91,7 +91,7 @@ def _of_run(path: Path) -> dict[str, Any]:
     if not file.exists():
         raise FileNotFoundError(f"{path} is no evaluated run: it has no evaluation/metrics.json")
     found = json.loads(file.read_text("utf-8"))
-    if "definitions" not in found:
+    if "definitions" not in found or ("fvd" in found and "clip" not in found):
         raise ValueError(f"{path} was evaluated before runs said what their numbers are: python -m ulx.evaluate {path}")
     metrics: dict[str, Any] = {}
 

@@ -22,6 +22,7 @@ from ulx.bound import DiffusionEstimate, RateEstimate
 from ulx.config import Config
 from ulx.data.pixels import to_float
 from ulx.data.source import Dataset
+from ulx.data.split import LEAST
 from ulx.denoiser import Denoiser
 from ulx.evaluation_data import held_out_examples, held_out_rows, mean_image, rows_like, told_of
 from ulx.metrics import clip_score, compare, efficientnet, i3d, inception, lpips
@@ -46,6 +47,7 @@ __all__ = [
     "RECONSTRUCT",
     "SAMPLE",
     "Evaluation",
+    "check_measurable",
     "evaluate",
     "evaluate_autoencoder",
     "networks",
@@ -117,18 +119,33 @@ def evaluate_autoencoder(model: UnifiedLatents, dataset: Dataset, config: Config
     return {**_bits(rate, model), "psnr": _psnr(reconstructions, held_out) | {"nfe": nfe}}
 
 
-def networks(config: Config) -> tuple[list[FeatureNetwork], lpips.LPIPS | None, clip_score.Clip | None]:
-    """Those whose features are compared, of clips I3D, and LPIPS and CLIP if asked for.
-
-    Raises FileNotFoundError, ModuleNotFoundError, ValueError for weights that are not there or not the right ones, and
-    ValueError for clips too short for I3D.
-    """
-    options = config.evaluate
+def check_measurable(config: Config) -> None:
+    """Raises ValueError for a run that would be trained to its end and could not be measured then."""
     if config.data.clips and config.data.frames < i3d.MIN_FRAMES:
         raise ValueError(
             f"clips of {config.data.frames} frames (--data.frames) cannot be evaluated: FVD's I3D takes at least "
             f"{i3d.MIN_FRAMES}"
         )
+    for name in ("num_samples", "held_out"):
+        if (count := getattr(config.evaluate, name)) is not None and count < LEAST:
+            raise ValueError(f"--evaluate.{name.replace('_', '-')} {count}: distances need at least {LEAST} examples")
+    # What is measured without something is measured of a network that was trained without it now and then.
+    frames = config.model.given_frames and config.model.latent == "encoder"
+    for name, is_there, what in (
+        ("frames_dropout", frames, "bits and reconstructions are measured without given frames"),
+        ("base_frames_dropout", config.model.given_frames, "the base model's bits are measured without given frames"),
+        ("label_dropout", config.single_stage, "bits of a single stage are measured without classes and captions"),
+    ):
+        if is_there and getattr(config, name) == 0:
+            raise ValueError(f"--{name.replace('_', '-')} 0: {what}, so it must be above 0")
+
+
+def networks(config: Config) -> tuple[list[FeatureNetwork], lpips.LPIPS | None, clip_score.Clip | None]:
+    """Those whose features are compared, of clips I3D, and LPIPS and CLIP if asked for.
+
+    Raises FileNotFoundError, ModuleNotFoundError, ValueError for weights that are not there or not the right ones.
+    """
+    options = config.evaluate
     found: list[FeatureNetwork] = [i3d.load() if config.data.clips else efficientnet.load()]
     if options.inception_weights is not None:
         found.append(inception.load(options.inception_weights, options.inception_resize))

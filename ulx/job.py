@@ -17,7 +17,7 @@ from ulx.data.pipeline import train_batches
 from ulx.data.source import Dataset
 from ulx.data.split import LEAST
 from ulx.denoiser import Denoiser
-from ulx.evaluation import evaluate, networks
+from ulx.evaluation import check_measurable, evaluate, networks
 from ulx.evaluation_data import evaluation_facts
 from ulx.guard import Guard
 from ulx.latents import encoded
@@ -41,6 +41,7 @@ def run(config: Config) -> Path:
     """Train, evaluate and report; returns the path of the report. With `config.resume`, continue where it stopped."""
     began = time.monotonic()
     # Whatever can be refused is refused before the folder is taken, let alone after hours of training.
+    check_measurable(config)
     networks(config)
     encoder = open_encoder(config.text) if config.data.captions else None
     config = run_folder.adopt(config, encoder)

@@ -12,6 +12,7 @@ given frame in their place, in dB: means over clips with their standard errors.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,7 +96,9 @@ def predict(options: Options) -> Path:
     held_out = open_dataset(data, frames=length).validation
     if options.num > len(held_out):
         raise ValueError(f"num must be at most the {len(held_out)} held-out clips of {data.source}, got {options.num}")
-    rows = long_enough(held_out, options.num)
+    # Only videos in files may be too short, for more frames than the run's own.
+    of_files = data.source in ("folder", "prepared") and length > data.frames
+    rows = long_enough(held_out, options.num) if of_files else spread_over(len(held_out), options.num)
     if len(rows) < options.num:
         raise ValueError(
             f"num must be at most the {len(rows)} held-out clips of {data.source} that have {length} frames, got "
@@ -169,20 +172,21 @@ def long_enough(held_out: Split, count: int) -> list[int]:
     """So many clips, spread over all of them; in the place of one too short the next that is not. Fewer, if there are
     no more."""
     rows: list[int] = []
+
+    @functools.cache
+    def is_there(row: int) -> bool:
+        try:
+            held_out[row]
+        except ShortError:
+            return False
+        return True
+
     for wanted in spread_over(len(held_out), count):
         for row in ((wanted + i) % len(held_out) for i in range(len(held_out))):
-            if row not in rows and _is_there(held_out, row):
+            if row not in rows and is_there(row):
                 rows.append(row)
                 break
     return sorted(rows)
-
-
-def _is_there(held_out: Split, row: int) -> bool:
-    try:
-        held_out[row]
-    except ShortError:
-        return False
-    return True
 
 
 def _decibels(clips: Clips, originals: Clips, given: int) -> Float[np.ndarray, "n 2 _later"]:

@@ -306,7 +306,8 @@ def run(options: Options) -> dict[str, Any]:
         "a": {"path": dataset.name, "n": len(dataset.train), "pixels_sha256": dataset.fingerprint},
         "b": {"path": options.tokenizer, "n": RECIPE.num_samples},
         "resolution": dataset.resolution,
-        "preparation": f"samples of a base model trained by {RECIPE}",
+        "preparation": f"samples of a base model trained by {RECIPE}; noise of the tokenizer's own λ, or of λ = "
+        f"{NOISE_FREE:g} on latents of variance 1",
         "dtype": "float32",
         "seed": options.seed,
         "device": jax.devices()[0].device_kind,

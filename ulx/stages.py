@@ -49,7 +49,8 @@ def autoencoder_loss(config: Config) -> Loss:
     The encoder feels `prior_gradient` of its rate, and `kl_weight` times KL[q(z_0|x) ‖ N(0, I)] on top (Tab. 6, A).
     Logged: `loss`, `rate` (L_z, with L_e for an encoder of variance) and `decoder` (weighted L_x), all in bits per
     pixel, and `latent_std`, the standard deviation of z_clean over the batch, averaged over its dimensions: the
-    latent's noise has σ = 0.08; under rate control `loss_factor`, which is `control` then, too.
+    latent's noise has σ = 0.08; of an encoder of variance `encoder_std`, its σ_E in the channel where that is least;
+    under rate control `loss_factor`, which is `control` then, too.
     """
     first, last = config.prior_warmup
 
@@ -84,11 +85,16 @@ def autoencoder_loss(config: Config) -> Loss:
             "rate": losses.bits_per_pixel(bound.rate, num_pixels=pixels).mean(),
             "decoder": losses.bits_per_pixel(bound.decoder, num_pixels=pixels).mean(),
             "latent_std": Spread.of(posterior.mean),
-            **({} if posterior.std is None else {"encoder_std": posterior.std.mean()}),
+            **({} if posterior.std is None else {"encoder_std": _least(posterior.std)}),
             **({} if control is None else control.logged),
         }
 
     return loss
+
+
+def _least(std: Float[Array, "b *latent k"]) -> Float[Array, ""]:
+    """Of the channels' means."""
+    return std.mean(axis=tuple(range(std.ndim - 1))).min()
 
 
 def make_decoder(
@@ -225,22 +231,26 @@ def base_loss(config: Config, num_pixels: int) -> Loss:
     return loss
 
 
+def latent_noise(config: Config, metrics: Mapping[str, float]) -> float:
+    """Of z_clean, by what stage 1 logged: σ_z(0)/α_z(0), and what an encoder of variance adds where it adds least, for
+    it switches off the channels that it has no use for."""
+    return math.hypot(float(diffusion.edm_sigma(jnp.asarray(config.model.logsnr_0))), metrics.get("encoder_std", 0.0))
+
+
 class CollapseWatch:
     """Warns loudly, once, when the latent carries nothing: posterior collapse.
 
-    After the prior's warm-up it looks at `latent_std` against the latent's own noise, σ_z(0)/α_z(0) and that of an
-    encoder of variance. At half the noise a Gaussian latent could carry ½ log₂(1 + ¼) = 0.16 bits per dimension; below
-    that there is nothing to decode.
+    After the prior's warm-up it looks at `latent_std` against the latent's own noise (`latent_noise`). At half the
+    noise a Gaussian latent could carry ½ log₂(1 + ¼) = 0.16 bits per dimension; below that there is nothing to decode.
     """
 
     def __init__(self, config: Config):
-        self.noise = float(diffusion.edm_sigma(jnp.asarray(config.model.logsnr_0)))
         self.after = config.prior_warmup[1]
         self.config = config
         self.collapsed = False
 
     def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
-        noise = math.hypot(self.noise, metrics.get("encoder_std", 0.0))
+        noise = latent_noise(self.config, metrics)
         if step < self.after or self.collapsed or metrics["latent_std"] >= 0.5 * noise:
             return
         self.collapsed = True

@@ -41,15 +41,15 @@ def require_folder(folder: Path, what: str) -> None:
 
 def find_files(root: Path, suffixes: tuple[str, ...]) -> list[str]:
     """Relative paths (with `/`) of all files with these suffixes (lower case) under a folder, sorted, but for hidden
-    ones; links to folders are followed."""
-    found, above = [], {str(root): frozenset()}
+    ones. Links to folders are followed, but no folder is taken twice: it goes by the name that comes first."""
+    found, seen = [], set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
-        real, parents = os.path.realpath(folder), above.pop(folder)
-        if real in parents:  # a link back up would never end
+        real = os.path.realpath(folder)
+        if real in seen:  # a link back up would never end, and by two names a file would be on both sides of a split
             subfolders.clear()
             continue
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        above |= {os.path.join(folder, name): parents | {real} for name in subfolders}
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         found += [
             Path(folder, name).relative_to(root).as_posix()
             for name in files

@@ -11,10 +11,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from ulx import diffusion
 from ulx.config import Config, differences
 from ulx.data.pixels import to_float
 from ulx.metrics.entries import number, plus_minus
@@ -24,6 +22,7 @@ from ulx.report import figures, page, text
 from ulx.report.prompts import prompted
 from ulx.report.run import Reported, again
 from ulx.report.text import si, solver_in_words
+from ulx.stages import latent_noise
 
 __all__ = ["write"]
 
@@ -103,7 +102,7 @@ def _cards(run: Reported) -> list[str]:
         ]
     if run.collapsed is not None:
         last = run.logs["stage1"][-1]
-        noise = float(diffusion.edm_sigma(jnp.asarray(run.config.model.logsnr_0)))
+        noise = latent_noise(run.config, last)
         small = f"its standard deviation over images ends at {last['latent_std']:.2f}; its noise has {noise:.2f}"
         if run.evaluation is not None:
             small += f"; swapping latents moves PSNR by {plus_minus(run.evaluation.metrics['swap']['gap'])} dB"
@@ -147,7 +146,7 @@ def _evaluated(run: Reported) -> list[str]:
             "Continuations by the base model" if run.given else "Samples of the base model",
             *([_next_frames(run, metrics["continuation"])] if run.given else []),
             f"<p>No guidance, {nfe} ({steps}) and the decoder's {sampler['decoder_nfe']}. "
-            f"{kind} {'of the held-out clips themselves' if run.given else 'as frequent as in training'}. "
+            f"{kind}: {sampler['labels']}. "
             f"These are what {distance} measures.</p>",
             run.shown("base_samples", of_base, () if run.given else run.captions("base")),
         ),
@@ -226,7 +225,8 @@ def _curves(run: Reported) -> str:
     held_out = {}
     if run.evaluation is not None:
         held_out = {"rate, held out": float(run.evaluation.metrics["bits_per_pixel"]["value"])}
-    noise = {"its noise": float(diffusion.edm_sigma(jnp.asarray(run.config.model.logsnr_0)))}
+    log = run.logs.get("stage1")
+    noise = {"its noise": latent_noise(run.config, log[-1] if log else {})}
     names = {"loss": "loss", "decoder": "decoder, weighted L_x", "rate": "rate, L_z"}
     plots = [
         _curve(run, "stage1", "stage1_bits", names, "bits/pixel", held_out, "Stage 1: L_z + L_x."),
