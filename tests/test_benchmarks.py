@@ -151,10 +151,12 @@ def test_ablations_differ_from_the_baseline_in_what_they_name():
     settings = ablations.Settings(other_data="images")
     configs = {row: ablations.config_of(row, 0, settings) for row in settings.all_rows}
     baseline = configs.pop("unified")
+    trained = changed(dataclasses.replace(baseline, train_decoder=baseline.train), baseline)  # the decoder, as stage 1
+    assert trained
     assert {row: changed(config, baseline) for row, config in configs.items()} == {
-        "mse": {"model.reconstruction"},
+        "mse": {"model.reconstruction", *trained},
         "normal-prior": {"model.latent_prior"},
-        "normal-prior-mse": {"model.latent_prior", "model.reconstruction"},
+        "normal-prior-mse": {"model.latent_prior", "model.reconstruction", *trained},
         "stop-gradient": {"prior_gradient", "kl_weight"},  # and 8 channels, which the baseline has
         "low-noise": {"model.logsnr_0"},
         "learned-variance": {"model.encoder.variance"},
