@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import ablations
 import bitrate_vs_fid
@@ -84,6 +85,25 @@ def test_pixels_have_as_many_tokens_as_latents():
         configs = {method: compute_vs_fid.configs_of(method, settings)[0] for method in ("unified", "pixels")}
         reduction = configs["unified"].model.encoder.reduction(2)[0]
         assert configs["pixels"].model.base.patch == reduction * configs["unified"].model.base.patch
+
+
+def test_a_run_that_was_begun_goes_on_with_the_autoencoder_that_it_has_copied(small_config, tmp_path):
+    config = dataclasses.replace(small_config, runs=str(tmp_path), autoencoder=str(tmp_path / "gone"))
+    found = points.resumable(config)
+    assert (found.autoencoder, found.resume) == (None, False)
+    config.path.mkdir()
+    (config.path / "config.json").write_text("{}")
+    found = points.resumable(config)
+    assert (found.autoencoder, found.resume) == (config.autoencoder, True)
+
+
+def test_all_machines_are_named_once():
+    assert points.machines({"machine": name} for name in "aba") == "a; b"
+
+
+def test_without_more_weight_than_the_prior_s_nothing_is_worth_its_bits():
+    assert bitrate_vs_fid.cut_off((1.4, 2.0)) == pytest.approx(1.4)
+    assert bitrate_vs_fid.cut_off((1.4, 1.0)) == bitrate_vs_fid.cut_off((1.4, 0.5)) == -math.inf
 
 
 def test_ranks_are_what_is_correlated():

@@ -25,6 +25,7 @@ from ulx.generate import decode, sample_latents
 from ulx.likelihood import flow_rate
 from ulx.nn.conditions import Conditions, ConditionSpec
 from ulx.nn.encoder import Pixels
+from ulx.report.text import si
 from ulx.stages import autoencoder_loss, base_loss, decoder_loss
 from ulx.training import Draws
 from ulx.variants import VARIANTS
@@ -318,6 +319,10 @@ def test_runs_from_end_to_end(quick, small_config, small_dataset, tmp_path, name
     assert name in text
     for stage in config.stages:
         assert metrics["cost"][f"training_flops_{stage}"] > 0
+    parts = metrics["cost"]["parameters"]
+    # In a single stage prior and base are one network.
+    alone = sum(parts.values()) - (parts["base"] if config.single_stage else 0)
+    assert f"<td>all</td><td>{si(alone)}</td>" in text
     run = runs.load(path)
     assert isinstance(run.base, Denoiser)
     keys = jax.random.split(jax.random.key(0), 2)
