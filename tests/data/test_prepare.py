@@ -329,7 +329,7 @@ def test_a_folder_that_is_no_imagenet(tmp_path, imagenet):
     with pytest.raises(FileNotFoundError, match="nowhere is no folder"):
         prepare(ImageNet(str(tmp_path / "nowhere"), str(tmp_path / "out")))
     (tmp_path / "cats").mkdir()
-    for name in ("cats/a.png", "cats/b.png"):
+    for name in ("cats/a.png", "cats/b.png", "cats/c.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     with pytest.raises(ValueError, match=r"is no ImageNet: it has neither train/ and val/"):
         prepare(ImageNet(str(tmp_path), str(tmp_path / "out")))
