@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from stand_ins import Corner
 
-from ulx import evaluation, runs
+from ulx import evaluation, evaluation_pairs, runs
 from ulx.bound import estimate_decoder, estimate_rate
 from ulx.denoiser import StandardNormal
 from ulx.diffusion import split_keys
@@ -162,6 +162,6 @@ def test_pairs_too_small_for_a_measure_go_without_it():
     distance = lambda x, y: jnp.abs(x - y).mean((1, 2, 3))  # noqa: E731
     images = np.zeros((3, 32, 32, 3), np.uint8)
     other = images + np.uint8(51)
-    assert evaluation._errors(images, other, distance)["lpips_vgg16"]["value"] == pytest.approx(0.4)  # 51/127.5
-    assert set(evaluation._errors(images[:, :15, :15], other[:, :15, :15], distance)) == {"psnr", "ssim"}
-    assert set(evaluation._errors(images[:, :8, :8], other[:, :8, :8], distance)) == {"psnr"}
+    assert evaluation_pairs.errors(images, other, distance)["lpips_vgg16"]["value"] == pytest.approx(0.4)  # 51/127.5
+    assert set(evaluation_pairs.errors(images[:, :15, :15], other[:, :15, :15], distance)) == {"psnr", "ssim"}
+    assert set(evaluation_pairs.errors(images[:, :8, :8], other[:, :8, :8], distance)) == {"psnr"}

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -20,18 +19,17 @@ import ulx
 from ulx import losses
 from ulx.bound import DiffusionEstimate, RateEstimate
 from ulx.config import Config
-from ulx.data.pixels import to_float
 from ulx.data.source import Dataset
 from ulx.data.split import LEAST
 from ulx.denoiser import Denoiser
 from ulx.evaluation_data import held_out_examples, held_out_rows, mean_image, rows_like, told_of
+from ulx.evaluation_pairs import NEXT, continuation, errors, mean_psnr, swap
 from ulx.metrics import clip_score, compare, efficientnet, i3d, inception, lpips
 from ulx.metrics.copies import copies_among, spread_over
 from ulx.metrics.entries import Metric, as_json, frechet, mean
 from ulx.metrics.features import FeatureNetwork, features
 from ulx.metrics.frechet import Moments
-from ulx.metrics.images import SSIM_WINDOW, psnr, ssim
-from ulx.metrics.pairs import SSIM, PairMeasure
+from ulx.metrics.pairs import SSIM
 from ulx.metrics.reference import training_moments
 from ulx.models import UnifiedLatents
 from ulx.progress import Progress
@@ -57,8 +55,6 @@ RECONSTRUCT, SAMPLE = "reconstruct", "sample"
 """Purposes of noise. Reconstructions, swapped or not, share theirs; so do the samples of all models, row by row."""
 PICTURES = 64
 """Images of each kind that the report shows."""
-NEXT = 3
-"""Frames after the given ones by which continuations are judged against the last of these, repeated."""
 
 TRAINING, HELD_OUT = "training images", "held-out images"
 """What numbers are measured against; all others than distances are measured on held-out images."""
@@ -116,7 +112,7 @@ def evaluate_autoencoder(model: UnifiedLatents, dataset: Dataset, config: Config
         run = Runner(model, config, progress)
         rate = run.rate(held_out, model.prior)
         reconstructions, nfe = run.decode(run.encode(held_out), RECONSTRUCT)
-    return {**_bits(rate, model), "psnr": _psnr(reconstructions, held_out) | {"nfe": nfe}}
+    return {**_bits(rate, model), "psnr": mean_psnr(reconstructions, held_out) | {"nfe": nfe}}
 
 
 def check_measurable(config: Config) -> None:
@@ -187,9 +183,9 @@ def evaluate(
         | {"labels": "the images' own" if made.is_told else "none: without class and caption"},
         "decoder_bits_per_pixel": _bits_per_pixel(made.decoder.total, made.decoder, model)
         | {"leaves_out": "x's terminal KL and -log p(x | x_0)"},
-        **_errors(made.reconstructions, held_out, of_pairs),
-        "psnr_of_mean_training_image": _psnr(np.broadcast_to(mean_image(dataset), held_out.shape), held_out),
-        "swap": _swap(made.swapped, held_out),
+        **errors(made.reconstructions, held_out, of_pairs),
+        "psnr_of_mean_training_image": mean_psnr(np.broadcast_to(mean_image(dataset), held_out.shape), held_out),
+        "swap": swap(made.swapped, held_out),
         **_distances(
             compared,
             {
@@ -247,7 +243,7 @@ def evaluate(
         **_said("base", made.base_told),
     }
     if made.given:
-        metrics["continuation"] = _continuation(made.base_samples, held_out, made.given)
+        metrics["continuation"] = continuation(made.base_samples, held_out, made.given)
     if config.data.clips:
         metrics["clip"] = {"frames": config.data.frames, "stride": config.data.stride, "given": made.given}
     else:
@@ -443,55 +439,6 @@ def _bits_per_pixel(nats: PerExample, estimate: DiffusionEstimate, model: Unifie
 def _measured(estimate: DiffusionEstimate) -> dict[str, Any]:
     _, draws, levels = estimate.samples.shape
     return {"levels": levels, "draws": draws, "weighting": "w = 1"}
-
-
-def _errors(images: Images, originals: Images, distance: PairMeasure | None) -> dict[str, Metric]:
-    """What pairs say: PSNR; SSIM and, if it is given, LPIPS where the images are large enough for it."""
-    metrics, side = {"psnr": _psnr(images, originals)}, min(images.shape[-3:-1])
-    if side >= SSIM_WINDOW:
-        metrics["ssim"] = _of_pairs(ssim, images, originals)
-    if distance is not None and side >= lpips.MIN_SIZE:
-        metrics[lpips.METRIC] = _of_pairs(eqx.filter_jit(distance), images, originals)
-    return metrics
-
-
-def _psnr(images: Images, originals: Images) -> Metric:
-    return mean(_by_parts(psnr, images, originals))
-
-
-def _by_parts(measure: PairMeasure, images: Images, originals: Images, rows: int = 64) -> Float[np.ndarray, " n"]:
-    """Of each pair; so many at a time are held as floats."""
-    parts = [slice(start, start + rows) for start in range(0, len(images), rows)]
-    return np.concatenate([measure(to_float(images[part]), to_float(originals[part])) for part in parts])
-
-
-def _of_pairs(measure: PairMeasure, images: Images, originals: Images) -> Metric:
-    """Of clips, every frame's, averaged over each clip first."""
-    x, y = (each.reshape(-1, *each.shape[-3:]) for each in (images, originals))
-    return mean(_by_parts(measure, x, y).reshape(len(images), -1).mean(axis=1))
-
-
-def _continuation(continued: Images, originals: Images, given: int) -> dict[str, Metric]:
-    """Of the frames after the given ones, and of the last given one in their place."""
-    after = slice(given, given + NEXT)
-    wanted = originals[:, after]
-    repeated = np.broadcast_to(originals[:, given - 1 : given], wanted.shape)
-    own, other = (_by_parts(psnr, each, wanted) for each in (continued[:, after], repeated))
-    return {"psnr": mean(own), "psnr_of_last_frame": mean(other), "gap": _gap(own, other)}
-
-
-def _swap(swapped: Images, originals: Images) -> dict[str, Any]:
-    """Image i's decoder noise with image i − 1's latent: to which original is the result near?"""
-    count = len(swapped)
-    own = psnr(to_float(swapped), to_float(np.roll(originals, 1, axis=0)[:count]))
-    other = psnr(to_float(swapped), to_float(originals[:count]))
-    return {"psnr_to_the_latents_image": mean(own), "psnr_to_the_other": mean(other), "gap": _gap(own, other)}
-
-
-def _gap(own: PerExample | Float[np.ndarray, " b"], other: PerExample | Float[np.ndarray, " b"]) -> Metric:
-    """Of PSNRs, in dB; none where both are infinite."""
-    one, two = np.asarray(own), np.asarray(other)
-    return mean(np.subtract(one, two, out=np.zeros_like(one), where=one != two))
 
 
 def _said(name: str, told: Told) -> dict[str, np.ndarray]:
