@@ -60,6 +60,22 @@ def small_config() -> Config:
 
 
 @pytest.fixture(scope="session")
+def clip_config(small_config) -> Config:
+    """Clips of 4 frames of 16×16, two of them given; 2×4×4 latents."""
+    network = UViTConfig(patch=(1, 2, 2), channels=(16,), blocks=(1,), block=BlockConfig(head_size=16))
+    model = dataclasses.replace(
+        small_config.model,
+        encoder=EncoderConfig(patch=(1, 2, 2), channels=(16, 16), blocks=1, last_blocks=1, latent_channels=4),
+        prior=network,
+        decoder=dataclasses.replace(network, patch=(2, 4, 4)),
+        base=network,
+        given_frames=2,
+    )
+    data = dataclasses.replace(small_config.data, source="moving-emoji", clips=True, resolution=16, frames=4)
+    return dataclasses.replace(small_config, model=model, data=data)
+
+
+@pytest.fixture(scope="session")
 def small_dataset() -> Dataset:
     """Random pictures, none of them black or white, of three classes, one with a name that HTML must escape."""
     rng = np.random.default_rng(0)
