@@ -16,6 +16,7 @@ from ulx.denoiser import StandardNormal
 from ulx.diffusion import split_keys
 from ulx.generate import example_keys
 from ulx.metrics.frechet import Moments, frechet_distance
+from ulx.metrics.kernel import kernel_distance
 from ulx.metrics.reference import training_moments
 from ulx.nn.conditions import NO_LABEL, Conditions
 from ulx.progress import Progress
@@ -118,7 +119,7 @@ def distances(small_dataset, tmp_path_factory):
     networks = [Corner(), Corner(metric="fid", kernel_metric="kid", definition="another", sha256="c1")]
     cache = str(tmp_path_factory.mktemp("cache"))
     moments = lambda network: training_moments(small_dataset, network, cache)  # noqa: E731
-    found = evaluation._distances(networks, made, held_out, moments, "images")
+    found = evaluation._distances(networks, made, held_out, {"reconstruction"}, moments, "images")
     return found, made, held_out
 
 
@@ -149,6 +150,16 @@ def test_every_network_has_a_kernel_distance_of_its_own_name(distances):
     assert {frozenset(entry) for entry in found["against_held_out_images"].values()} == {frozenset(names)}
     assert found["against_held_out_images"]["base"]["kid"]["n_a"] == 5
     assert found["against_held_out_images"]["base"]["kid"]["n_b"] == 7
+
+
+def test_an_image_and_its_own_reconstruction_are_no_pair_of_the_kernel_distance(distances):
+    found, made, held_out = distances
+    corner = lambda images: np.asarray(images, np.float64)[:, 0, 0] / 127.5 - 1  # noqa: E731
+    for what, paired in (("base", False), ("reconstruction", True)):
+        by_hand = kernel_distance(corner(held_out), corner(made[what][0]), paired=paired)
+        entry = found["against_held_out_images"][what]["kd_efflite0"]
+        assert entry["value"] == pytest.approx(by_hand.value, rel=1e-4)  # float32
+        assert entry["standard_error"] == pytest.approx(by_hand.standard_error, rel=1e-4)
 
 
 def test_weights_that_are_not_there_are_refused(small_config):

@@ -7,7 +7,7 @@ which network, against which images, and from which code and seed, is said once 
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +194,7 @@ def evaluate(
                 "reconstruction": (made.reconstructions, made.decoder_nfe),
             },
             held_out,
+            {"reconstruction", *(["base"] if made.given else [])},
             None
             if config.data.clips
             else lambda by: training_moments(dataset, by, config.data.cache_dir, found=known.get(by.metric)),
@@ -377,6 +378,7 @@ def _distances(
     compared: Sequence[FeatureNetwork],
     made: Mapping[str, tuple[Images, int]],
     held_out: Images,
+    of_held_out: Collection[str],
     moments_of: Callable[[FeatureNetwork], Moments] | None,
     unit: str,
     store: Store = Store(),
@@ -385,7 +387,8 @@ def _distances(
 
     Fréchet distances by the network's name of them, samples to the training images, whose moments are `moments_of`, or
     without them to the held-out ones; the others to the held-out images, of all networks together. Reconstructions are
-    compared with their originals, and, as papers often do, with the training images too.
+    compared with their originals, and, as papers often do, with the training images too. What is `of_held_out` was
+    made of these, one of each.
     """
     metrics: dict[str, Any] = {}
     others: dict[str, Metric] = {what: {} for what in made}
@@ -401,7 +404,8 @@ def _distances(
         distances: dict[str, Metric] = {}
         for what, (images, nfe) in made.items():
             found = seen(images, what)
-            others[what] |= compare.kernel_and_manifolds(network, originals, found)[0]
+            paired = what in of_held_out
+            others[what] |= compare.kernel_and_manifolds(network, originals, found, paired=paired)[0]
             if trained is None or what == "reconstruction":
                 distances[what] = frechet(found, own) | {"against": HELD_OUT, "nfe": nfe}
             if trained is not None:

@@ -67,7 +67,7 @@ def test_card_and_table(folders, originals, tmp_path, capsys):
     # Features go through float32: 1e-7 of values up to 1, seen against distances of 5e-3.
     assert metrics["fd_efflite0"]["value"] == pytest.approx(frechet_distance(Moments.of(x), Moments.of(y)), rel=1e-3)
     assert metrics["fd_efflite0"]["value"] == pytest.approx(3 * (SHIFT / 127.5) ** 2, rel=1e-3)  # a shift of 3 features
-    kernel = kernel_distance(x, y)
+    kernel = kernel_distance(x, y, paired=True)  # files of one name
     assert metrics["kd_efflite0"]["value"] == pytest.approx(kernel.value, rel=1e-4)
     assert metrics["kd_efflite0"]["standard_error"] == pytest.approx(kernel.standard_error, rel=1e-4)
     shares = precision_recall(x, y)

@@ -92,7 +92,7 @@ def test_card_and_table(folders, originals, tmp_path, capsys):
     moments = Moments.of(corners(x)), Moments.of(corners(y))
     # Features go through float32: 1e-7 of values up to 1, seen against distances of 5e-3.
     assert metrics["fvd"]["value"] == pytest.approx(frechet_distance(*moments), rel=1e-3)
-    kernel = kernel_distance(corners(x), corners(y))
+    kernel = kernel_distance(corners(x), corners(y), paired=True)  # files of one name
     assert metrics["kd_i3d"]["value"] == pytest.approx(kernel.value, rel=1e-3)
     assert metrics["kd_i3d"]["standard_error"] == pytest.approx(kernel.standard_error, rel=1e-3)
     shares = precision_recall(corners(x), corners(y))

@@ -26,6 +26,15 @@ def direct(a, b):
     return mean(itertools.permutations(a, 2)) + mean(itertools.permutations(b, 2)) - 2 * mean(itertools.product(a, b))
 
 
+def of_pairs(a, b):
+    """The same without k of an example and its own other one."""
+
+    def mean(x, y):
+        return np.mean([kernel(x[i], y[j]) for i, j in itertools.permutations(range(len(a)), 2)])
+
+    return mean(a, a) + mean(b, b) - 2 * mean(a, b)
+
+
 def tensor_moments(mean, variance):
     """E x, E x⊗x, E x⊗x⊗x of N(mean, variance I)."""
     eye = np.eye(len(mean))
@@ -67,6 +76,40 @@ def test_is_exactly_unbiased(counts):
         mean += np.prod(p[i]) * np.prod(q[j]) * kernel_distance(points[i], points[j]).value
     assert mean == pytest.approx(truth, rel=1e-12)
     assert truth > 0.5
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_is_exactly_unbiased_for_pairs(count):
+    """Over all samples of pairs (x, y) that are far from independent; with k of each pair it would be far too low."""
+    points = np.array([[0.0, 1.0], [2.0, -1.0], [-1.0, 0.5]])
+    joint = np.array([[0.3, 0.1, 0.0], [0.05, 0.25, 0.0], [0.0, 0.0, 0.3]])
+    p, q = joint.sum(axis=1), joint.sum(axis=0)
+    gram = np.array([[kernel(x, y) for y in points] for x in points])
+    truth = (p - q) @ gram @ (p - q)
+    mean = unpaired = 0.0
+    for index in itertools.product(range(3), repeat=2 * count):
+        i, j = list(index[:count]), list(index[count:])
+        if probability := np.prod(joint[i, j]):
+            mean += probability * kernel_distance(points[i], points[j], paired=True).value
+            unpaired += probability * kernel_distance(points[i], points[j]).value
+    assert mean == pytest.approx(truth, rel=1e-12)
+    bias = 2 / count * np.sum((joint - np.outer(p, q)) * gram)
+    assert unpaired == pytest.approx(truth - bias, rel=1e-12)
+    assert bias > 5 * truth
+
+
+def test_pairs_are_the_formula_and_equal_ones_are_at_no_distance():
+    a = draw(9)
+    b = a + draw(9, seed=1, scale=0.1, mean=0.1)
+    found = kernel_distance(a, b, paired=True)
+    assert found.value == pytest.approx(of_pairs(a, b), rel=1e-11)  # a difference of numbers some 50 times larger
+    without = [of_pairs(np.delete(a, i, axis=0), np.delete(b, i, axis=0)) for i in range(9)]
+    assert found.standard_error == pytest.approx(np.sqrt(8 * np.var(without)), rel=1e-9)
+    equal = kernel_distance(a, a, paired=True)
+    assert abs(equal.value) < 1e-12
+    assert equal.standard_error < 1e-12
+    assert kernel_distance(a, a).value < -0.1
+    assert np.isnan(kernel_distance(a[:2], b[:2], paired=True).standard_error)
 
 
 def test_gaussians_in_one_dimension():
@@ -121,6 +164,10 @@ def test_block_size_does_not_matter(rows):
     found, expected = kernel_distance(a, b, rows=rows), kernel_distance(a, b)
     assert found.value == pytest.approx(expected.value, rel=1e-11)
     assert found.standard_error == pytest.approx(expected.standard_error, rel=1e-11)
+    other = a + draw(40, seed=2, scale=0.5)
+    found, expected = kernel_distance(a, other, paired=True, rows=rows), kernel_distance(a, other, paired=True)
+    assert found.value == pytest.approx(expected.value, rel=1e-10)
+    assert found.standard_error == pytest.approx(expected.standard_error, rel=1e-10)
 
 
 def test_what_cannot_be_compared_is_refused():
@@ -128,6 +175,8 @@ def test_what_cannot_be_compared_is_refused():
         kernel_distance(draw(5, 3), draw(5, 4))
     with pytest.raises(ValueError, match="at least two examples on each side, there are 5 and 1"):
         kernel_distance(draw(5), draw(1))
+    with pytest.raises(ValueError, match="5 and 4 examples are no pairs"):
+        kernel_distance(draw(5), draw(4), paired=True)
     broken = draw(20)
     broken[13, 1] = np.nan
     with pytest.raises(ValueError, match="example 13 are not finite"):

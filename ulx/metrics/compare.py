@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 
 import ulx
 from ulx.data.video import Clip
@@ -30,8 +30,8 @@ FRECHET = """\
 Fréchet distance between Gaussians fitted to the {} of A and of B, unbiased covariances; biased upwards, the more the \
 smaller N"""
 KERNEL = """\
-KID's estimator on the {}: unbiased squared MMD of the kernel (x·y/d + 1)^3 over all pairs; standard error by the \
-jackknife"""
+KID's estimator on the {}: unbiased squared MMD of the kernel (x·y/d + 1)^3 over all pairs, but for an example and \
+what was made of it; standard error by the jackknife"""
 FEATURES = {i3d.METRIC: "logits"}
 """What the features are where they are not pooled ones."""
 NAMESAKES = {"frechet": "FID", "kernel": "KID"}
@@ -73,10 +73,11 @@ def compare(
     found, facts = zip(*(_measured(networks, folder, batch_size) for folder in both), strict=True)
     metrics: dict[str, Metric] = {}
     left_out: dict[str, str] = {}
-    for network, of_a, of_b in zip(networks, *found, strict=True):
-        distances, reasons = _distances(network, of_a, of_b, reference.kind)
-        metrics, left_out = metrics | distances, left_out | reasons
     names = namesakes(reference, compared)
+    rows = None if names is None else _rows(names, reference, compared)
+    for network, of_a, of_b in zip(networks, *found, strict=True):
+        distances, reasons = _distances(network, of_a, of_b, reference.kind, rows)
+        metrics, left_out = metrics | distances, left_out | reasons
     if names is None:
         left_out |= dict.fromkeys(of_pairs, "the folders do not hold the same file names")
     else:
@@ -113,10 +114,21 @@ def _networks(examples: Examples, others: Sequence[FeatureNetwork]) -> Iterator[
     yield i3d.load()
 
 
+def _rows(names: list[tuple[str, str]], a: Examples, b: Examples) -> Int[np.ndarray, " n"]:
+    """For each example of a, in its order, which one of b is its other one."""
+    other, place = dict(names), {name: row for row, name in enumerate(b.names)}
+    return np.array([place[other[name]] for name in a.names])
+
+
 def _distances(
-    network: FeatureNetwork, a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"], example: str
+    network: FeatureNetwork,
+    a: Float[np.ndarray, "n d"],
+    b: Float[np.ndarray, "m d"],
+    example: str,
+    rows: Int[np.ndarray, " n"] | None,
 ) -> tuple[dict[str, Metric], dict[str, str]]:
-    """All distances of features b to features a, with what they are, and why some are left out."""
+    """All distances of features b to features a, with what they are, and why some are left out. `rows` of b were made
+    of a, if any were."""
     moments = Moments.of(a), Moments.of(b)
     frechet = {
         "value": frechet_distance(*moments),
@@ -124,7 +136,7 @@ def _distances(
         "n_b": len(b),
         "rank_deficient": any(each.rank_deficient for each in moments),
     }
-    found, reasons = kernel_and_manifolds(network, a, b, example)
+    found, reasons = kernel_and_manifolds(network, a, b if rows is None else b[rows], example, paired=rows is not None)
     meant = definitions(network)
     return {name: metric | meant[name] for name, metric in {network.metric: frechet, **found}.items()}, reasons
 
@@ -147,12 +159,17 @@ def _names(network: FeatureNetwork) -> dict[str, str]:
 
 
 def kernel_and_manifolds(
-    network: FeatureNetwork, a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"], example: str = "image"
+    network: FeatureNetwork,
+    a: Float[np.ndarray, "n d"],
+    b: Float[np.ndarray, "m d"],
+    example: str = "image",
+    *,
+    paired: bool = False,
 ) -> tuple[dict[str, Metric], dict[str, str]]:
     """The kernel distance, precision and recall of features b against features a, at least two of each, by their names;
-    and why some are left out. `example` is what they are features of."""
+    and why some are left out. `example` is what they are features of; `paired` if b[i] was made of a[i]."""
     names, count = _names(network), {"n_a": len(a), "n_b": len(b)}
-    kernel = kernel_distance(a, b)
+    kernel = kernel_distance(a, b, paired=paired)
     metrics: dict[str, Metric] = {
         names["kernel"]: {"value": kernel.value, "standard_error": kernel.standard_error, **count}
     }

@@ -8,6 +8,10 @@ features; on EfficientNet-lite0's it is named `kd_efflite0`, and the two cannot 
 Others report the mean over random subsets of 1,000. All pairs of both sets are used here instead: the expectation is
 the same, the noise is less, there is no subset size and no seed to state, and the standard error is one of the number
 itself, which the spread over subsets that share examples is not.
+
+An example and what was made of it, its reconstruction or its continuation, are not independent: k of the two is no part
+of E k(x, y), and with it the estimate would be too low. Where the sets are such pairs it is left out, which is the
+U-statistic of Gretton et al. 2012 (Lemma 6) in the pairs.
 """
 
 from collections.abc import Iterator
@@ -27,39 +31,50 @@ class KernelDistance:
     standard_error: float
 
 
-def kernel_distance(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m _"], rows: int = 2048) -> KernelDistance:
+def kernel_distance(
+    a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m _"], *, paired: bool = False, rows: int = 2048
+) -> KernelDistance:
     """The unbiased estimate of MMD² from all pairs of different examples; below zero about as often as above where
     both sets come from one distribution.
 
-    The standard error is the jackknife's over examples of either set (Arvesen 1969). For different distributions it is
-    right to first order; the closer they are the more it errs on the large side, by √2 where they are equal. `rows`
-    examples against as many are held at a time, in float64; changes no result beyond rounding.
-    Raises ValueError for different numbers of features, fewer than two examples, or features that are not finite.
+    If `paired`, b[i] was made of a[i], and the two are not compared with each other: equal pairs give 0.
+    The standard error is the jackknife's over examples of either set, or over pairs (Arvesen 1969). For different
+    distributions it is right to first order; the closer they are the more it errs on the large side, by √2 where
+    independent sets are of equal ones. `rows` examples against as many are held at a time, in float64; changes no
+    result beyond rounding.
+    Raises ValueError for different numbers of features, or of examples that are paired, fewer than two examples, or
+    features that are not finite.
     """
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"features of {a.shape[1]} and of {b.shape[1]} dimensions cannot be compared")
     if min(len(a), len(b)) < 2:
         raise ValueError(f"a kernel distance needs at least two examples on each side, there are {len(a)} and {len(b)}")
-    within_a, within_b = _within(a, rows), _within(b, rows)
-    across_a, across_b = _across(a, b, rows)
     n, m = len(a), len(b)
+    if paired and n != m:
+        raise ValueError(f"{n} and {m} examples are no pairs")
+    within_a, within_b = _within(a, rows), _within(b, rows)
+    across_a, across_b = _across(a, b, rows, paired)
+    if paired:
+        of_pair = within_a + within_b - across_a - across_b
+        return KernelDistance(float(of_pair.sum() / (n * (n - 1))), _error(_without_each(of_pair)))
     value = within_a.sum() / (n * (n - 1)) + within_b.sum() / (m * (m - 1)) - 2 * across_a.sum() / (n * m)
-    variance = _jackknife(within_a, across_a, m) + _jackknife(within_b, across_b, n)
-    return KernelDistance(float(value), float(np.sqrt(variance)))
+    # The other set's own pairs are the same whichever example of this one is left out, and so not in these.
+    of_a = _without_each(within_a) - 2 * (across_a.sum() - across_a) / ((n - 1) * m)
+    of_b = _without_each(within_b) - 2 * (across_b.sum() - across_b) / ((m - 1) * n)
+    return KernelDistance(float(value), float(np.hypot(_error(of_a), _error(of_b))))
 
 
-def _jackknife(within: Float64[np.ndarray, " n"], across: Float64[np.ndarray, " n"], others: int) -> float:
-    """One side's part of the variance, from the estimates with each of its examples left out.
+def _without_each(sums: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
+    """The mean over pairs of a symmetric function, with each example left out in turn; `sums` are those of an example
+    with all others. NaN with fewer than three."""
+    n = len(sums)
+    return (sums.sum() - 2 * sums) / ((n - 1) * (n - 2)) if n > 2 else np.full(n, np.nan)
 
-    `within` and `across` are an example's sums of k over the rest of its set and over the `others` of the other set.
-    The other set's own pairs are the same in all these estimates and left out of them.
-    """
-    n = len(within)
-    if n < 3:
-        return float("nan")
-    pairs = (within.sum() - 2 * within) / ((n - 1) * (n - 2))
-    without = pairs - 2 * (across.sum() - across) / ((n - 1) * others)
-    return float((n - 1) / n * np.sum((without - without.mean()) ** 2))
+
+def _error(without: Float64[np.ndarray, " n"]) -> float:
+    """The jackknife's standard error, from the estimates with each example left out."""
+    n = len(without)
+    return float(np.sqrt((n - 1) / n * np.sum((without - without.mean()) ** 2)))
 
 
 def _within(x: Float[np.ndarray, "n d"], rows: int) -> Float64[np.ndarray, " n"]:
@@ -79,13 +94,15 @@ def _within(x: Float[np.ndarray, "n d"], rows: int) -> Float64[np.ndarray, " n"]
 
 
 def _across(
-    a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"], rows: int
+    a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"], rows: int, paired: bool
 ) -> tuple[Float64[np.ndarray, " n"], Float64[np.ndarray, " m"]]:
-    """Of each example the sum of k over all examples of the other set."""
+    """Of each example the sum of k over all examples of the other set, its own other one left out if `paired`."""
     sums_a, sums_b = np.zeros(len(a)), np.zeros(len(b))
     for i, left in _blocks(a, rows):
         for j, right in _blocks(b, rows):
             k = _kernel(left, right)
+            if paired and i == j:
+                np.fill_diagonal(k, 0.0)
             sums_a[i] += k.sum(axis=1)
             sums_b[j] += k.sum(axis=0)
     return sums_a, sums_b
