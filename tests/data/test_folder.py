@@ -117,6 +117,16 @@ def test_unreadable_files_are_named_counted_and_skipped_or_refused(photos):
         assert open_folder(photos, 32).fingerprint == dataset.fingerprint
 
 
+def test_links_to_nothing_are_unreadable(photos):
+    (photos / "cats" / "gone.png").symlink_to("nowhere.png")
+    with pytest.warns(UserWarning, match=r"1 of 31 files .* cats/gone\.png \(is a link to nothing\)"):
+        dataset = open_folder(photos, 32)
+    assert len(dataset.train) + len(dataset.validation) == 30
+    shutil.copy(photos / "cats" / "01.png", photos / "cats" / "nowhere.png")
+    mended = open_folder(photos, 32)
+    assert len(mended.train) + len(mended.validation) == 32
+
+
 def test_of_many_unreadable_files_the_first_are_named(photos):
     for i in range(25):
         text(photos / "dogs" / f"bad{i:02d}.png")
@@ -267,13 +277,15 @@ def videos(tmp_path):
 
 def test_a_folder_of_videos_is_one_of_clips(videos):
     (videos / "cats" / "bad.gif").write_bytes(b"GIF")
+    (videos / "dogs" / "gone.mp4").symlink_to("nowhere.mp4")
     config = DataConfig("folder", str(videos), resolution=16, clips=True, frames=4, stride=2)
-    with pytest.warns(UserWarning, match="3 of 13 files in .* cannot be read as videos") as warned:
+    with pytest.warns(UserWarning, match="4 of 14 files in .* cannot be read as videos") as warned:
         dataset = open_dataset(config)
     message = str(warned[0].message)
     assert "cats/05.webm (has 5 frames, and at least 7 are wanted)" in message
     assert "cats/08.mp4 (" in message
     assert "cats/bad.gif (is no image that Pillow knows)" in message
+    assert "dogs/gone.mp4 (is a link to nothing)" in message
     assert dataset.class_names == ("cats", "dogs")
     assert len(dataset.train) + len(dataset.validation) == 10
     assert len(dataset.validation) >= 1

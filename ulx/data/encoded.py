@@ -102,14 +102,17 @@ def decode_clip(content: Bytes, first: int, clip: Clip) -> UInt8[np.ndarray, "t 
     raise ValueError(f"frames {first} to {wanted[-1]} are wanted of a video that ends before")
 
 
-def read_video(path: Path, resolution: int, at_least: int, crf: int = CRF) -> tuple[Example, str | None]:
+def read_video(
+    path: Path, resolution: int, at_least: int, crf: int = CRF, seconds: tuple[float, float] | None = None
+) -> tuple[Example, str | None]:
     """A video file's example, and a remark if its frames had to be enlarged.
 
-    Frames are prepared as images are. Raises `ShortError` for a video of fewer than `at_least` frames, and
+    Of a file that is longer than from the one of `seconds` to the other, only what is between them is kept. Frames are
+    prepared as images are. Raises `ShortError` for a video of fewer than `at_least` frames, and
     `UnreadableError` with the reason for a damaged one.
     """
     enlarged = []
-    content, count = encode_clip(frames_of_size(path, resolution, enlarged), crf)
+    content, count = encode_clip(frames_of_size(path, resolution, enlarged, seconds), crf)
     if count < at_least:
         raise ShortError(f"has {count} frame{'s' * (count != 1)}, and at least {at_least} are wanted")
     remark = f"smaller than {resolution} pixels" if enlarged[0] else None

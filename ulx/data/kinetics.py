@@ -2,8 +2,8 @@
 
 The annotations have the columns `label`, `youtube_id`, `time_start`, `time_end` and `split`, a row for each clip. The
 files lie anywhere under the folder, named by what the usual downloaders name them: `ID_000012_000022.mp4`,
-`ID_12_22.mp4` or `ID.mp4`. That many of the clips are gone, and some of the files are damaged, is usual: they are
-listed and left out.
+`ID_12_22.mp4` or `ID.mp4`. The last may be the whole video: if it is longer than the clip, the clip is cut out of it by
+its times. That many of the clips are gone, and some of the files are damaged, is usual: they are listed and left out.
 
 Rows of the splits "val", "validate" and "validation" are held out, those of "test" not used. Without such rows about
 10 % of the YouTube ids are held out, by a hash.
@@ -12,7 +12,7 @@ Rows of the splits "val", "validate" and "validation" are held out, those of "te
 import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,6 +45,10 @@ class Row(NamedTuple):
         """What its file may be called, the likeliest first."""
         return self.name, f"{self.youtube_id}_{self.start}_{self.end}", self.youtube_id
 
+    def seconds_in(self, file: str) -> tuple[int, int] | None:
+        """Where it is in that file, unless the file's name says that it was cut out already."""
+        return (self.start, self.end) if Path(file).stem == self.youtube_id else None
+
 
 def recipe(
     root: Path,
@@ -65,7 +69,8 @@ def recipe(
     rows = {row.name: row for file in annotations for row in read_annotations(file)}
     of_stem: dict[str, str] = {}
     for name in find_files(root, SUFFIXES + ANIMATIONS):
-        if not name.lower().endswith(PNG):  # a picture of the video, not the video
+        is_there = (root / name).exists()  # and no link to nothing
+        if is_there and not name.lower().endswith(PNG):  # a picture of the video, not the video
             of_stem.setdefault(Path(name).stem, name)
     class_names = tuple(sorted({row.label for row in rows.values()}))
     label = {name: index for index, name in enumerate(class_names)}
@@ -86,9 +91,15 @@ def recipe(
         file = files[name]
         if file is None:
             raise UnreadableError("is not there")
-        return read_video(root / file, resolution, at_least, crf)
+        return read_video(root / file, resolution, at_least, crf, rows[name].seconds_in(file))
 
-    sizes = {name: (root / file).stat().st_size if file else None for name, file in files.items()}
+    def facts(item: Item) -> list[Any]:
+        file = files[item.name]
+        if file is None:
+            return [*item, None, None]
+        seconds = rows[item.name].seconds_in(file)
+        return [*item, file, (root / file).stat().st_size, *(seconds or ())]
+
     return Recipe(
         name="kinetics600",
         resolution=resolution,
@@ -97,7 +108,7 @@ def recipe(
             "preparation": PREPARATION,
             "crf": crf,
             "at_least": at_least,
-            "files": digest_of([*item, files[item.name], sizes[item.name]] for item in (*train, *validation)),
+            "files": digest_of(facts(item) for item in (*train, *validation)),
         },
         items=lambda: (train, validation),
         make=each(load, workers),

@@ -49,6 +49,11 @@ PNG = ".png"
 ANIMATIONS = (".gif", ".webp", PNG)
 """Read by Pillow; those of one frame are images. PNGs are what the commands write of clips."""
 
+SLACK = 2.0
+"""Seconds by which a file may be longer than the clip that it was cut to."""
+HALF_A_TICK = 1e-4
+"""Seconds by which times are rounded, of frames that are much further apart."""
+
 Picture = Callable[[], Any]
 """Makes a frame's upright RGB `PIL.Image`: to be called before the next frame is asked for, or not at all."""
 
@@ -112,11 +117,13 @@ def frames(path: Path) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
             yield np.asarray(picture())
 
 
-def frames_of_size(path: Path, resolution: int, enlarged: list[bool]) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+def frames_of_size(
+    path: Path, resolution: int, enlarged: list[bool], seconds: tuple[float, float] | None = None
+) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
     """Yields all frames prepared as images are (`ulx.data.image.read_image`): on white, centre-cropped to
-    `resolution`. Adds to `enlarged`, before the first, whether they had to be. Raises `UnreadableError` with the
-    reason."""
-    decoding = pictures(path)  # which may lack its package: no fault of the file
+    `resolution`. Of a video that is longer than from the one of `seconds` to the other, those between the two alone.
+    Adds to `enlarged`, before the first, whether they had to be. Raises `UnreadableError` with the reason."""
+    decoding = pictures(path, seconds)  # which may lack its package: no fault of the file
     with _with_reason(path):
         for picture in decoding:
             image = picture()
@@ -186,11 +193,12 @@ def _moves(path: Path) -> bool | Exception:
         return error
 
 
-def pictures(path: Path) -> Generator[Picture, None, None]:
-    """One for each frame, in the order of showing; only what is called is converted."""
+def pictures(path: Path, seconds: tuple[float, float] | None = None) -> Generator[Picture, None, None]:
+    """One for each frame, in the order of showing; only what is called is converted. `seconds` as above, of videos that
+    are no animations."""
     if _is_animation(path.name):
         return _of_animation(path, optional("PIL.Image"), optional("PIL.ImageSequence"))
-    return _of_video(path, optional("av", extra="video"))
+    return _of_video(path, optional("av", extra="video"), seconds)
 
 
 def _of_animation(path: Path, image_module: Any, sequence_module: Any) -> Generator[Picture, None, None]:
@@ -205,10 +213,10 @@ def _has_another_picture(opened: Any) -> bool:
     return getattr(opened, "default_image", False)
 
 
-def _of_video(path: Path, av: Any) -> Generator[Picture, None, None]:
+def _of_video(path: Path, av: Any, seconds: tuple[float, float] | None) -> Generator[Picture, None, None]:
     with _open(path, av) as container:
-        first = None
-        for index, frame in enumerate(container.decode(_stream(container))):
+        first, stream = None, _stream(container)
+        for index, frame in enumerate(_decoded(container, stream, _cut(container, seconds, av))):
             if frame.is_corrupt:
                 raise UnreadableError(f"its frame {index} is damaged")
             size = frame.width, frame.height
@@ -216,6 +224,29 @@ def _of_video(path: Path, av: Any) -> Generator[Picture, None, None]:
             if size != first:
                 raise UnreadableError(f"its frames change from {first[0]}×{first[1]} to {size[0]}×{size[1]} pixels")
             yield functools.partial(_picture, frame, av)
+
+
+def _cut(container: Any, seconds: tuple[float, float] | None, av: Any) -> tuple[float, float] | None:
+    """`seconds`, if the video goes on for longer than that: one that was cut to them already begins at 0."""
+    if seconds is None or container.duration is None:
+        return None
+    longer = container.duration / av.time_base - (seconds[1] - seconds[0])
+    return seconds if longer > SLACK else None
+
+
+def _decoded(container: Any, stream: Any, seconds: tuple[float, float] | None) -> Iterator[Any]:
+    if seconds is None:
+        yield from container.decode(stream)
+        return
+    begin, end = seconds
+    start = (stream.start_time or 0) * stream.time_base
+    container.seek(int((begin + start) / stream.time_base), stream=stream)  # to the last key frame before
+    for frame in container.decode(stream):
+        time = float(frame.time - start)
+        if time >= end - HALF_A_TICK:
+            return
+        if time >= begin - HALF_A_TICK:
+            yield frame
 
 
 def _open(path: Path, av: Any) -> Any:
@@ -269,4 +300,8 @@ def _with_reason(path: Path) -> Iterator[None]:
     except Exception as error:  # of PyAV's and Pillow's decoders, which damaged bytes make raise anything
         # FFmpeg's own words, without its function's name and number.
         reason = getattr(error, "strerror", None) or reason_of(path, error)
-        raise UnreadableError("is empty" if path.stat().st_size == 0 else reason) from error
+        if not path.exists():
+            reason = "is a link to nothing"
+        elif path.stat().st_size == 0:
+            reason = "is empty"
+        raise UnreadableError(reason) from error
