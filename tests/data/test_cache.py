@@ -1,5 +1,6 @@
 import json
 import os
+import platform
 import subprocess
 import sys
 import textwrap
@@ -273,14 +274,22 @@ def test_what_a_killed_process_left_is_removed_and_a_living_one_is_not(tmp_path)
     with pytest.raises(RuntimeError):
         prepare(recipe(Loader(stop_at="t000")), tmp_path)
     (directory,) = tmp_path.iterdir()
-    stale, fresh = directory / "train-00000-of-00007.arrayrecord.1-aa.tmp", directory / "other.2-bb.tmp"
-    stale.write_bytes(b"half")
-    fresh.write_bytes(b"half")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    here, shard = platform.node(), "train-00000-of-00007.arrayrecord"
+    old, of_ended, of_here, elsewhere = left = [
+        directory / f"{shard}.{writer}-aa.tmp"
+        for writer in ("elsewhere.1", f"{here}.{ended.pid}", f"{here}.{os.getpid()}", "elsewhere.2")
+    ]
+    for file in left:
+        file.write_bytes(b"half")
     long_ago = time.time() - 2 * STALE_SECONDS
-    os.utime(stale, (long_ago, long_ago))
+    os.utime(old, (long_ago, long_ago))
     prepare(recipe(Loader()), tmp_path)
-    assert not stale.exists()
-    assert fresh.exists()
+    assert not old.exists()
+    assert not of_ended.exists()
+    assert of_here.exists()
+    assert elsewhere.exists()
 
 
 def test_where_the_cache_is(tmp_path, monkeypatch):

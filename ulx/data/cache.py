@@ -15,6 +15,8 @@ of the user's choice (`prepare_in`) says in recipe.json what is being made there
 import hashlib
 import json
 import os
+import platform
+import re
 import secrets
 import time
 import warnings
@@ -315,7 +317,7 @@ def _write_shard(
     shard: dict[str, Any] = {"file": path.name, "split": split, "names": [], "labels": []}
     shard |= {"refused": [], "remarks": []}
     content = hashlib.sha256()
-    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = _aside(path)
     try:
         with _writing(path.parent):
             writer = ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
@@ -378,11 +380,29 @@ def _writing(directory: Path) -> Iterator[None]:
         ) from error
 
 
+def _aside(path: Path) -> Path:
+    """Where a file is written before it is renamed: nobody else writes there."""
+    return path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
 def _remove_stale(directory: Path) -> None:
+    """What killed processes left: those of this machine that are gone, and any that wrote nothing for long."""
     for path in directory.glob("*.tmp"):
         with suppress(FileNotFoundError):  # another process has just renamed it
-            if time.time() - path.stat().st_mtime > STALE_SECONDS:
+            of_here = re.fullmatch(rf".*\.{re.escape(platform.node())}\.(\d+)-[0-9a-f]+\.tmp", path.name)
+            is_gone = of_here is not None and not _runs(int(of_here[1]))
+            if is_gone or time.time() - path.stat().st_mtime > STALE_SECONDS:
                 path.unlink()
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -397,7 +417,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = _aside(path)
     try:
         temporary.write_text(json.dumps(content))
         _flush(temporary)
