@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ulx.config import Config
     from ulx.nn.uvit import UViTConfig
 
+PAIRS = ((1.4, 2.0), (1.4, 4.0), (1.4, 8.0), (1.4, 16.0), (2.5, 1.7), (2.5, 2.5))
+PAIRS_OF_IMAGENET = (*((-3.0, factor) for factor in (1.3, 1.5, 1.7, 1.9, 2.1)), (-4.0, 2.0))
 SHOWN = 12
 """Held-out images whose reconstructions are shown."""
 
@@ -32,12 +34,19 @@ SHOWN = 12
 class Settings(points.Settings):
     """Bits and distances against (b, c_lf)."""
 
-    pairs: tuple[tuple[float, float], ...] = ((1.4, 2.0), (1.4, 4.0), (1.4, 8.0), (1.4, 16.0), (2.5, 1.7), (2.5, 2.5))
-    """The decoder's bias b and loss factor c_lf of each autoencoder."""
+    pairs: tuple[tuple[float, float], ...] | None = None
+    """The decoder's bias b and loss factor c_lf of each autoencoder; by default six, on ImageNet those of the paper's
+    Tab. 2 under the resolution rule's b, and one of another b (Fig. 8)."""
     base_steps: int | None = None
     """Steps of the base models' training; by default half of the preset's."""
     seeds: tuple[int, ...] = (0,)
     """Each trains all of them."""
+
+    @property
+    def all_pairs(self) -> tuple[tuple[float, float], ...]:
+        if self.pairs is not None:
+            return self.pairs
+        return PAIRS if self.path is None else PAIRS_OF_IMAGENET
 
 
 def eighth(base: "UViTConfig") -> "UViTConfig":
@@ -199,7 +208,7 @@ def pictures(shown: list[Point], path: Path) -> None:
 def measured(settings: Settings, file: Path) -> Iterator[list[Point]]:
     shown = []
     for seed in settings.seeds:
-        for pair in settings.pairs:
+        for pair in settings.all_pairs:
             runs = configs_of(pair, seed, settings)
             found = {size: points.measured(config, file, points.whole) for size, config in runs.items()}
             shown.append(Point(pair, seed, runs, found))
@@ -208,14 +217,11 @@ def measured(settings: Settings, file: Path) -> Iterator[list[Point]]:
 
 def write(shown: list[Point], settings: Settings, file: Path) -> None:
     first = shown[0].autoencoder
-    samples = first["fd_efflite0"]["base"]
     machines = points.machines(run for point in shown for run in point.found.values())
     file.with_suffix(".md").write_text(
         f"Measured by `python benchmarks/bitrate_vs_fid.py {settings.options}`: the "
         f"`{settings.label}` preset with {first['base_steps']} steps of the base models, EMA weights, held-out "
-        f"{settings.data}; fd is fd_efflite0 of {samples['n']} samples to the {samples['n_reference']} training "
-        f"images, or of {first['held_out']['n']} reconstructions to their originals (fewer than features: compare "
-        "within the table alone), kd the kernel distance to the held-out images. λ* = b + ln(c_lf − 1). ± is one "
+        f"{settings.data}; {points.distances(first)}. λ* = b + ln(c_lf − 1). ± is one "
         f"standard error over images. Machine: {machines}.\n\n{table(shown)}\n"
     )
     plot(shown, file.with_suffix(".png"))

@@ -1,17 +1,20 @@
 """Distance of samples against training compute (Fig. 4): Unified Latents, a KL autoencoder and pixels, on OpenMoji.
 
     python benchmarks/compute_vs_fid.py                          three methods, four lengths of the base's training
-    python benchmarks/compute_vs_fid.py --methods unified pixels --base-steps 2000
+    python benchmarks/compute_vs_fid.py --methods unified pixels --lengths 0.5
+    python benchmarks/compute_vs_fid.py --seeds 0 1
     python benchmarks/compute_vs_fid.py --preset smoke           does it work?
 
 The base model is one architecture throughout, on as many tokens: latents, or patches of as many pixels as lie under
 one. Each length is a training of its own, warm-up, decay and average cut to it. Compute is counted by the paper's
-convention (`ulx.flops`): of the base model alone, as in Fig. 4, and with the autoencoder's. Every run is one of the
-main job, resumed if interrupted, and not run again once it is in the results file. The distance is `fd_efflite0`, not
-FID. Leaves benchmarks/results/compute_vs_fid.jsonl, a table and a plot.
+convention (`ulx.flops`): of the base model alone, as in Fig. 4, and with the autoencoder's. Pixels, which have none,
+are also trained for what the longest of Unified Latents costs altogether, and Unified Latents also with more bits.
+Every run is one of the main job, resumed if interrupted, and not run again once it is in the results file. The distance
+is `fd_efflite0`, not FID. Leaves benchmarks/results/compute_vs_fid.jsonl, a table and a plot.
 """
 
 import dataclasses
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,12 +33,14 @@ class Settings(points.Settings):
 
     methods: tuple[Method, ...] = ("unified", "kl-autoencoder", "pixels")
     """Which of `ulx.variants`."""
-    base_steps: tuple[int, ...] = (500, 1000, 2000, 4000)
-    """Lengths of the base model's training."""
+    lengths: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0)
+    """Of the base model's training, as parts of the preset's."""
+    more: tuple[float, ...] = (2.0,)
+    """Unified Latents with so many times the preset's loss factor, at the last of the lengths."""
     sample_steps: int = 32
-    """Solver steps of its sampler."""
-    seed: int = 0
-    """Seed of every run."""
+    """Solver steps of the base model's sampler."""
+    seeds: tuple[int, ...] = (0,)
+    """Each trains all of them."""
 
 
 def by_method(preset: "Config", method: Method) -> "Config":
@@ -49,24 +54,43 @@ def by_method(preset: "Config", method: Method) -> "Config":
     return dataclasses.replace(config, variant=method, model=dataclasses.replace(config.model, base=base))
 
 
-def configs_of(method: Method, settings: Settings) -> list["Config"]:
-    """The runs of one method by length; those after the first copy its stage 1."""
+def config_of(method: Method, steps: int, seed: int, settings: Settings) -> "Config":
+    """The run of one method whose base model is trained for so many steps."""
     config = by_method(settings.config(), method)
-    pixels = config.model.latent == "pixels"
-    config = dataclasses.replace(
+    return dataclasses.replace(
         config,
+        name=f"compute_{settings.label}_{method}_{steps}_s{seed}",
         runs=settings.runs,
-        seed=settings.seed,
+        seed=seed,
+        train_base=points.of_length(config.train_base, steps),
         sample=dataclasses.replace(config.sample, num_steps=settings.sample_steps),
         evaluate=dataclasses.replace(config.evaluate, flow_images=0),
     )
+
+
+def configs_of(method: Method, seed: int, settings: Settings) -> list["Config"]:
+    """The runs of one method by length; those after the first copy its stage 1."""
+    whole = settings.config().train_base.steps
     runs = []
-    for steps in sorted(settings.base_steps):
-        name = f"compute_{settings.label}_{method}_{steps}_s{settings.seed}"
-        autoencoder = str(runs[0].path) if runs and not pixels else None
-        train = points.of_length(config.train_base, steps)
-        runs.append(dataclasses.replace(config, name=name, train_base=train, autoencoder=autoencoder))
+    for part in sorted(settings.lengths):
+        config = config_of(method, max(1, round(part * whole)), seed, settings)
+        if runs and config.model.latent != "pixels":
+            config = dataclasses.replace(config, autoencoder=str(runs[0].path))
+        runs.append(config)
     return runs
+
+
+def with_more_bits(times: float, seed: int, settings: Settings) -> "Config":
+    """Unified Latents with a larger loss factor, at the last of the lengths."""
+    config = configs_of("unified", seed, settings)[-1]
+    factor = times * config.loss_factor
+    return dataclasses.replace(config, name=f"{config.name}_c{factor:g}", loss_factor=factor, autoencoder=None)
+
+
+def of_equal_total(pixels: dict[str, Any], other: dict[str, Any], seed: int, settings: Settings) -> "Config":
+    """Pixels for as many steps as the other method's base model and autoencoder cost together."""
+    per_step = compute(pixels)[1] / pixels["base_steps"]
+    return config_of("pixels", round(compute(other)[1] / per_step), seed, settings)
 
 
 def compute(point: dict[str, Any]) -> tuple[float, float]:
@@ -114,8 +138,14 @@ def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
     for which, (axis, what) in enumerate(zip(axes, ("the base model (Fig. 4)", "all that is trained"), strict=True)):
         for method, shown in found.items():
-            distances = [p["fd_efflite0"]["base"]["value"] for p in shown]
-            axis.plot([compute(p)[which] / 1e12 for p in shown], distances, marker="o", label=method)
+            # Through the mean over seeds; every run is a dot.
+            by_compute: dict[float, list[float]] = {}
+            for p in shown:
+                by_compute.setdefault(compute(p)[which] / 1e12, []).append(p["fd_efflite0"]["base"]["value"])
+            flops = sorted(by_compute)
+            (line,) = axis.plot(flops, [statistics.fmean(by_compute[x]) for x in flops], label=method)
+            dots = [(x, y) for x in flops for y in by_compute[x]]
+            axis.scatter(*zip(*dots, strict=True), color=line.get_color(), s=16)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.set(xlabel=f"training TFLOPs of {what}", ylabel="fd_efflite0 of samples")
@@ -126,10 +156,25 @@ def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 def measured(settings: Settings, file: Path) -> Iterator[dict[str, list[dict[str, Any]]]]:
     found: dict[str, list[dict[str, Any]]] = {}
-    for method in settings.methods:
-        found[method] = []
-        for config in configs_of(method, settings):
-            found[method].append(points.measured(config, file, points.whole))
+
+    def add(label: str, config: "Config") -> dict[str, Any]:
+        point = points.measured(config, file, points.whole)
+        found.setdefault(label, []).append(point)
+        return point
+
+    for seed in settings.seeds:
+        longest: dict[str, dict[str, Any]] = {}
+        for method in settings.methods:
+            for config in configs_of(method, seed, settings):
+                longest[method] = add(method, config)
+                yield found
+        if "unified" not in longest:
+            continue
+        for config in (with_more_bits(times, seed, settings) for times in settings.more):
+            add(f"unified, c_lf {config.loss_factor:g}", config)
+            yield found
+        if "pixels" in longest:
+            add("pixels", of_equal_total(longest["pixels"], longest["unified"], seed, settings))
             yield found
 
 
@@ -140,7 +185,7 @@ def write(found: dict[str, list[dict[str, Any]]], settings: Settings, file: Path
         f"Measured by `python benchmarks/compute_vs_fid.py {settings.options}`: the "
         f"`{settings.label}` preset on {settings.data}, EMA "
         f"weights; fd is fd_efflite0 of {samples['n']} samples without guidance to the {samples['n_reference']} "
-        "training images (fewer than features: compare within the table alone), kd the kernel distance to the "
+        f"training images{points.rank_remark(samples)}, kd the kernel distance to the "
         "held-out images; FLOPs of training by the paper's convention. Machine: "
         f"{points.machines(point for of in found.values() for point in of)}.\n\n{table(found)}\n"
     )

@@ -10,6 +10,7 @@ benchmarks/results/gfid_proxy.jsonl, a table and a plot.
 """
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ import points
 
 if TYPE_CHECKING:
     from ulx.config import Config
+    from ulx.proxy import Recipe
 
 MEASURES = {
     "proxy": lambda point: point["proxy"]["fd_efflite0"]["value"],
@@ -34,8 +36,8 @@ MEASURES = {
 class Settings(points.Settings):
     """The proxy against the base models of bitrate_vs_fid.py, run with the same preset."""
 
-    pairs: tuple[tuple[float, float], ...] = bitrate_vs_fid.Settings().pairs
-    """The autoencoders' b and c_lf."""
+    pairs: tuple[tuple[float, float], ...] | None = None
+    """The autoencoders' b and c_lf; by default those of bitrate_vs_fid.py."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of the autoencoders."""
 
@@ -51,13 +53,24 @@ def proxy_of(config: "Config", file: Path) -> dict[str, Any]:
     from ulx import proxy, tokenizers
     from ulx.data import open_dataset
 
-    recipe = repr(proxy.RECIPE)
-    known = points.find([point for point in points.read(file) if point["recipe"] == recipe], config)
+    recipe = dataclasses.asdict(proxy.RECIPE)
+    known = points.find([point for point in points.read(file) if is_of(point, proxy.RECIPE)], config)
     if known is not None:
         return known
     tokenizer = tokenizers.load(str(config.path))
     found, _ = proxy.measure(tokenizer, open_dataset(config.data), proxy.RECIPE, cache_dir=config.data.cache_dir)
     return points.add({"proxy": found, "recipe": recipe}, config, file)
+
+
+def is_of(point: dict[str, Any], recipe: "Recipe") -> bool:
+    """Whether the point's recipe is this one; fields that came later count at their defaults."""
+    from ulx.config import from_json
+    from ulx.proxy import Recipe
+
+    try:
+        return from_json(json.dumps(point["recipe"]), Recipe) == recipe
+    except ValueError:  # of other fields than there are now
+        return False
 
 
 def generated(point: dict[str, Any], base: str) -> float:
@@ -111,10 +124,10 @@ def measured(settings: Settings, file: Path) -> Iterator[list[dict[str, Any]]]:
     """All of them at once: fewer have no ranking to speak of."""
     of_bases = settings.file("bitrate_vs_fid")
     known = points.read(of_bases)
-    of_sweep = bitrate_vs_fid.Settings(preset=settings.preset, path=settings.path, runs=settings.runs)
+    of_sweep = bitrate_vs_fid.Settings(settings.preset, settings.path, runs=settings.runs, pairs=settings.pairs)
     shown = []
     for seed in settings.seeds:
-        for pair in settings.pairs:
+        for pair in of_sweep.all_pairs:
             configs = bitrate_vs_fid.configs_of(pair, seed, of_sweep)
             sweep = {size: points.find(known, config) for size, config in configs.items()}
             if None in sweep.values():
@@ -129,9 +142,11 @@ def measured(settings: Settings, file: Path) -> Iterator[list[dict[str, Any]]]:
 
 
 def write(shown: list[dict[str, Any]], settings: Settings, file: Path) -> None:
+    samples = shown[0]["proxy"]["fd_efflite0"]
     file.with_suffix(".md").write_text(
-        f"Measured by `python benchmarks/gfid_proxy.py {settings.options}`: fd is fd_efflite0 of 512 "
-        "samples to the training images, of the proxy's base model and of those of bitrate_vs_fid. Machine: "
+        f"Measured by `python benchmarks/gfid_proxy.py {settings.options}`: fd is fd_efflite0 of {samples['n']} "
+        f"samples to the training images{points.rank_remark(samples)}, of the proxy's base model and of those of "
+        "bitrate_vs_fid. Machine: "
         f"{points.machines(shown)}.\n\n{table(shown)}\n"
     )
     plot(shown, file.with_suffix(".png"))

@@ -31,6 +31,7 @@ __all__ = [
     "measured",
     "of_length",
     "plus_minus",
+    "rank_remark",
     "read",
     "resumable",
     "same",
@@ -41,15 +42,14 @@ __all__ = [
 RESULTS = Path(__file__).parent / "results"
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 NOT_MEASURED = (
-    *("name", "runs", "resume", "data.cache_dir", "data.workers"),
     "autoencoder",  # where it was copied from tells nothing that its settings, which are there too, do not
-    # Add to what is measured, or to what is shown.
+    # Add to what is measured, or to what is shown, or to the memory that it takes.
     *("evaluate.inception_weights", "evaluate.inception_resize", "evaluate.lpips", "evaluate.clip_weights"),
-    "evaluate.prompts",
+    *("evaluate.prompts", "evaluate.batch_size"),
 )
-"""Settings by which no point differs from another."""
-
-
+"""Settings by which no point differs from another, beside those that a run may go on with other ones of."""
+MEASURED = ("variant", "sample", "evaluate", "data.path", "data.captions", "text.encoder")
+"""Which of the latter do make another point: a benchmark may give one a name of its own by `variant`."""
 OF_BASE = ("train_base", "model.base", "base_bias", "cache_latents")
 """Settings that a measurement of stage 1 knows nothing of."""
 
@@ -58,9 +58,11 @@ def same(point: dict[str, Any], config: "Config", ignore: tuple[str, ...] = ()) 
     """Whether the point was measured with these settings; fields that it does not know yet count at their defaults.
     The code is not among them: after a change of the method, take its lines out of the file."""
     from ulx.config import differences, from_json
+    from ulx.run_folder import HARMLESS
 
+    ignore = (*NOT_MEASURED, *(name for name in HARMLESS if name not in MEASURED), *ignore)
     try:
-        return not differences(from_json(json.dumps(point["config"])), config, ignore=(*NOT_MEASURED, *ignore))
+        return not differences(from_json(json.dumps(point["config"])), config, ignore=ignore)
     except (KeyError, TypeError, ValueError):  # of other settings than there are now
         return False
 
@@ -70,7 +72,25 @@ def find(points: list[dict[str, Any]], config: "Config", ignore: tuple[str, ...]
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    """Its points; a last line that was cut off while it was written is none. Raises ValueError for another damage."""
+    text = file.read_text() if file.exists() else ""
+    found = []
+    for number, line in enumerate(text.removesuffix(_cut_off(text)).splitlines(), 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}, is no JSON: {error}; take it out, or mend it") from error
+    return found
+
+
+def _cut_off(text: str) -> str:
+    """What an interrupted write left at the end of a file of lines."""
+    last = text[text.rfind("\n") + 1 :]
+    try:
+        json.loads(last)
+    except ValueError:
+        return last
+    return ""
 
 
 def of_length(train: "TrainConfig", steps: int) -> "TrainConfig":
@@ -200,12 +220,17 @@ def plus_minus(metric: dict[str, Any], digits: int) -> str:
 
 def distances(found: dict[str, Any]) -> str:
     """What fd and kd are in a table of whole runs, in words."""
-    samples = found["fd_efflite0"]["base"]
+    samples, reconstructions = (found["fd_efflite0"][what] for what in ("base", "reconstruction"))
     return (
         f"fd is fd_efflite0 of {samples['n']} samples without guidance to the {samples['n_reference']} training "
-        f"images, or of {found['held_out']['n']} reconstructions to their originals (fewer than features: compare "
-        "within the table alone), kd the kernel distance to the held-out images"
+        f"images, or of {found['held_out']['n']} reconstructions to their originals"
+        f"{rank_remark(samples, reconstructions)}, kd the kernel distance to the held-out images"
     )
+
+
+def rank_remark(*distances: dict[str, Any]) -> str:
+    """What a table says of Fréchet distances of too few examples; of enough, nothing."""
+    return " (fewer than features: compare within the table alone)" * any(d["rank_deficient"] for d in distances)
 
 
 def resumable(config: "Config") -> "Config":
@@ -268,6 +293,9 @@ def add(found: dict[str, Any], config: "Config", file: Path) -> dict[str, Any]:
         "config": json.loads(to_json(config)),
     }
     file.parent.mkdir(parents=True, exist_ok=True)
+    text = file.read_text() if file.exists() else ""
+    whole = text.removesuffix(_cut_off(text))
     with file.open("a") as out:
-        out.write(json.dumps(point) + "\n")
+        out.truncate(len(whole.encode()))
+        out.write("\n" * (whole != "" and not whole.endswith("\n")) + json.dumps(point) + "\n")
     return point

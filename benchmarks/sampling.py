@@ -276,8 +276,8 @@ def write(shown: list[Point], settings: Settings, file: Path) -> None:
         f"Measured by `python benchmarks/sampling.py {settings.options}` on the run `{own.name}` "
         f"({own.train.steps} + {own.train_base.steps} steps), EMA weights, the same noise and labels in every row. fd "
         f"is fd_efflite0 of {samples['n']} samples without guidance to the {samples['n_reference']} training images, "
-        "or of reconstructions of held-out images to their originals (fewer than features: compare within a table "
-        "alone); NFE are the calls of the one network. ± is one standard error over images. Machine: "
+        f"or of reconstructions of held-out images to their originals{points.rank_remark(samples)}; NFE are the calls "
+        "of the one network. ± is one standard error over images. Machine: "
         f"{points.machines(point.found for point in shown)}.\n\n{tables(shown)}\n"
     )
     plot(shown, file.with_suffix(".png"))

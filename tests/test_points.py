@@ -9,12 +9,15 @@ import bitrate_vs_fid
 import compute_vs_fid
 import gfid_proxy
 import latent_shape
+import loss_factor
 import points
 import pytest
 
 from ulx.config import Config, to_json
 from ulx.data.source import Dataset
 from ulx.presets import PAPER
+from ulx.proxy import RECIPE
+from ulx.weightings import sigmoid_bias
 
 
 def point(config: Config) -> dict:
@@ -58,11 +61,77 @@ def test_what_was_measured_is_not_measured_again(small_config, small_dataset: Da
     assert asked == [2.0, 3.0]
 
 
+def test_what_does_not_touch_the_numbers_makes_no_other_point(small_config):
+    model, train = small_config.model, dataclasses.replace(small_config.train, accumulate=2, save_every=3, spike=9.0)
+    prior = dataclasses.replace(model.prior, block=dataclasses.replace(model.prior.block, remat="none"))
+    evaluate = dataclasses.replace(small_config.evaluate, batch_size=2)
+    model = dataclasses.replace(model, prior=prior)
+    assert points.same(point(small_config), dataclasses.replace(small_config, model=model, train=train))
+    assert points.same(point(small_config), dataclasses.replace(small_config, fsdp=2, evaluate=evaluate))
+    for changes in (
+        {"sample": dataclasses.replace(small_config.sample, num_steps=3)},
+        {"evaluate": dataclasses.replace(small_config.evaluate, num_samples=9)},
+        {"data": dataclasses.replace(small_config.data, source="folder", path="elsewhere")},
+    ):
+        assert not points.same(point(small_config), dataclasses.replace(small_config, **changes))
+
+
+def test_the_committed_points_are_those_that_the_benchmarks_ask_for():
+    """Or hours would be spent again, and beside the old numbers. Whoever changes the presets measures again, or says
+    in the README what the results are of, and changes this."""
+    sweep, compute = bitrate_vs_fid.Settings(), compute_vs_fid.Settings()
+    of_sweep = [bitrate_vs_fid.configs_of(pair, 0, sweep) for pair in sweep.all_pairs]
+    asked = {
+        "bitrate_vs_fid": [config for configs in of_sweep for config in configs.values()],
+        "compute_vs_fid": [c for method in compute.methods for c in compute_vs_fid.configs_of(method, 0, compute)],
+        "gfid_proxy": [configs["large"] for configs in of_sweep],
+    }
+    for name, configs in asked.items():
+        known = points.read(points.RESULTS / f"{name}.jsonl")
+        found = [points.find(known, config) for config in configs]
+        assert None not in found, name
+        assert len({id(each) for each in found}) == len(configs)
+    factors = loss_factor.Settings()
+    known = points.read(points.RESULTS / "loss_factor.jsonl")
+    assert all(points.find(known, loss_factor.config_of(each, factors), points.OF_BASE) for each in factors.factors)
+    of_proxy = points.read(points.RESULTS / "gfid_proxy.jsonl")
+    assert all(gfid_proxy.is_of(each, RECIPE) for each in of_proxy)
+
+
+def test_a_recipe_is_known_by_its_fields():
+    old = {"recipe": dataclasses.asdict(RECIPE)}
+    del old["recipe"]["train"]["spike"]
+    assert gfid_proxy.is_of(old, RECIPE)
+    assert not gfid_proxy.is_of(old, dataclasses.replace(RECIPE, width=48))
+    old["recipe"]["abolished"] = 1
+    assert not gfid_proxy.is_of(old, RECIPE)
+
+
+def test_a_point_that_was_cut_off_while_it_was_written_is_measured_again(small_config, tmp_path):
+    config = dataclasses.replace(small_config, runs=str(tmp_path))
+    config.path.mkdir()
+    (config.path / "dataset.json").write_text('{"fingerprint": "f"}')
+    file = tmp_path / "points.jsonl"
+    for end in ("\n", ""):  # and by hand, without a last newline
+        file.write_text('{"first": "\u00e9"}' + end)
+        points.add({"found": 1}, config, file)
+        assert [each.get("found") for each in points.read(file)] == [None, 1]
+    with file.open("a") as out:
+        out.write('{"second": 2, "thi')
+    assert len(points.read(file)) == 2
+    points.add({"found": 3}, config, file)
+    assert [each.get("found") for each in points.read(file)] == [None, 1, 3]
+    file.write_text('{"first": 1}\n{"seco\n{"third": 3}\n')
+    with pytest.raises(ValueError, match=r"points\.jsonl, line 2, is no JSON"):
+        points.read(file)
+
+
 def test_runs_of_the_sweeps_are_points_of_their_own():
     sweep = bitrate_vs_fid.Settings()
-    configs = [config for pair in sweep.pairs for config in bitrate_vs_fid.configs_of(pair, 0, sweep).values()]
+    configs = [config for pair in sweep.all_pairs for config in bitrate_vs_fid.configs_of(pair, 0, sweep).values()]
     compute = compute_vs_fid.Settings()
-    configs += [config for method in compute.methods for config in compute_vs_fid.configs_of(method, compute)]
+    configs += [config for method in compute.methods for config in compute_vs_fid.configs_of(method, 0, compute)]
+    configs += [compute_vs_fid.with_more_bits(2.0, 0, compute)]
     assert len({str(config.path) for config in configs}) == len(configs)
     known = [point(config) for config in configs]
     assert [points.find(known, config) for config in configs] == known
@@ -80,9 +149,35 @@ def test_on_imagenet_it_is_the_papers_preset_in_files_of_its_own(benchmark):
     assert on_drawings.config().data.source == "openmoji"
 
 
+def test_on_imagenet_loss_factors_are_the_papers_and_lengths_parts_of_its_training():
+    sweep, compute = bitrate_vs_fid.Settings(path="shards"), compute_vs_fid.Settings(path="shards")
+    configs = [bitrate_vs_fid.configs_of(pair, 0, sweep)["large"] for pair in sweep.all_pairs]
+    rule = sigmoid_bias(512)
+    of_rule = [config.loss_factor for config in configs if config.decoder_weighting.bias == rule]
+    assert of_rule == [1.3, 1.5, 1.7, 1.9, 2.1]  # Tab. 2
+    cut_offs = [bitrate_vs_fid.cut_off(pair) for pair in sweep.all_pairs]
+    assert sorted(cut_offs)[0] < cut_offs[-1] < sorted(cut_offs)[-2]  # of another b, among them
+    whole = compute.config().train_base.steps
+    assert [c.train_base.steps for c in compute_vs_fid.configs_of("unified", 0, compute)] == [
+        whole // 8,
+        whole // 4,
+        whole // 2,
+        whole,
+    ]
+
+
+def test_pixels_are_trained_for_as_much_as_latents_cost_altogether():
+    settings = compute_vs_fid.Settings()
+    cost = {"training_flops_stage1": 7e12, "training_flops_stage2": 9e12}
+    pixels = {"base_steps": 4000, "cost": {"training_flops_stage2": 8e12}}
+    found = compute_vs_fid.of_equal_total(pixels, {"base_steps": 4000, "cost": cost}, 3, settings)
+    assert found.train_base.steps == 8000
+    assert (found.model.latent, found.seed) == ("pixels", 3)
+
+
 def test_pixels_have_as_many_tokens_as_latents():
     for settings in (compute_vs_fid.Settings(), compute_vs_fid.Settings(path="shards")):
-        configs = {method: compute_vs_fid.configs_of(method, settings)[0] for method in ("unified", "pixels")}
+        configs = {method: compute_vs_fid.configs_of(method, 0, settings)[0] for method in ("unified", "pixels")}
         reduction = configs["unified"].model.encoder.reduction(2)[0]
         assert configs["pixels"].model.base.patch == reduction * configs["unified"].model.base.patch
 

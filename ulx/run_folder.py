@@ -56,6 +56,7 @@ HARMLESS = (
     "data.cache_dir",
     "data.workers",
     "fsdp",
+    *(f"model.{network}.block.remat" for network in ("prior", "decoder", "base")),
     *(
         f"{stage}.{field}"
         for stage in ("train", "train_decoder", "train_base")
@@ -71,7 +72,8 @@ HARMLESS = (
         )
     ),
 )
-"""Fields that may change between the parts of an interrupted run: they do not touch what is trained."""
+"""Fields that may change between the parts of an interrupted run: they do not touch what is trained, but for rounding.
+"""
 
 
 def open_folder(config: Config) -> Path:
