@@ -43,6 +43,14 @@ def written(tmp_path):
     return write
 
 
+def test_of_too_few_examples_it_is_said(written):
+    few = copy.deepcopy(card())
+    few["metrics"]["fd_efflite0"]["rank_deficient"] = True
+    said = "fd_efflite0: rank-deficient, so biased: compare at equal N only"
+    assert cards.table(written(few, few)).splitlines()[-1] == said
+    assert "rank-deficient" not in cards.table(written(card(), card()))
+
+
 def test_what_was_measured_may_differ(written, capsys):
     other = changed(("b",), {"path": "other", "pixels_sha256": "cc"})
     other["commit"] = "2"

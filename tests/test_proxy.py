@@ -88,7 +88,7 @@ def test_a_perfect_base_model_of_gaussian_latents_gives_their_mean_and_spread(sm
     monkeypatch.setattr(proxy, "fit", lambda *_, **__: SimpleNamespace(ema_model=Unlabelled((2, 2, 2))))
     labels = np.zeros(2000, np.int32)
     recipe = dataclasses.replace(RECIPE, sample=SampleConfig(num_steps=64, solver="heun"))
-    found = proxy._generated(made, small_dataset, labels, recipe, 0, 500)
+    found = proxy._generated(made, small_dataset.train.labels, small_dataset, labels, recipe, 0, 500)
     expected = math.sqrt(made.std**2 + 1)
     assert found.std((0, 1, 2)) == pytest.approx(expected, rel=0.04)  # 8,000 numbers: 0.8 % each, and the solver's
     np.testing.assert_allclose(found.mean((0, 1, 2)), made.mean, atol=0.06)  # four standard errors
@@ -106,6 +106,26 @@ def test_pixels_come_back_but_for_noise_that_cannot_be_seen(small_dataset, tmp_p
     assert metrics["fd_efflite0_reconstruction"]["value"] < 1e-4 < metrics["fd_efflite0"]["value"]
     assert "bits_per_pixel" not in metrics
     assert pictures["samples"].shape == (7, 16, 16, 3)
+
+
+def test_of_many_images_it_reads_what_its_training_sees(small_dataset, monkeypatch):
+    """Twelve training images and five held-out ones, of which a training of two steps of four takes eight."""
+    asked = {}
+
+    def generated(made, own, *_):
+        asked.update(latents=made.back(made.latents), own=own)
+        return made.back(made.latents[:7])
+
+    monkeypatch.setattr(proxy, "_generated", generated)
+    recipe = dataclasses.replace(RECIPE, train=dataclasses.replace(RECIPE.train, steps=2), num_held_out=3)
+    metrics, pictures = proxy.measure(Identity(), small_dataset, recipe, batch_size=4)
+    rows = [0, 1, 3, 4, 6, 7, 9, 11]
+    images = np.stack([small_dataset.train[i]["image"] for i in rows]).astype(np.float32) / 127.5 - 1
+    np.testing.assert_allclose(asked["latents"], 3 * images + 0.5, atol=1e-4)
+    np.testing.assert_array_equal(asked["own"], small_dataset.train.labels[rows])
+    np.testing.assert_array_equal(pictures["originals"], [small_dataset.validation[i]["image"] for i in (0, 2, 4)])
+    assert metrics["psnr"]["n"] == metrics["fd_efflite0_reconstruction"]["n_reference"] == 3
+    assert metrics["fd_efflite0"]["n_reference"] == 12
 
 
 def test_the_units_of_latents_change_nothing(small_dataset, monkeypatch):

@@ -190,7 +190,7 @@ class TestPage:
         assert f"Held-out rate, bits/pixel {bits.mean():.3f} ± {error:.3f}" in cards
         assert f"{bits.mean():.3f} ± {error:.3f} bits per latent dimension; 5 images, EMA weights" in cards
         assert "Held-out PSNR, dB 34.15" in cards
-        assert "N = 8, NFE 4, no guidance. Biased: N is too small" in cards
+        assert "N = 8, NFE 4, no guidance. N is too small: biased" in cards
         assert "Latent alive its standard deviation over images ends at 0.50; its noise has 0.08" in cards
 
     def test_reconstructions(self, html, small_dataset):

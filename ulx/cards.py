@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ulx.command_line import parse_arguments, run_command
-from ulx.metrics.entries import plus_minus
+from ulx.metrics.entries import plus_minus, rank_remark
 
 __all__ = ["Options", "differences", "main", "read", "table"]
 
@@ -162,6 +162,9 @@ def table(paths: Sequence[Path], only: Sequence[str] = ()) -> str:
     rows += [[name, *(str(card["facts"].get(name, "")) for card in cards)] for name in facts]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    for name in names:
+        if remarks := list(dict.fromkeys(filter(None, (rank_remark(card["metrics"][name]) for card in cards)))):
+            lines.append(f"{name}: {remarks[0]}")
     return "\n".join(lines)
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int32, Key, UInt8
+from jaxtyping import Float, Int, Int32, Key, UInt8
 
 import ulx
 from ulx import losses, run_folder, schedules, tokenizers
@@ -39,7 +39,8 @@ from ulx.generate import in_batches, sample_latents
 from ulx.guard import Guard
 from ulx.image_files import claim, contact_sheet, write_png
 from ulx.metrics import compare, efficientnet
-from ulx.metrics.entries import as_json, frechet, mean, plus_minus
+from ulx.metrics.copies import spread_over
+from ulx.metrics.entries import as_json, frechet, mean, plus_minus, rank_remark
 from ulx.metrics.features import features
 from ulx.metrics.frechet import Moments
 from ulx.metrics.images import psnr
@@ -78,6 +79,13 @@ class Recipe:
     )
     sample: SampleConfig = SampleConfig(num_steps=16, solver="dpmpp_2m")
     num_samples: int = 512
+    num_held_out: int = 2048
+    """Images that are reconstructed, at most."""
+
+    @property
+    def num_train(self) -> int:
+        """Training images that are encoded, at most: what the training has time to see once."""
+        return self.train.steps * self.train.batch_size
 
     def network(self, latent_shape: tuple[int, ...]) -> UViTConfig:
         """For latents of this shape: the smallest patches that leave `grid` tokens each way or fewer."""
@@ -135,14 +143,17 @@ def measure(
     Raises ValueError for a tokenizer whose arrays have not the shapes or the values that they should.
     """
     network = efficientnet.load()
-    held_out = _images(dataset.validation)
-    total = len(dataset.train) + 2 * len(held_out) + recipe.num_samples
+    split = dataset.validation
+    held_out = np.stack([split[i]["image"] for i in spread_over(len(split), recipe.num_held_out)])
+    of_train = spread_over(len(dataset.train), recipe.num_train)
+    total = len(of_train) + 2 * len(held_out) + recipe.num_samples
     with Progress("tokenizer", total=total, unit="images") as progress:
         calls = _Calls(tokenizer, held_out.shape[1:], batch_size, root_key(seed, "proxy"), progress)
-        made = standardise(calls.encoded(_images(dataset.train)), noise_level(tokenizer))
+        made = standardise(calls.encoded(_Read(dataset.train, of_train)), noise_level(tokenizer))
         reconstructions = calls.decoded(calls.noised(calls.encoded(held_out), made.noise), "reconstructions")
         labels = np.random.default_rng(root_int(seed, "proxy labels")).choice(dataset.train.labels, recipe.num_samples)
-        latents = _generated(made, dataset, labels.astype(np.int32), recipe, seed, batch_size)
+        own = dataset.train.labels[of_train]
+        latents = _generated(made, own, dataset, labels.astype(np.int32), recipe, seed, batch_size)
         samples = calls.decoded(latents, "samples")
     seen = lambda images, what: features(network, images, description=f"features: {what}")  # noqa: E731
     originals = seen(held_out, "held-out images")
@@ -165,6 +176,20 @@ def measure(
 
 
 @dataclasses.dataclass(frozen=True)
+class _Read:
+    """Images of a split, read when they are asked for: all of them may be more than memory holds."""
+
+    split: Split
+    rows: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Int[np.ndarray, " b"]) -> Images:
+        return np.stack([self.split[self.rows[i]]["image"] for i in index])
+
+
+@dataclasses.dataclass(frozen=True)
 class _Calls:
     """A tokenizer's methods over many images, with what they give checked."""
 
@@ -174,7 +199,7 @@ class _Calls:
     key: Key[jax.Array, ""]
     progress: Progress
 
-    def _batches(self, rows: np.ndarray, call: Callable[[np.ndarray, int], Any], what: str) -> np.ndarray:
+    def _batches(self, rows: np.ndarray | _Read, call: Callable[[np.ndarray, int], Any], what: str) -> np.ndarray:
         found = []
         for start in range(0, len(rows), self.batch_size):
             # The last batch is filled up with its last row: a tokenizer that compiles does so once.
@@ -187,7 +212,7 @@ class _Calls:
             self.progress.advance(len(found[-1]))
         return np.concatenate(found)
 
-    def encoded(self, images: Images) -> Float[np.ndarray, "n *latent k"]:
+    def encoded(self, images: Images | _Read) -> Float[np.ndarray, "n *latent k"]:
         latents = self._batches(images, lambda x, _: self.tokenizer.encode(to_float(x)), "encode")
         if latents.ndim < 3:
             raise ValueError(f"latents need at least one axis of positions and one of channels, got {latents.shape}")
@@ -215,18 +240,24 @@ class _Calls:
 
 
 def _generated(
-    made: Standardised, dataset: Dataset, labels: Int32[np.ndarray, " s"], recipe: Recipe, seed: int, batch_size: int
+    made: Standardised,
+    own: Int32[np.ndarray, " n"],
+    dataset: Dataset,
+    labels: Int32[np.ndarray, " s"],
+    recipe: Recipe,
+    seed: int,
+    batch_size: int,
 ) -> Float[np.ndarray, "s *latent k"]:
-    """Latents of the base model that the recipe trains, under the decoder's noise, on the tokenizer's own scale."""
+    """Latents of the base model that the recipe trains, under the decoder's noise, on the tokenizer's own scale: `own`
+    are the classes of those that it is trained on, `labels` of those asked for."""
     shape = made.latents.shape[1:]
     model = ModelConfig(logsnr_0=made.logsnr_0, base=recipe.network(shape))
     config = Config(model=model, base_bias=recipe.bias, train_base=recipe.train, sample=recipe.sample, seed=seed)
     conditions = ConditionSpec(num_classes=len(dataset.class_names))
     network = UViT(shape, model.base, conditions=conditions, key=root_key(seed, "proxy weights"))
     optimizer = make_optimizer(recipe.train)
-    examples = dataclasses.replace(
-        dataset.train, source=InMemory({"mean": made.latents, "label": dataset.train.labels})
-    )
+    names = tuple(str(row) for row in range(len(own)))
+    examples = Split(InMemory({"mean": made.latents, "label": own}), names, own)
     batches = train_batches(
         dataclasses.replace(dataset, train=examples), batch_size=recipe.train.batch_size, seed=root_int(seed, "proxy")
     )
@@ -258,10 +289,6 @@ def _generated(
 
     z_0 = in_batches(latents, labels, batch_size=batch_size, key=root_key(seed, "proxy samples"))
     return made.back(z_0 / np.float32(jax.nn.sigmoid(made.logsnr_0) ** 0.5))
-
-
-def _images(split: Split) -> Images:
-    return np.stack([example["image"] for example in split])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,7 +347,8 @@ def run(options: Options) -> dict[str, Any]:
     write_png(out / "reconstructions.png", contact_sheet(*pairs))
     (out / "card.json").write_text(as_json(card), "utf-8")
     for name, metric in metrics.items():
-        print(f"{name:<28}{plus_minus(metric)}")
+        remark = rank_remark(metric)
+        print(f"{name:<28}{plus_minus(metric)}" + f"  {remark}" * bool(remark))
     print(f"-> {out}")
     return card
 

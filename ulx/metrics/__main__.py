@@ -29,7 +29,7 @@ from ulx.command_line import parse_arguments, run_command
 from ulx.data.video import Clip
 from ulx.metrics import inception
 from ulx.metrics.compare import compare
-from ulx.metrics.entries import as_json, plus_minus
+from ulx.metrics.entries import as_json, plus_minus, rank_remark
 from ulx.metrics.inception import Resize
 
 __all__ = ["Options", "main", "table"]
@@ -115,7 +115,7 @@ def table(card: dict[str, Any]) -> str:
             lines.append(f"{folder['enlarged']:,} {kind} of {folder['path']} are smaller and were enlarged")
     width = max(13, *(len(name) + 2 for name in card["metrics"]))
     for name, metric in card["metrics"].items():
-        remark = "rank-deficient, so biased: compare at equal N only" if metric.get("rank_deficient") else ""
+        remark = rank_remark(metric)
         unit = " dB" if name == "psnr" else ""
         lines.append(f"{name:<{width}}{plus_minus(metric) + unit:<22}{remark}".rstrip())
     for reason in dict.fromkeys(card["left_out"].values()):

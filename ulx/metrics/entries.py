@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from ulx.metrics.frechet import Moments, frechet_distance
 
-__all__ = ["Metric", "as_json", "frechet", "mean", "number", "plus_minus", "rounded"]
+__all__ = ["Metric", "as_json", "frechet", "mean", "number", "plus_minus", "rank_remark", "rounded"]
 
 Metric = dict[str, Any]
 
@@ -54,6 +54,11 @@ def frechet(found: Float[np.ndarray, "n d"], reference: Moments) -> Metric:
         "n_reference": reference.count,
         "rank_deficient": moments.rank_deficient or reference.rank_deficient,
     }
+
+
+def rank_remark(metric: Mapping[str, Any]) -> str:
+    """What has to stand beside a Fréchet distance of too few examples; beside anything else nothing."""
+    return "rank-deficient, so biased: compare at equal N only" if metric.get("rank_deficient") else ""
 
 
 def number(value: float) -> str:

@@ -75,6 +75,13 @@ def _head(run: Reported) -> str:
     return "\n".join([*lines, '<div class="cards">', *_cards(run), "</div>"])
 
 
+def _too_few(distance: Metrics, run: Reported) -> str:
+    """What stands beside a distance of too few examples. Of clips there are often a few dozen."""
+    if not distance["rank_deficient"]:
+        return ""
+    return f". N is too small: biased{', and noise' if run.config.data.clips else ''}"
+
+
 def _cards(run: Reported) -> list[str]:
     cards = []
     if run.evaluation is not None:
@@ -86,16 +93,16 @@ def _cards(run: Reported) -> list[str]:
             page.card(
                 "Held-out rate, bits/pixel",
                 plus_minus(bits),
-                f"{plus_minus(dims)} bits per latent dimension; {bits['n']:,} images, EMA weights",
+                f"{plus_minus(dims)} bits per latent dimension; {bits['n']:,} {run.config.data.unit}, EMA weights",
             ),
             page.card(
-                "Held-out PSNR, dB", plus_minus(decibel), f"the mean training image has {number(mean['value'])} dB"
+                "Held-out PSNR, dB", plus_minus(decibel), f"the mean training example has {number(mean['value'])} dB"
             ),
             page.card(
                 f"{name}, base model",
                 number(base["value"]),
                 f"raw prior {number(prior['value'])}; N = {base['n']:,}, NFE {base['nfe']}, no guidance"
-                + (". Biased: N is too small" if base["rank_deficient"] else "")
+                + _too_few(base, run)
                 + ("" if metrics["weights"] == "EMA" else f". Weights: {metrics['weights']}"),
                 "good" if base["value"] < prior["value"] else "bad",
             ),
@@ -139,7 +146,7 @@ def _evaluated(run: Reported) -> list[str]:
     return [
         page.section(
             "Reconstructions",
-            "<p>Held-out images above, what the diffusion decoder makes of their latents below.</p>",
+            f"<p>Held-out {run.config.data.unit} above, what the diffusion decoder makes of their latents below.</p>",
             run.shown("reconstructions", [pictures["originals"], pictures["reconstructions"]], decibels),
         ),
         page.section(
@@ -199,11 +206,11 @@ def _guided(run: Reported, guided: Metrics) -> str:
 def _swap(run: Reported, swap: Metrics, stacked: Sequence[np.ndarray]) -> str:
     return page.section(
         "Whose image is it? The swap test",
-        "<p>Top: image i. Middle: image i − 1. Bottom: decoded from the middle one's latent with the top one's noise. "
-        "A latent that is used gives back the middle image: PSNR "
-        f"{plus_minus(swap['psnr_to_the_latents_image'])} dB to the latent's own image, "
+        "<p>Top: one of them. Middle: the one before it. Bottom: decoded from the middle one's latent with the top "
+        "one's noise. A latent that is used gives back the middle one: PSNR "
+        f"{plus_minus(swap['psnr_to_the_latents_image'])} dB to the latent's own, "
         f"{plus_minus(swap['psnr_to_the_other'])} dB to the other, a gap of {plus_minus(swap['gap'])} dB over "
-        f"{swap['gap']['n']:,} images.</p>",
+        f"{swap['gap']['n']:,} {run.config.data.unit}.</p>",
         run.shown("swap", [images[:16] for images in stacked]),
     )
 
@@ -303,14 +310,19 @@ def _cost(run: Reported) -> str:
 def _settings(run: Reported) -> str:
     everything = text.settings(run.config)
     changed = [line.split(": ", 1) for line in differences(Config(), run.config)]
-    command = shlex.quote(str(run.path))
+    path = escape(shlex.quote(str(run.path)))
+    commands = (
+        [f"sample {path} --frames {4 * run.config.data.frames}"]
+        + [f"predict {path} --frames {2 * run.config.data.frames}"] * (run.given > 0)
+        if run.config.data.clips
+        else [f"sample {path} --guidance-scale 2", f"reconstruct {path} FOLDER", f"encode {path} FOLDER"]
+    )
     return page.section(
         "Settings",
         "<p>Away from the defaults of <code>ulx.config.Config</code>, as default → this run:</p>",
         page.table([], [[name, value.replace(" -> ", " → ")] for name, value in changed]),
         f"<details><summary>All {len(everything)} settings</summary>{page.table([], everything)}</details>",
-        f"<pre>python -m ulx.sample {escape(command)} --guidance-scale 2\npython -m ulx.reconstruct "
-        f"{escape(command)} FOLDER\npython -m ulx.encode {escape(command)} FOLDER</pre>",
+        "<pre>" + "\n".join(f"python -m ulx.{command}" for command in commands) + "</pre>",
     )
 
 

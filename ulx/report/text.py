@@ -8,7 +8,7 @@ from typing import Any
 
 from ulx import weightings
 from ulx.config import Config
-from ulx.metrics.entries import number, rounded
+from ulx.metrics.entries import number, rank_remark, rounded
 from ulx.report import page
 
 __all__ = [
@@ -130,7 +130,7 @@ def metrics_rows(metrics: Metric) -> list[list[str]]:
     for metric in FRECHET:
         for name, distance in metrics.get(metric, {}).items():
             remark = f"against {distance['against']}, N = {distance['n_reference']:,}"
-            remark += "; rank-deficient, so biased: compare at equal N only" if distance["rank_deficient"] else ""
+            remark = "; ".join(filter(None, (remark, rank_remark(distance))))
             rows.append(_row(f"{metric}, {name.replace('_', ' ')}", distance, remark))
     for name, against in metrics.get("against_held_out_images", {}).items():  # not in a run evaluated before
         for what, metric in against.items():
@@ -252,8 +252,9 @@ A learned distance of each reconstruction from its original in the activations o
 better.
 
 kd_efflite0
-The kernel distance on the same features against the held-out images: KID's unbiased estimator (of all pairs, with a
-jackknife error), but not KID, which takes the features of InceptionV3. Around 0 for perfect samples, at any N.
+The kernel distance on the same features against the held-out images: KID's unbiased estimator (of all pairs but an
+image and its own reconstruction, with a jackknife error), but not KID, which takes the features of InceptionV3. Around
+0 for perfect samples, at any N.
 
 Precision and recall
 With a ball around each image's features that reaches its third neighbour in its set: the share of samples within the
