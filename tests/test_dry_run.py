@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import runpy
 import sys
 
 import equinox as eqx
@@ -14,6 +15,7 @@ from ulx import dry_run, job, runs
 from ulx.command_line import experiment
 from ulx.cost import network_costs, num_parameters
 from ulx.nn.conditions import ConditionSpec
+from ulx.progress import duration
 from ulx.sharding import bytes_per_device
 from ulx.variants import VARIANTS
 
@@ -22,6 +24,12 @@ def stage(text, name):
     """A line of the second table."""
     (line,) = (line for line in text.splitlines() if line.startswith(f"{name} ") and "GiB" in line)
     return line.split()
+
+
+def networks_of(config):
+    """The autoencoder and the base model of three classes, untrained."""
+    model = runs.stage1_state(config, ConditionSpec(num_classes=3)).model
+    return model, runs.stage2_state(config, model, ConditionSpec(num_classes=3)).model
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +96,32 @@ def test_memory_of_a_step_grows_with_the_batch(small_config):
     assert two > one > 4 * num_parameters(runs.stage1_state(small_config).model)
 
 
+def test_each_of_several_devices_has_its_part_of_the_batch(small_config, monkeypatch):
+    """What is compiled, and asked for its memory, is the step of half the batch; and the time is half."""
+
+    def compiled(batch, devices):
+        train = dataclasses.replace(small_config.train, batch_size=batch)
+        plan = dry_run.planned(dataclasses.replace(small_config, train=train), ConditionSpec(num_classes=3))
+        return plan.steps["stage1"].lower(devices).as_text()
+
+    assert compiled(8, 2) == compiled(4, 1) != compiled(8, 1)
+
+    asked = []
+    monkeypatch.setattr(dry_run.PlannedStep, "memory", lambda self, devices: asked.append(devices) or 2**30)
+    monkeypatch.setattr(dry_run, "matmul_speed", lambda dtype: 1e6)
+    monkeypatch.setattr(dry_run, "num_classes", lambda data: 3)
+    one = dry_run.describe(small_config)
+    monkeypatch.setattr(dry_run.jax, "device_count", lambda: 2)
+    two = dry_run.describe(small_config)
+    assert asked == [1, 1, 2, 2]
+    flops = job.cost(*networks_of(small_config), small_config)["training_flops_stage1"]
+    for text, devices in ((one, 1), (two, 2)):
+        assert duration(flops / (devices * dry_run.SHARE * 1e6)) in text
+    assert "of each of 2 devices, with its part of the batch" in two
+    assert "of 2 × " in two
+    assert "activations of the batch" in one
+
+
 def test_speed_is_one_that_a_machine_can_have():
     assert 1e8 < dry_run.matmul_speed("float32", size=256) < 1e16
 
@@ -112,11 +146,21 @@ def run(monkeypatch, *args, **how):
     return found[0]
 
 
-def test_without_a_path_it_is_the_embedded_data_and_says_so_first(monkeypatch, capsys):
-    config = run(monkeypatch, of="ImageNet", on_files="small")
-    assert config == imagenet512.PRESETS["tiny"]
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == "No --data.path: this is not ImageNet but the embedded openmoji, 32 pixels."
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        (imagenet512, "this is not ImageNet but the embedded openmoji, 32 pixels."),
+        (kinetics600, "this is not Kinetics-600 but the embedded moving-emoji, 32 pixels."),
+    ],
+)
+def test_without_a_path_it_is_the_embedded_data_and_says_so_first(monkeypatch, capsys, module, said):
+    """The file itself, as its command runs it."""
+    found = []
+    monkeypatch.setattr(job, "run", found.append)
+    monkeypatch.setattr(sys, "argv", [module.__file__])
+    runpy.run_path(module.__file__, run_name="__main__")
+    assert found == [module.PRESETS["tiny"]]
+    assert capsys.readouterr().out.splitlines()[0] == f"No --data.path: {said}"
 
 
 def test_with_a_path_it_is_the_papers_preset_on_what_was_prepared(monkeypatch, capsys):

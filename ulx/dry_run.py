@@ -45,13 +45,15 @@ class PlannedStep:
     frozen: PyTree
     batch: PyTree
 
-    def lower(self) -> jax.stages.Lowered:
-        """The step on one device that holds the whole batch."""
+    def lower(self, devices: int = 1) -> jax.stages.Lowered:
+        """The step on one device that holds its part of the batch, of so many devices."""
+        part = lambda leaf: jax.ShapeDtypeStruct((-(-leaf.shape[0] // devices), *leaf.shape[1:]), leaf.dtype)  # noqa: E731
+        batch = jax.tree.map(part, self.batch)
         mesh = make_mesh(devices=jax.devices()[:1])
         optimizer = make_optimizer(self.train)
         step = make_step(self.loss, optimizer, self.train, key=jax.random.key(0), mesh=mesh).__wrapped__
         is_shape = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct) or eqx.is_array(leaf)  # noqa: E731
-        arrays, static = eqx.partition((self.state, self.frozen, self.batch), is_shape)
+        arrays, static = eqx.partition((self.state, self.frozen, batch), is_shape)
 
         def on_arrays(state: PyTree, rest: PyTree):
             state, frozen, batch = eqx.combine((state, *rest), static)
@@ -59,9 +61,9 @@ class PlannedStep:
 
         return jax.jit(on_arrays, donate_argnums=0).lower(arrays[0], arrays[1:])
 
-    def memory(self) -> int:
-        """Bytes that the step takes beside its arguments, by the compiler."""
-        analysis: Any = self.lower().compile().memory_analysis()
+    def memory(self, devices: int = 1) -> int:
+        """Bytes that the step takes on each of so many devices beside its arguments, by the compiler."""
+        analysis: Any = self.lower(devices).compile().memory_analysis()
         return analysis.temp_size_in_bytes
 
 
@@ -111,16 +113,18 @@ def describe(config: Config, *, compiled: bool = True) -> str:
     ]
     for name, parameters in cost["parameters"].items():
         lines.append(f"{name:<10}{parameters / 1e6:>10.1f} M{cost['forward_flops_per_image'][name] / 1e9:>16,.1f}")
+    devices = jax.device_count()
     speeds = {dtype: matmul_speed(dtype) for dtype in {train.dtype for train in config.train_configs.values()}}
     lines += ["", f"{'stage':<10}{'steps':>10}{'batch':>7}{'FLOPs':>10}{'weights':>11}{'the step':>11}{'time':>12}"]
     steps = {name: step for name, step in plan.steps.items() if name == "stage2" or config.autoencoder is None}
     for stage, step in steps.items():
         train, flops = step.train, cost[f"training_flops_{stage}"]
         held = bytes_per_device((step.state, step.frozen), config.fsdp)
-        taken = step.memory() if compiled else None
+        taken = step.memory(devices) if compiled else None
+        seconds = flops / (devices * SHARE * speeds[train.dtype])
         lines.append(
             f"{stage:<10}{train.steps:>10,}{train.batch_size:>7}{flops:>10.2g}{_gib(held):>11}"
-            f"{_gib(taken) if taken else 'not asked':>11}{duration(flops / (SHARE * speeds[train.dtype])):>12}"
+            f"{_gib(taken) if taken else 'not asked':>11}{duration(seconds):>12}"
         )
     device = jax.devices()[0].device_kind
     rates = ", ".join(f"{speed / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, speed in speeds.items())
@@ -129,8 +133,9 @@ def describe(config: Config, *, compiled: bool = True) -> str:
         "weights: with Adam's moments, the average and frozen networks"
         + (f", a device's part of {config.fsdp}. " if config.fsdp > 1 else ". ")
         + "the step: gradients and",
-        f"activations of one device that holds the whole batch, as compiled for {device}.",
-        f"time: at {SHARE:.0%} (assumed) of {rates}, measured now.",
+        f"activations of {'the' if devices == 1 else f'each of {devices} devices, with its part of the'} batch, as "
+        f"compiled for {device}.",
+        f"time: at {SHARE:.0%} (assumed) of {f'{devices} × ' * (devices > 1)}{rates}, measured now.",
     ]
     return "\n".join(lines)
 
