@@ -1,6 +1,7 @@
 """Trains on the meshes given and prints what came out, as JSON: a process of its own has its own devices.
 
-python tests/mesh_worker.py '[[1, 1, 1], [4, 2, 1]]'      data, fsdp, accumulate
+python tests/mesh_worker.py '{"stage1": [[[1, 1, 1]], [[4, 2, 1]]]}'      data, fsdp, accumulate
+python tests/mesh_worker.py '{"made": true}'                              what evaluation makes
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
+from stand_ins import Corner
 
 from ulx import runs, sharding, stages
 from ulx.checkpoint import Checkpoints
@@ -21,6 +23,8 @@ from ulx.config import Config, EvaluateConfig, SampleConfig, TrainConfig
 from ulx.data import DataConfig
 from ulx.data.pipeline import train_batches
 from ulx.data.source import Dataset, InMemory, Split
+from ulx.metrics.features import feature_batches, features
+from ulx.metrics.frechet import Moments, frechet_distance
 from ulx.models import ModelConfig
 from ulx.nn.conditions import ConditionSpec
 from ulx.nn.encoder import EncoderConfig
@@ -118,7 +122,7 @@ def whole(tree: Any, mesh: Any) -> Any:
 
 
 def made() -> dict[str, Any]:
-    """What evaluation's calls make of five images, in batches of three."""
+    """What evaluation's calls make of five images, in batches of three, and what it measures of seven features."""
     options = EvaluateConfig(batch_size=3, levels=4, draws=1)
     sample = SampleConfig(num_steps=3, decoder_num_steps=3, decoder_solver="ancestral")
     config = dataclasses.replace(settings(), evaluate=options, sample=sample)
@@ -136,8 +140,20 @@ def made() -> dict[str, Any]:
             "reconstructions": run.decode(latents, "reconstruct")[0].tolist(),
             "samples": samples.tolist(),
             "nfe": nfe,
+            **distance(),
             "devices": jax.local_device_count(),
         }
+
+
+def distance() -> dict[str, Any]:
+    """From images to a Fréchet distance, its reference batch by batch as a training set's is."""
+    rng = np.random.default_rng(2)
+    real, found = (rng.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8) for count in (20, 11))
+    network, reference = Corner(), Moments.empty(3)
+    for batch in feature_batches(network, real, 6):
+        reference = reference.update(batch)
+    seen = features(network, found, 4)
+    return {"features": seen.tolist(), "distance": frechet_distance(Moments.of(seen), reference)}
 
 
 def moved(tree: Any) -> Any:
@@ -155,10 +171,9 @@ def main() -> None:
         jax.config.update("jax_num_cpu_devices", 2)
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(coordinator, int(count), int(index))
-    if what == "made":
-        found = made()
-    else:
-        found = {name: [trained(name, *legs) for legs in each] for name, each in json.loads(what).items()}
+    asked = json.loads(what)
+    found = {"made": made()} if asked.pop("made", False) else {}
+    found |= {name: [trained(name, *legs) for legs in each] for name, each in asked.items()}
     print(json.dumps(found))
 
 

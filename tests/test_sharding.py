@@ -79,13 +79,15 @@ def test_goes_on_on_another_mesh(trained):
 
 
 def test_two_processes_of_two_devices_are_one_device(trained):
-    """Each is given its own half of every batch."""
+    """Each is given its own half of every batch, and all of what is measured."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
-    both = {stage: [[(2, 2, 1)]] for stage in ("stage1", "stage2")}
+    both = {"made": True} | {stage: [[(2, 2, 1)]] for stage in ("stage1", "stage2")}
+    alone = mesh_worker.made()
     processes = [started(json.dumps(both), str(index), "2", coordinator) for index in range(2)]
     for found in map(results, processes):
+        compare_made(found.pop("made"), alone, devices=2)
         for stage, (run,) in found.items():
             np.testing.assert_allclose(curve(run), curve(trained[stage][0]), rtol=1e-5)
             assert run["ema"] == pytest.approx(trained[stage][0]["ema"], rel=1e-5)
@@ -93,13 +95,20 @@ def test_two_processes_of_two_devices_are_one_device(trained):
 
 def test_evaluation_on_eight_devices_is_that_on_one():
     """Five images in batches of three, which eight devices fill up. Pixels are rounded: one grey level of rounding."""
-    alone, eight = mesh_worker.made(), results(started("made", devices=8))
-    assert (alone.pop("devices"), eight.pop("devices")) == (jax.local_device_count(), 8)
+    alone, eight = mesh_worker.made(), results(started('{"made": true}', devices=8))["made"]
     assert np.ptp(alone["latents"]) > 0.5
     assert np.ptp(alone["samples"]) > 0.5
-    for name, value in alone.items():
+    assert alone["distance"] > 0.01
+    compare_made(eight, alone, devices=8)
+
+
+def compare_made(found: dict[str, Any], alone: dict[str, Any], devices: int) -> None:
+    assert found["devices"] == devices
+    assert alone["devices"] == jax.local_device_count()
+    for name in alone.keys() - {"devices"}:
         tolerance = 1 if name == "reconstructions" else 1e-4
-        np.testing.assert_allclose(eight[name], value, rtol=1e-4, atol=tolerance, err_msg=name)
+        np.testing.assert_allclose(found[name], alone[name], rtol=1e-4, atol=tolerance, err_msg=name)
+    assert found["distance"] == pytest.approx(alone["distance"], rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])

