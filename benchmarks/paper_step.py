@@ -3,7 +3,9 @@
     python benchmarks/paper_step.py
     python benchmarks/paper_step.py --experiments imagenet512 --preset medium
 
-On the embedded data at the preset's own size, in the preset's own precision. Each stage is a process of its own, since
+On the embedded data at the preset's own size, in the preset's own precision. As in the middle of a training: after the
+warm-up of the prior's pull on the encoder, and with weights moved at random from where they begin, which is at layers
+that are 0 and would hide what lies behind them. Each stage is a process of its own, since
 the peak of a process's memory cannot be reset. Leaves benchmarks/results/paper_step.jsonl, a line for each stage.
 """
 
@@ -36,8 +38,23 @@ class Settings:
     """Folder of the results."""
 
 
+def shaken(tree: Any, seed: int = 0) -> Any:
+    """Every weight moved at random, by little beside 1/√1024 and not by little beside 0."""
+    import equinox as eqx
+    import jax
+
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    moved = [
+        leaf + 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype) if eqx.is_inexact_array(leaf) else leaf
+        for key, leaf in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, moved)
+
+
 def step(experiment: str, preset: str, stage: str) -> dict[str, Any]:
     """Run in a fresh process."""
+    import equinox as eqx
     import jax
     import jax.numpy as jnp
 
@@ -55,10 +72,12 @@ def step(experiment: str, preset: str, stage: str) -> dict[str, Any]:
     state = runs.stage1_state(config)
     frozen, train, loss = None, config.train, stages.autoencoder_loss(config)
     if stage == "stage2":
-        frozen = state.model
+        frozen = shaken(state.model)
         del state  # the moments and the average
         state = runs.stage2_state(config, frozen, run_folder.spec_of(dataset.class_names))
         train, loss = config.train_base, stages.base_loss(config, math.prod(config.data.shape[:-1]))
+    state = eqx.tree_at(lambda s: s.model, state, shaken(state.model))
+    state = eqx.tree_at(lambda s: s.step, state, jnp.asarray(config.prior_warmup[1], state.step.dtype))
     batch = {name: value[None] for name, value in dataset.train[0].items()}
     began = time.perf_counter()
     one = make_step(loss, make_optimizer(train), train, key=jax.random.key(0), mesh=mesh)
@@ -68,6 +87,7 @@ def step(experiment: str, preset: str, stage: str) -> dict[str, Any]:
     found = {name: float(value) for name, value in metrics.items() if not value.ndim}
     weights = jax.tree.leaves((state.model, state.ema))
     finite = all(math.isfinite(value) for value in found.values())
+    reached = all(value > 0 for name, value in found.items() if name.startswith("gradient"))
     return {
         "experiment": experiment,
         "preset": preset,
@@ -75,6 +95,7 @@ def step(experiment: str, preset: str, stage: str) -> dict[str, Any]:
         "dtype": train.dtype,
         "metrics": found,
         "all_finite": finite and all(bool(jnp.isfinite(w).all()) for w in weights if hasattr(w, "dtype")),
+        "every_network_has_a_gradient": reached,
         "weights_gib": bytes_per_device((state, frozen)) / 2**30,
         "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "compile_seconds": seconds,
