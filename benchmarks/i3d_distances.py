@@ -2,7 +2,7 @@
 between two sets of undamaged clips?
 
     pip install -e ".[parity]"
-    python benchmarks/i3d_distances.py                    half an hour; given again, it goes on
+    python benchmarks/i3d_distances.py                    an hour or two; given again, it goes on
     python benchmarks/i3d_distances.py --clips 50         quick, and too few for full rank
     python benchmarks/i3d_distances.py --source moving-emoji
 
@@ -44,7 +44,7 @@ class Settings:
     """On each side."""
     blurs: tuple[float, ...] = (1.0, 2.0, 4.0)
     """Standard deviations of the Gaussian, in pixels of 224×224."""
-    shuffles: tuple[float, ...] = (2.0, 4.0, 16.0)
+    shuffles: tuple[float, ...] = (2.0, 4.0, 8.0, 16.0)
     """Frames are sorted by their index plus a uniform draw from 0 to this: how far they may move."""
     tile: int = 175
     """Side of the squares that a frame of the videos is cut into, in its own pixels; the shorter side where that is
