@@ -23,6 +23,7 @@ SIZES: dict[str, tuple[ModelConfig, tuple[int, ...], int]] = {
     "small": (MODELS["small"], (64, 64, 3), 10),
     "video-smoke": (MODELS["video-smoke"], (16, 32, 32, 3), 1),
     "video-tiny": (MODELS["video-tiny"], (16, 32, 32, 3), 1),
+    "video-small": (MODELS["video-small"], (16, 64, 64, 3), 1),
     **{name: (preset.model, preset.shape, preset.num_classes) for name, preset in PAPER.items()},
 }
 

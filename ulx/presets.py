@@ -66,6 +66,24 @@ MODELS: dict[str, ModelConfig] = {
         logsnr_1=-7.0,
         given_frames=5,
     ),
+    # Clips of 16 frames of 64×64: 4×8×8×16 latents, 4×8×8 down as in the paper, so that sprites of 28 pixels have the
+    # positions that those of 14 have above. A convolution stage between pixels and tokens: patches of 8×8 would show.
+    "video-small": ModelConfig(
+        encoder=EncoderConfig(patch=(2, 4, 4), channels=(96, 192), last_blocks=1, latent_channels=16, chroma_gain=4.0),
+        prior=_plain(256, 4, rotary=True),
+        decoder=UViTConfig(
+            patch=(2, 4, 4),
+            conv_channels=(96,),
+            conv_blocks=1,
+            channels=(256,),
+            blocks=(8,),
+            down=((1, 2, 2),),
+            block=BlockConfig(rotary=True),
+        ),
+        base=_plain(256, 10, rotary=True),
+        logsnr_1=-7.0,
+        given_frames=5,
+    ),
     # 64 px: 16×16×8 latents, 256 tokens; the base has the paper's two levels.
     "small": ModelConfig(
         encoder=EncoderConfig(channels=(64, 128), blocks=2, last_blocks=3, chroma_gain=4.0),
