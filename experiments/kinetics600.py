@@ -60,14 +60,18 @@ PRESETS = {
         loss_factor=6.0,
         sigmoid_bias=2.5,
         # Of clips more is left to decide at high noise: what moves where.
-        base_bias=-1.0,
-        cache_latents=False,  # of 65,536 clips training sees some 13,600: encoding all of them first costs more
-        train=TrainConfig(steps=700, batch_size=8, learning_rate=2e-3, warmup_steps=50, ema_decay=0.99),
-        train_base=TrainConfig(steps=1700, batch_size=8, learning_rate=2e-3, warmup_steps=50, ema_decay=0.995),
+        base_bias=-3.0,
+        cache_latents=False,  # of 65,536 clips training sees some 6,400: encoding all of them first costs more
+        train=TrainConfig(
+            steps=320, batch_size=8, optimizer="muon", learning_rate=2e-3, warmup_steps=50, ema_decay=0.98
+        ),
+        train_base=TrainConfig(
+            steps=800, batch_size=8, optimizer="muon", learning_rate=4e-3, warmup_steps=50, ema_decay=0.993
+        ),
         sample=SampleConfig(
             num_steps=16, solver="dpmpp_2m", decoder_num_steps=12, decoder_solver="ancestral", guidance_scale=1.0
         ),
-        evaluate=EvaluateConfig(held_out=48, batch_size=16, flow_images=4),
+        evaluate=EvaluateConfig(held_out=32, batch_size=16, flow_images=4),
     ),
     "smoke": Config(
         preset="smoke",

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,10 @@ def test_two_processes_of_two_devices_are_one_device(trained):
     both = {"made": True} | {stage: [[(2, 2, 1)]] for stage in ("stage1", "stage2")}
     alone = mesh_worker.made()
     processes = [started(json.dumps(both), str(index), "2", coordinator) for index in range(2)]
-    for found in map(results, processes):
+    # Read at once: one that waits to be read would keep the other waiting for it to end.
+    with ThreadPoolExecutor() as threads:
+        both_found = list(threads.map(results, processes))
+    for found in both_found:
         compare_made(found.pop("made"), alone, devices=2)
         for stage, (run,) in found.items():
             np.testing.assert_allclose(curve(run), curve(trained[stage][0]), rtol=1e-5)

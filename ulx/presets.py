@@ -23,6 +23,19 @@ def _plain(width: int, blocks: int, patch: PerAxis = 1, **block) -> UViTConfig:
     return UViTConfig(patch=patch, channels=(width,), blocks=(blocks,), block=BlockConfig(**block))
 
 
+def _convolved(width: int, blocks: int, outside: int, patch: PerAxis, **block) -> UViTConfig:
+    """For clips: one convolution stage, of so many channels, around a transformer on half of its positions each way."""
+    return UViTConfig(
+        patch=patch,
+        conv_channels=(outside,),
+        conv_blocks=1,
+        channels=(width,),
+        blocks=(blocks,),
+        down=((1, 2, 2),),
+        block=BlockConfig(**block),
+    )
+
+
 def _base(
     width: int, blocks: tuple[int, int] = (6, 16), down: PerStep = 2, dropout: float = 0.1, **block
 ) -> UViTConfig:
@@ -50,6 +63,8 @@ MODELS: dict[str, ModelConfig] = {
     # Clips of 16 frames of 32×32: 8×8×8×8 latents, as many tokens in the decoder. The paper's 4×8×8 would leave 4×4
     # positions for sprites of 14 pixels, which then come back as patches of colour. The base model keeps all steps of
     # time on both levels. Positions are rotary: with learned ones alone every motion has to be learned at every place.
+    # In the larger one convolutions stand outside: patches of 4×4 pixels that do not know their neighbours' show seams,
+    # and a base model learns motion in fewer steps by them (benchmarks/README.md).
     "video-smoke": ModelConfig(
         encoder=EncoderConfig(patch=(2, 4, 4), channels=(32,), last_blocks=1, chroma_gain=4.0),
         prior=_plain(64, 1, rotary=True),
@@ -61,8 +76,8 @@ MODELS: dict[str, ModelConfig] = {
     "video-tiny": ModelConfig(
         encoder=EncoderConfig(patch=(2, 4, 4), channels=(96,), last_blocks=1, chroma_gain=4.0),
         prior=_plain(128, 2, rotary=True, remat="none"),
-        decoder=_plain(192, 5, patch=(2, 4, 4), rotary=True, remat="none"),
-        base=_base(128, (4, 3), down=((1, 2, 2),), dropout=0.0, rotary=True, remat="none"),
+        decoder=_convolved(192, 5, 48, patch=2, rotary=True, remat="none"),
+        base=_convolved(256, 4, 96, patch=1, rotary=True, remat="none"),
         logsnr_1=-7.0,
         given_frames=5,
     ),
@@ -71,15 +86,7 @@ MODELS: dict[str, ModelConfig] = {
     "video-small": ModelConfig(
         encoder=EncoderConfig(patch=(2, 4, 4), channels=(96, 192), last_blocks=1, latent_channels=16, chroma_gain=4.0),
         prior=_plain(256, 4, rotary=True),
-        decoder=UViTConfig(
-            patch=(2, 4, 4),
-            conv_channels=(96,),
-            conv_blocks=1,
-            channels=(256,),
-            blocks=(8,),
-            down=((1, 2, 2),),
-            block=BlockConfig(rotary=True),
-        ),
+        decoder=_convolved(256, 8, 96, patch=(2, 4, 4), rotary=True),
         base=_plain(256, 10, rotary=True),
         logsnr_1=-7.0,
         given_frames=5,

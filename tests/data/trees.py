@@ -149,8 +149,8 @@ def write_kinetics(root: Path, count: int, length: int = 20) -> tuple[Path, dict
             Image.new("RGB", (8, 8)).save(path.with_suffix(".png"))  # a picture beside it, of the same name
         elif index == 14:
             path = path.with_name(f"{youtube_id}_{start}_{start + 10}.mkv")
-        elif index % 9 == 7 and split != "test":
-            which = index // 9 % 4
+        elif index % 7 == 6 and split != "test":
+            which = index // 7 % 4
             if which == 0:
                 broken[name] = "is not there"
                 continue
