@@ -180,12 +180,12 @@ def measured(settings: Settings, file: Path) -> Iterator[dict[str, list[dict[str
 
 def write(found: dict[str, list[dict[str, Any]]], settings: Settings, file: Path) -> None:
     first = next(iter(found.values()))[0]
-    samples = first["fd_efflite0"]["base"]
+    samples, reconstructions = (first["fd_efflite0"][what] for what in ("base", "reconstruction"))
     file.with_suffix(".md").write_text(
         f"Measured by `python benchmarks/compute_vs_fid.py {settings.options}`: the "
         f"`{settings.label}` preset on {settings.data}, EMA "
         f"weights; fd is fd_efflite0 of {samples['n']} samples without guidance to the {samples['n_reference']} "
-        f"training images{points.rank_remark(samples)}, kd the kernel distance to the "
+        f"training images{points.too_few(samples, reconstructions)}, kd the kernel distance to the "
         "held-out images; FLOPs of training by the paper's convention. Machine: "
         f"{points.machines(point for of in found.values() for point in of)}.\n\n{table(found)}\n"
     )

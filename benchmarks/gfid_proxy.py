@@ -69,7 +69,7 @@ def is_of(point: dict[str, Any], recipe: "Recipe") -> bool:
 
     try:
         return from_json(json.dumps(point["recipe"]), Recipe) == recipe
-    except ValueError:  # of other fields than there are now
+    except (AttributeError, KeyError, TypeError, ValueError):  # of other fields than there are now, or a text
         return False
 
 
@@ -145,7 +145,7 @@ def write(shown: list[dict[str, Any]], settings: Settings, file: Path) -> None:
     samples = shown[0]["proxy"]["fd_efflite0"]
     file.with_suffix(".md").write_text(
         f"Measured by `python benchmarks/gfid_proxy.py {settings.options}`: fd is fd_efflite0 of {samples['n']} "
-        f"samples to the training images{points.rank_remark(samples)}, of the proxy's base model and of those of "
+        f"samples to the training images{points.too_few(samples)}, of the proxy's base model and of those of "
         "bitrate_vs_fid. Machine: "
         f"{points.machines(shown)}.\n\n{table(shown)}\n"
     )

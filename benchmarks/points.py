@@ -31,11 +31,11 @@ __all__ = [
     "measured",
     "of_length",
     "plus_minus",
-    "rank_remark",
     "read",
     "resumable",
     "same",
     "stage1",
+    "too_few",
     "whole",
 ]
 
@@ -224,11 +224,11 @@ def distances(found: dict[str, Any]) -> str:
     return (
         f"fd is fd_efflite0 of {samples['n']} samples without guidance to the {samples['n_reference']} training "
         f"images, or of {found['held_out']['n']} reconstructions to their originals"
-        f"{rank_remark(samples, reconstructions)}, kd the kernel distance to the held-out images"
+        f"{too_few(samples, reconstructions)}, kd the kernel distance to the held-out images"
     )
 
 
-def rank_remark(*distances: dict[str, Any]) -> str:
+def too_few(*distances: dict[str, Any]) -> str:
     """What a table says of Fréchet distances of too few examples; of enough, nothing."""
     return " (fewer than features: compare within the table alone)" * any(d["rank_deficient"] for d in distances)
 
@@ -293,9 +293,12 @@ def add(found: dict[str, Any], config: "Config", file: Path) -> dict[str, Any]:
         "config": json.loads(to_json(config)),
     }
     file.parent.mkdir(parents=True, exist_ok=True)
-    text = file.read_text() if file.exists() else ""
-    whole = text.removesuffix(_cut_off(text))
-    with file.open("a") as out:
-        out.truncate(len(whole.encode()))
-        out.write("\n" * (whole != "" and not whole.endswith("\n")) + json.dumps(point) + "\n")
+    text = file.read_bytes() if file.exists() else b""
+    cut_off = _cut_off(text.decode()).encode()
+    whole = text.removesuffix(cut_off)
+    with file.open("ab") as out:
+        if cut_off:  # else another process may have written since
+            out.truncate(len(whole))
+        begin = "\n" * (whole != b"" and not whole.endswith(b"\n"))
+        out.write((begin + json.dumps(point) + "\n").encode())
     return point

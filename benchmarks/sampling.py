@@ -272,11 +272,12 @@ def measured(settings: Settings, file: Path) -> Iterator[list[Point]]:
 def write(shown: list[Point], settings: Settings, file: Path) -> None:
     first = shown[0]
     samples, own = first.found["fd_efflite0"], first.config
+    remark = points.too_few(*(point.found["fd_efflite0"] for point in shown))
     file.with_suffix(".md").write_text(
         f"Measured by `python benchmarks/sampling.py {settings.options}` on the run `{own.name}` "
         f"({own.train.steps} + {own.train_base.steps} steps), EMA weights, the same noise and labels in every row. fd "
         f"is fd_efflite0 of {samples['n']} samples without guidance to the {samples['n_reference']} training images, "
-        f"or of reconstructions of held-out images to their originals{points.rank_remark(samples)}; NFE are the calls "
+        f"or of reconstructions of held-out images to their originals{remark}; NFE are the calls "
         "of the one network. ± is one standard error over images. Machine: "
         f"{points.machines(point.found for point in shown)}.\n\n{tables(shown)}\n"
     )

@@ -96,8 +96,7 @@ PRESETS = {
         # Twice the pixels each way: the same cut-off as above, 2 ln 2 lower.
         loss_factor=6.0,
         sigmoid_bias=2.5 - 2 * math.log(2),
-        base_bias=0.0,
-        cache_latents=False,
+        base_bias=0.0,  # as the longer run of the README, whose base model has no levels either
         train=TrainConfig(steps=10_000, batch_size=16, optimizer="muon", learning_rate=2e-3, ema_decay=0.999),
         train_base=TrainConfig(steps=20_000, batch_size=16, optimizer="muon", learning_rate=4e-3, ema_decay=0.9995),
         sample=SampleConfig(

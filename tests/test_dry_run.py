@@ -4,6 +4,7 @@ import dataclasses
 import re
 import runpy
 import sys
+from types import SimpleNamespace
 
 import equinox as eqx
 import imagenet512
@@ -100,7 +101,7 @@ def test_each_of_several_devices_has_its_part_of_the_batch(small_config, monkeyp
     """What is compiled, and asked for its memory, is the step of half the batch; and the time is half."""
 
     def compiled(batch, devices):
-        train = dataclasses.replace(small_config.train, batch_size=batch)
+        train = dataclasses.replace(small_config.train, batch_size=batch, accumulate=2)
         plan = dry_run.planned(dataclasses.replace(small_config, train=train), ConditionSpec(num_classes=3))
         return plan.steps["stage1"].lower(devices).as_text()
 
@@ -110,6 +111,7 @@ def test_each_of_several_devices_has_its_part_of_the_batch(small_config, monkeyp
     monkeypatch.setattr(dry_run.PlannedStep, "memory", lambda self, devices: asked.append(devices) or 2**30)
     monkeypatch.setattr(dry_run, "matmul_speed", lambda dtype: 1e6)
     monkeypatch.setattr(dry_run, "num_classes", lambda data: 3)
+    monkeypatch.setattr(dry_run.jax, "device_count", lambda: 1)
     one = dry_run.describe(small_config)
     monkeypatch.setattr(dry_run.jax, "device_count", lambda: 2)
     two = dry_run.describe(small_config)
@@ -120,6 +122,9 @@ def test_each_of_several_devices_has_its_part_of_the_batch(small_config, monkeyp
     assert "of each of 2 devices, with its part of the batch" in two
     assert "of 2 × " in two
     assert "activations of the batch" in one
+    monkeypatch.setattr(dry_run, "make_mesh", lambda: SimpleNamespace(size=3))
+    with pytest.raises(ValueError, match="a batch of 4 for stage1 cannot be divided among 3 devices"):
+        dry_run.describe(small_config)
 
 
 def test_speed_is_one_that_a_machine_can_have():

@@ -105,6 +105,7 @@ def test_a_recipe_is_known_by_its_fields():
     assert not gfid_proxy.is_of(old, dataclasses.replace(RECIPE, width=48))
     old["recipe"]["abolished"] = 1
     assert not gfid_proxy.is_of(old, RECIPE)
+    assert not gfid_proxy.is_of({"recipe": repr(RECIPE)}, RECIPE)  # as it was written once
 
 
 def test_a_point_that_was_cut_off_while_it_was_written_is_measured_again(small_config, tmp_path):

@@ -24,12 +24,14 @@ def write_video(
     """`t h w 3` uint8, or `t h w 4` for an encoder of alpha; `rotation` as PyAV takes it: degrees, mirrors.
 
     Of `options`, `codec`, `pixels` and `format` go before what the suffix stands for; `times`, in tenths of a second,
-    make a variable frame rate.
+    make a variable frame rate, and `rate` is the nominal one, 10 by default.
     """
     codec, pixels, settings = LOSSLESS.get(path.suffix, ("", "", {}))
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", format=options.get("format")) as container:
-        stream: Any = container.add_stream(options.get("codec", codec), rate=10, options=dict(settings))
+        # MPEG-2 knows no rate of ten; the times below are what counts.
+        rate = options.get("rate", 10)
+        stream: Any = container.add_stream(options.get("codec", codec), rate=rate, options=dict(settings))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = options.get("pixels", pixels)
         if rotation:

@@ -1,7 +1,7 @@
 """What a run would cost, without running it: parameters, FLOPs, memory, time.
 
 Weights are shapes alone. The training steps are compiled, for the memory that they would take beside the weights; that
-is the compiler's own account for the device at hand, of one device that holds the whole batch. The time is the FLOPs
+is the compiler's own account for the device at hand, of one device with its part of the batch. The time is the FLOPs
 (`ulx.flops`, the paper's convention) over this device's matrix-multiply speed, measured now, at an assumed share of it.
 """
 
@@ -24,7 +24,7 @@ from ulx.denoiser import Denoiser
 from ulx.models import UnifiedLatents
 from ulx.nn.conditions import ConditionSpec
 from ulx.progress import duration
-from ulx.sharding import bytes_per_device, make_mesh
+from ulx.sharding import bytes_per_device, check_batch, make_mesh
 from ulx.stages import autoencoder_loss, base_loss, decoder_loss
 from ulx.text.examples import channels_of, open_encoder
 from ulx.training import Loss, TrainState, make_optimizer, make_step
@@ -46,8 +46,8 @@ class PlannedStep:
     batch: PyTree
 
     def lower(self, devices: int = 1) -> jax.stages.Lowered:
-        """The step on one device that holds its part of the batch, of so many devices."""
-        part = lambda leaf: jax.ShapeDtypeStruct((-(-leaf.shape[0] // devices), *leaf.shape[1:]), leaf.dtype)  # noqa: E731
+        """The step on one device with its part of the batch, of so many devices, which divide it evenly."""
+        part = lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0] // devices, *leaf.shape[1:]), leaf.dtype)  # noqa: E731
         batch = jax.tree.map(part, self.batch)
         mesh = make_mesh(devices=jax.devices()[:1])
         optimizer = make_optimizer(self.train)
@@ -113,11 +113,12 @@ def describe(config: Config, *, compiled: bool = True) -> str:
     ]
     for name, parameters in cost["parameters"].items():
         lines.append(f"{name:<10}{parameters / 1e6:>10.1f} M{cost['forward_flops_per_image'][name] / 1e9:>16,.1f}")
-    devices = jax.device_count()
+    devices, every = jax.device_count(), make_mesh()
     speeds = {dtype: matmul_speed(dtype) for dtype in {train.dtype for train in config.train_configs.values()}}
     lines += ["", f"{'stage':<10}{'steps':>10}{'batch':>7}{'FLOPs':>10}{'weights':>11}{'the step':>11}{'time':>12}"]
     steps = {name: step for name, step in plan.steps.items() if name == "stage2" or config.autoencoder is None}
     for stage, step in steps.items():
+        check_batch(step.train.batch_size, every, pieces=step.train.accumulate, of=stage)
         train, flops = step.train, cost[f"training_flops_{stage}"]
         held = bytes_per_device((step.state, step.frozen), config.fsdp)
         taken = step.memory(devices) if compiled else None

@@ -76,7 +76,7 @@ MODELS: dict[str, ModelConfig] = {
     "video-tiny": ModelConfig(
         encoder=EncoderConfig(patch=(2, 4, 4), channels=(96,), last_blocks=1, chroma_gain=4.0),
         prior=_plain(128, 2, rotary=True, remat="none"),
-        decoder=_convolved(192, 5, 48, patch=2, rotary=True, remat="none"),
+        decoder=_convolved(192, 5, 48, patch=(2, 2, 2), rotary=True, remat="none"),
         base=_convolved(256, 4, 96, patch=1, rotary=True, remat="none"),
         logsnr_1=-7.0,
         given_frames=5,

@@ -35,6 +35,7 @@ from ulx.data.pipeline import train_batches
 from ulx.data.pixels import to_float, to_uint8
 from ulx.data.source import Dataset, InMemory, Split
 from ulx.denoiser import Denoiser
+from ulx.evaluation_pairs import mean_psnr
 from ulx.generate import in_batches, sample_latents
 from ulx.guard import Guard
 from ulx.image_files import claim, contact_sheet, write_png
@@ -43,7 +44,6 @@ from ulx.metrics.copies import spread_over
 from ulx.metrics.entries import as_json, frechet, mean, plus_minus, rank_remark
 from ulx.metrics.features import features
 from ulx.metrics.frechet import Moments
-from ulx.metrics.images import psnr
 from ulx.metrics.reference import training_moments
 from ulx.metrics_log import MetricsLog
 from ulx.models import ModelConfig
@@ -161,7 +161,7 @@ def measure(
     metrics = {
         network.metric: frechet(seen(samples, "samples"), trained),
         f"{network.metric}_reconstruction": frechet(seen(reconstructions, "reconstructions"), Moments.of(originals)),
-        "psnr": mean(np.asarray(psnr(to_float(reconstructions), to_float(held_out)))),
+        "psnr": mean_psnr(reconstructions, held_out),
     }
     meant = compare.definitions(network)[network.metric]
     metrics[network.metric] |= meant
@@ -199,7 +199,14 @@ class _Calls:
     key: Key[jax.Array, ""]
     progress: Progress
 
-    def _batches(self, rows: np.ndarray | _Read, call: Callable[[np.ndarray, int], Any], what: str) -> np.ndarray:
+    def _batches(
+        self,
+        rows: np.ndarray | _Read,
+        call: Callable[[np.ndarray, int], Any],
+        what: str,
+        kept: Callable[[np.ndarray], np.ndarray] = lambda part: part,
+    ) -> np.ndarray:
+        """What a call gives of all rows, a batch at a time, and what is kept of it."""
         found = []
         for start in range(0, len(rows), self.batch_size):
             # The last batch is filled up with its last row: a tokenizer that compiles does so once.
@@ -208,7 +215,7 @@ class _Calls:
             if len(part) != self.batch_size or not np.isfinite(part).all():
                 fault = f"{len(part)} rows for {self.batch_size}" if len(part) != self.batch_size else "NaN or infinity"
                 raise ValueError(f"the tokenizer's {what} gave {fault}, in the batch from image {start} on")
-            found.append(part[: len(rows) - start])
+            found.append(kept(part[: len(rows) - start]))
             self.progress.advance(len(found[-1]))
         return np.concatenate(found)
 
@@ -225,7 +232,9 @@ class _Calls:
     def decoded(self, latents: Float[np.ndarray, "n *latent k"], what: str) -> Images:
         key = jax.random.fold_in(self.key, {"reconstructions": 1, "samples": 2}[what])
         decode = lambda z, start: self.tokenizer.decode(z, jax.random.fold_in(key, start))  # noqa: E731
-        images = self._batches(latents, decode, "decode")
+        return self._batches(latents, decode, "decode", self._pixels)
+
+    def _pixels(self, images: np.ndarray) -> Images:
         if images.shape[1:] != self.shape:
             raise ValueError(f"the tokenizer's decode gave images of {images.shape[1:]}, the data has {self.shape}")
         return np.asarray(to_uint8(np.clip(images, -1, 1)))

@@ -74,6 +74,8 @@ HARMLESS = (
 )
 """Fields that may change between the parts of an interrupted run: they do not touch what is trained, but for rounding.
 """
+STAGE_1 = ("loss_factor", "sigmoid_bias", "prior_warmup", "prior_gradient", "kl_weight", "single_stage", "rate")
+"""Fields that say how stage 1 was trained."""
 
 
 def open_folder(config: Config) -> Path:
@@ -244,7 +246,7 @@ def adopt(config: Config, text: TextEncoder | None = None) -> Config:
             f"the decoder of {path} was trained on captions embedded by {embedded}, and this run has "
             f"{described(text)}: give the --data.captions and --text.encoder that it had"
         )
-    taken = {name: getattr(other, name) for name in (*_STAGE_1, "train", "train_decoder")}
+    taken = {name: getattr(other, name) for name in (*STAGE_1, "train", "train_decoder")}
     return dataclasses.replace(config, model=dataclasses.replace(other.model, base=config.model.base), **taken)
 
 
@@ -256,10 +258,6 @@ def _has_copy(config: Config) -> bool:
     stages = [stage for stage in before.stages if stage != "stage2"]
     copied = all((config.path / "checkpoints" / stage).exists() for stage in stages)
     return before.autoencoder == config.autoencoder and copied
-
-
-_STAGE_1 = ("loss_factor", "sigmoid_bias", "prior_warmup", "prior_gradient", "kl_weight", "single_stage", "rate")
-"""Fields that say how stage 1 was trained."""
 
 
 def copy_autoencoder(config: Config) -> None:

@@ -1,6 +1,5 @@
 import json
 import os
-import platform
 import subprocess
 import sys
 import textwrap
@@ -11,6 +10,7 @@ import array_record.python.array_record_module as array_record_module
 import numpy as np
 import pytest
 
+from ulx.data import cache
 from ulx.data.cache import STALE_SECONDS, Recipe, UnreadableError, cache_root, each, open_in, prepare, prepare_in
 from ulx.data.split import Item
 
@@ -276,7 +276,7 @@ def test_what_a_killed_process_left_is_removed_and_a_living_one_is_not(tmp_path)
     (directory,) = tmp_path.iterdir()
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    here, shard = platform.node(), "train-00000-of-00007.arrayrecord"
+    here, shard = cache._where(), "train-00000-of-00007.arrayrecord"
     old, of_ended, of_here, elsewhere = left = [
         directory / f"{shard}.{writer}-aa.tmp"
         for writer in ("elsewhere.1", f"{here}.{ended.pid}", f"{here}.{os.getpid()}", "elsewhere.2")

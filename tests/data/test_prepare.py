@@ -1,6 +1,4 @@
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -8,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -147,11 +146,15 @@ def test_a_killed_preparation_goes_on_to_the_same_shards(
     process = subprocess.Popen(
         [sys.executable, "-c", STOPPED, *given], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     )
-    while not reached.exists():
-        assert process.poll() is None, "ended before it was killed"
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    deadline = time.monotonic() + 300
+    try:
+        while not reached.exists():
+            assert process.poll() is None, "ended before it was killed"
+            assert time.monotonic() < deadline, "never came so far"
+            time.sleep(0.02)
+    finally:
+        process.kill()  # by SIGKILL
+        process.wait()
     known = [file for file in contents(out) if (out / file).with_suffix(".json").exists()]
     assert 0 < len(known) < len(whole)
     if where == "pack":
@@ -324,13 +327,17 @@ def test_a_changed_file_is_another_preparation(kinetics, prepared_kinetics):
 
 
 def test_of_a_whole_video_the_clip_is_cut_out_by_its_times(tmp_path):
-    """Two minutes at ten frames/s, whose grey is the second: seconds 30 to 40 and 100 to 110 of it; and a file of the
-    same kind of name that was cut already."""
+    """Two minutes at ten frames/s, whose grey is the second: seconds 30 to 40 and 100 to 110 of it, also of a file
+    without an index; and files of the same kind of name that were cut already, one to more than was asked for."""
     levels = np.repeat(2 * np.arange(120, dtype=np.uint8), 10)
     root = tmp_path / "videos"
-    for name, of_video in (("whole", levels), ("trimmed", levels[:101]), ("other", levels[:50])):
-        write_video(root / f"{name}.mp4", of_video[:, None, None, None] * np.ones((16, 16, 3), np.uint8))
-    rows = ["a,whole,30,40,train", "a,whole,100,110,train", "a,trimmed,50,60,train", "a,other,3,13,val"]
+    kinds: dict[str, Any] = {".mp4": {}, ".mpg": {"codec": "mpeg2video", "pixels": "yuv420p", "format": "mpegts"}}
+    files = {"whole.mp4": levels, "noindex.mpg": levels, "trimmed.mp4": levels[:101], "padded.mp4": levels[:140]}
+    for name, of_video in (files | {"other.mp4": levels[:50]}).items():
+        frames = of_video[:, None, None, None] * np.ones((16, 16, 3), np.uint8)
+        write_video(root / name, frames, rate=25, **kinds[Path(name).suffix])
+    rows = ["a,whole,30,40,train", "a,whole,100,110,train", "a,noindex,30,40,train", "a,trimmed,50,60,train"]
+    rows += ["a,padded,50,60,train", "a,other,3,13,val"]
     (tmp_path / "a.csv").write_text("\n".join(["label,youtube_id,time_start,time_end,split", *rows]))
     options = Kinetics(str(root), (str(tmp_path / "a.csv"),), str(tmp_path / "out"), resolution=16, crf=0)
     dataset = prepare(options).dataset
@@ -339,7 +346,8 @@ def test_of_a_whole_video_the_clip_is_cut_out_by_its_times(tmp_path):
         for name, example in zip(dataset.train.names, dataset.train, strict=True)
     }
     wanted = {"whole_000030_000040": levels[300:400], "whole_000100_000110": levels[1000:1100]}
-    wanted["trimmed_000050_000060"] = levels[:101]
+    wanted |= {"noindex_000030_000040": levels[300:400], "trimmed_000050_000060": levels[:101]}
+    wanted["padded_000050_000060"] = levels[:140]
     assert found.keys() == wanted.keys()
     for name, of_clip in wanted.items():
         np.testing.assert_allclose(found[name].mean(axis=(1, 2, 3)), of_clip, atol=1.5, err_msg=name)  # by YUV

@@ -141,6 +141,17 @@ def test_pairs_go_by_name_and_not_by_order(tmp_path, originals):
     assert "psnr" in compare.compare(tmp_path / "a", tmp_path / "b")["left_out"]
 
 
+def test_pairs_are_left_out_of_the_kernel_distance_in_whatever_order_the_folders_have_them(tmp_path, originals):
+    """b.p.png comes first in one folder and second in the other; of equal images nothing is left."""
+    for folder, names in (("a", ("b.p.png", "b.webp", "c.png")), ("b", ("b.p.png", "b.bmp", "c.png"))):
+        (tmp_path / folder).mkdir()
+        for name, image in zip(names, originals, strict=False):
+            Image.fromarray(image).save(tmp_path / folder / name, lossless=True)
+    assert ImageFolder(tmp_path / "a", None).names[0] == ImageFolder(tmp_path / "b", None).names[1] == "b.p.png"
+    card = compare.compare(tmp_path / "a", tmp_path / "b")
+    assert abs(card["metrics"]["kd_efflite0"]["value"]) < 1e-6  # float32 features
+
+
 def test_names_that_could_be_one_another_s_are_no_pairs(tmp_path, originals):
     for name in ("x.bmp", "x.png", "x.bmp.png"):
         for folder in ("a", "b"):

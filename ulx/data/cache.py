@@ -15,7 +15,6 @@ of the user's choice (`prepare_in`) says in recipe.json what is being made there
 import hashlib
 import json
 import os
-import platform
 import re
 import secrets
 import time
@@ -382,15 +381,26 @@ def _writing(directory: Path) -> Iterator[None]:
 
 def _aside(path: Path) -> Path:
     """Where a file is written before it is renamed: nobody else writes there."""
-    return path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    return path.with_name(f"{path.name}.{_where()}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def _where() -> str:
+    """Among whom a process's number means this process: a start of one machine and, in a container, the container; or
+    nothing that is known."""
+    try:
+        facts = Path("/proc/sys/kernel/random/boot_id").read_text(), os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return "somewhere"
+    return _digest(facts)[:12]
 
 
 def _remove_stale(directory: Path) -> None:
-    """What killed processes left: those of this machine that are gone, and any that wrote nothing for long."""
+    """What killed processes left: those of here that are gone, and any that wrote nothing for long."""
+    here = _where()
     for path in directory.glob("*.tmp"):
         with suppress(FileNotFoundError):  # another process has just renamed it
-            of_here = re.fullmatch(rf".*\.{re.escape(platform.node())}\.(\d+)-[0-9a-f]+\.tmp", path.name)
-            is_gone = of_here is not None and not _runs(int(of_here[1]))
+            of_here = re.fullmatch(rf".*\.{here}\.(\d+)-[0-9a-f]+\.tmp", path.name)
+            is_gone = here != "somewhere" and of_here is not None and not _runs(int(of_here[1]))
             if is_gone or time.time() - path.stat().st_mtime > STALE_SECONDS:
                 path.unlink()
 

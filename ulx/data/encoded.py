@@ -107,8 +107,8 @@ def read_video(
 ) -> tuple[Example, str | None]:
     """A video file's example, and a remark if its frames had to be enlarged.
 
-    Of a file that is longer than from the one of `seconds` to the other, only what is between them is kept. Frames are
-    prepared as images are. Raises `ShortError` for a video of fewer than `at_least` frames, and
+    Of a video file that is longer than what is between the two `seconds` only that is kept (`frames_of_size`). Frames
+    are prepared as images are. Raises `ShortError` for a video of fewer than `at_least` frames, and
     `UnreadableError` with the reason for a damaged one.
     """
     enlarged = []

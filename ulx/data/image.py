@@ -120,7 +120,7 @@ def upright_rgb(image: Any) -> Any:
 def reason_of(file: Path | bytes, error: Exception) -> str:
     """Why a file, or its content, could not be read, in words that do not repeat its name."""
     if isinstance(error, FileNotFoundError):
-        return "is a link to nothing"
+        return "is a link to nothing" if isinstance(file, Path) and file.is_symlink() else "is not there"
     if isinstance(error, optional("PIL").UnidentifiedImageError):
         size = len(file) if isinstance(file, bytes) else file.stat().st_size
         return "is no image that Pillow knows" if size else "is empty"

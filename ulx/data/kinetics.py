@@ -11,6 +11,7 @@ Rows of the splits "val", "validate" and "validation" are held out, those of "te
 
 import csv
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,9 +69,12 @@ def recipe(
         raise ValueError(f"videos are kept at an even resolution, got {resolution}")
     rows = {row.name: row for file in annotations for row in read_annotations(file)}
     of_stem: dict[str, str] = {}
+    sizes: dict[str, int] = {}
     for name in find_files(root, SUFFIXES + ANIMATIONS):
-        is_there = (root / name).exists()  # and no link to nothing
-        if is_there and not name.lower().endswith(PNG):  # a picture of the video, not the video
+        if name.lower().endswith(PNG):  # a picture of the video, not the video
+            continue
+        with suppress(FileNotFoundError):  # a link to nothing
+            sizes[name] = (root / name).stat().st_size
             of_stem.setdefault(Path(name).stem, name)
     class_names = tuple(sorted({row.label for row in rows.values()}))
     label = {name: index for index, name in enumerate(class_names)}
@@ -98,7 +102,7 @@ def recipe(
         if file is None:
             return [*item, None, None]
         seconds = rows[item.name].seconds_in(file)
-        return [*item, file, (root / file).stat().st_size, *(seconds or ())]
+        return [*item, file, sizes[file], *(seconds or ())]
 
     return Recipe(
         name="kinetics600",

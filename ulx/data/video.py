@@ -51,8 +51,8 @@ ANIMATIONS = (".gif", ".webp", PNG)
 
 SLACK = 2.0
 """Seconds by which a file may be longer than the clip that it was cut to."""
-HALF_A_TICK = 1e-4
-"""Seconds by which times are rounded, of frames that are much further apart."""
+TOLERANCE = 1e-3
+"""Of times, in seconds: Matroska counts in this, and frames are much further apart."""
 
 Picture = Callable[[], Any]
 """Makes a frame's upright RGB `PIL.Image`: to be called before the next frame is asked for, or not at all."""
@@ -121,8 +121,9 @@ def frames_of_size(
     path: Path, resolution: int, enlarged: list[bool], seconds: tuple[float, float] | None = None
 ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
     """Yields all frames prepared as images are (`ulx.data.image.read_image`): on white, centre-cropped to
-    `resolution`. Of a video that is longer than from the one of `seconds` to the other, those between the two alone.
-    Adds to `enlarged`, before the first, whether they had to be. Raises `UnreadableError` with the reason."""
+    `resolution`; of a video (not of an animation) that is longer than what is between the two `seconds`, by more than
+    `SLACK`, those between them alone. Adds to `enlarged`, before the first, whether they had to be. Raises
+    `UnreadableError` with the reason."""
     decoding = pictures(path, seconds)  # which may lack its package: no fault of the file
     with _with_reason(path):
         for picture in decoding:
@@ -218,7 +219,7 @@ def _of_video(path: Path, av: Any, seconds: tuple[float, float] | None) -> Gener
         first, stream = None, _stream(container)
         for index, frame in enumerate(_decoded(container, stream, _cut(container, seconds, av))):
             if frame.is_corrupt:
-                raise UnreadableError(f"its frame {index} is damaged")
+                raise UnreadableError(f"its frame {index}{' of the clip' * (seconds is not None)} is damaged")
             size = frame.width, frame.height
             first = first or size
             if size != first:
@@ -227,26 +228,54 @@ def _of_video(path: Path, av: Any, seconds: tuple[float, float] | None) -> Gener
 
 
 def _cut(container: Any, seconds: tuple[float, float] | None, av: Any) -> tuple[float, float] | None:
-    """`seconds`, if the video goes on for longer than that: one that was cut to them already begins at 0."""
-    if seconds is None or container.duration is None:
+    """`seconds`, if the file is the whole video: longer than what is between them, and not over before. One that was
+    cut to them already begins at 0."""
+    if seconds is None:
         return None
-    longer = container.duration / av.time_base - (seconds[1] - seconds[0])
-    return seconds if longer > SLACK else None
+    if container.duration is None:  # a recording that was never closed has none
+        raise UnreadableError("does not say how long it is: it may be the clip, or the whole video")
+    length = container.duration / av.time_base
+    return seconds if length > max(seconds[0], seconds[1] - seconds[0] + SLACK) else None
 
 
 def _decoded(container: Any, stream: Any, seconds: tuple[float, float] | None) -> Iterator[Any]:
+    """The stream's frames, or those between two times."""
     if seconds is None:
         yield from container.decode(stream)
         return
     begin, end = seconds
-    start = (stream.start_time or 0) * stream.time_base
-    container.seek(int((begin + start) / stream.time_base), stream=stream)  # to the last key frame before
-    for frame in container.decode(stream):
-        time = float(frame.time - start)
-        if time >= end - HALF_A_TICK:
-            return
-        if time >= begin - HALF_A_TICK:
+    found = False
+    for frame, time in _from_before(container, stream, begin):
+        if time >= end - TOLERANCE:
+            break
+        if time >= begin - TOLERANCE:
+            found = True
             yield frame
+    if not found:
+        raise UnreadableError(f"has no frame between seconds {begin:g} and {end:g}")
+
+
+def _from_before(container: Any, stream: Any, begin: float) -> Iterator[tuple[Any, float]]:
+    """Frames with their seconds, from one on that is not after `begin`. Where a file has no index a jump to a time may
+    land behind it: then it is tried from further ahead, and last from the first frame."""
+    start = (stream.start_time or 0) * stream.time_base
+
+    def seconds(frame: Any) -> float:
+        if frame.time is None:
+            raise UnreadableError("its frames have no times")
+        return float(frame.time - start)
+
+    margin = 1.0
+    while True:
+        target = max(0.0, begin - margin)
+        container.seek(int((target + start) / stream.time_base), stream=stream)  # to the last key frame before
+        frames = container.decode(stream)
+        first = next(frames, None)
+        if target == 0 or (first is not None and seconds(first) <= begin + TOLERANCE):
+            break
+        margin *= 4
+    for frame in frames if first is None else itertools.chain([first], frames):
+        yield frame, seconds(frame)
 
 
 def _open(path: Path, av: Any) -> Any:
@@ -301,7 +330,7 @@ def _with_reason(path: Path) -> Iterator[None]:
         # FFmpeg's own words, without its function's name and number.
         reason = getattr(error, "strerror", None) or reason_of(path, error)
         if not path.exists():
-            reason = "is a link to nothing"
+            reason = reason_of(path, FileNotFoundError())
         elif path.stat().st_size == 0:
             reason = "is empty"
         raise UnreadableError(reason) from error

@@ -312,8 +312,9 @@ def _settings(run: Reported) -> str:
     changed = [line.split(": ", 1) for line in differences(Config(), run.config)]
     path = escape(shlex.quote(str(run.path)))
     commands = (
-        [f"sample {path} --frames {4 * run.config.data.frames}"]
-        + [f"predict {path} --frames {2 * run.config.data.frames}"] * (run.given > 0)
+        [f"{name} {path} --frames {2 * run.config.data.frames}" for name in ("sample", "predict")]
+        if run.given
+        else [f"sample {path}"]
         if run.config.data.clips
         else [f"sample {path} --guidance-scale 2", f"reconstruct {path} FOLDER", f"encode {path} FOLDER"]
     )
