@@ -47,7 +47,8 @@ NOT_MEASURED = (
     *("evaluate.inception_weights", "evaluate.inception_resize", "evaluate.lpips", "evaluate.clip_weights"),
     *("evaluate.prompts", "evaluate.batch_size"),
 )
-"""Settings by which no point differs from another, beside those that a run may go on with other ones of."""
+"""Settings by which no point differs from another, beside those that a run may go on with other ones of (where a loss
+rose so that a run went back, how often it may is one of them all the same)."""
 MEASURED = ("variant", "sample", "evaluate", "data.path", "data.captions", "text.encoder")
 """Which of the latter do make another point: a benchmark may give one a name of its own by `variant`."""
 OF_BASE = ("train_base", "model.base", "base_bias", "cache_latents")

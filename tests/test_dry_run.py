@@ -111,10 +111,11 @@ def test_each_of_several_devices_has_its_part_of_the_batch(small_config, monkeyp
     monkeypatch.setattr(dry_run.PlannedStep, "memory", lambda self, devices: asked.append(devices) or 2**30)
     monkeypatch.setattr(dry_run, "matmul_speed", lambda dtype: 1e6)
     monkeypatch.setattr(dry_run, "num_classes", lambda data: 3)
-    monkeypatch.setattr(dry_run.jax, "device_count", lambda: 1)
-    one = dry_run.describe(small_config)
-    monkeypatch.setattr(dry_run.jax, "device_count", lambda: 2)
-    two = dry_run.describe(small_config)
+    described = {}
+    for devices in (1, 2):
+        monkeypatch.setattr(dry_run, "make_mesh", lambda devices=devices: SimpleNamespace(size=devices))
+        described[devices] = dry_run.describe(small_config)
+    one, two = described[1], described[2]
     assert asked == [1, 1, 2, 2]
     flops = job.cost(*networks_of(small_config), small_config)["training_flops_stage1"]
     for text, devices in ((one, 1), (two, 2)):

@@ -35,7 +35,7 @@ def test_the_longer_run_of_the_readme_is_that_of_its_results(monkeypatch):
     results = ROOT / "benchmarks" / "results" / "kinetics600"
     commands = [
         of_command(shlex.split(line), monkeypatch)
-        for block in re.findall(r"^```\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+        for block in re.findall(r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
         for line in block.replace("\\\n", " ").splitlines()
         if "kinetics600.py" in line and "--name longer" in line
     ]

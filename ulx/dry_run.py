@@ -113,12 +113,14 @@ def describe(config: Config, *, compiled: bool = True) -> str:
     ]
     for name, parameters in cost["parameters"].items():
         lines.append(f"{name:<10}{parameters / 1e6:>10.1f} M{cost['forward_flops_per_image'][name] / 1e9:>16,.1f}")
-    devices, every = jax.device_count(), make_mesh()
+    mesh = make_mesh()
+    for stage, train in config.train_configs.items():
+        check_batch(train.batch_size, mesh, pieces=train.accumulate, of=stage)
+    devices = mesh.size
     speeds = {dtype: matmul_speed(dtype) for dtype in {train.dtype for train in config.train_configs.values()}}
     lines += ["", f"{'stage':<10}{'steps':>10}{'batch':>7}{'FLOPs':>10}{'weights':>11}{'the step':>11}{'time':>12}"]
     steps = {name: step for name, step in plan.steps.items() if name == "stage2" or config.autoencoder is None}
     for stage, step in steps.items():
-        check_batch(step.train.batch_size, every, pieces=step.train.accumulate, of=stage)
         train, flops = step.train, cost[f"training_flops_{stage}"]
         held = bytes_per_device((step.state, step.frozen), config.fsdp)
         taken = step.memory(devices) if compiled else None

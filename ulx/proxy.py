@@ -7,7 +7,8 @@
 A tokenizer can reconstruct well and be bad to generate from, which shows only after a base model is trained on it. This
 trains a small one, the same for every tokenizer (`RECIPE`), on the latents of the training images, and measures its
 samples: a number to rank tokenizers by on the same data, not one to report. Latents are centred by channel and scaled
-to variance 1 first; they are cut into patches so that there are 8×8 tokens or fewer, whatever their shape. The
+to variance 1 first; they are cut into patches so that there are 8×8 tokens or fewer, whatever their shape. Of very many
+images it takes as many as its training sees, spread over the set, and at most 2,048 held-out ones. The
 tokenizer is a run or anything with `encode` and `decode` (`ulx.tokenizers`). The small base model is told the classes
 of the data, if they have some, and no captions. Leaves a card with the samples' distance, that of reconstructions,
 PSNR and the rate, and pictures of both.

@@ -287,7 +287,7 @@ def test_what_a_killed_process_left_is_removed_and_a_living_one_is_not(tmp_path)
     os.utime(old, (long_ago, long_ago))
     prepare(recipe(Loader()), tmp_path)
     assert not old.exists()
-    assert not of_ended.exists()
+    assert of_ended.exists() == (here == "somewhere")
     assert of_here.exists()
     assert elsewhere.exists()
 

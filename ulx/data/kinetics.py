@@ -3,7 +3,8 @@
 The annotations have the columns `label`, `youtube_id`, `time_start`, `time_end` and `split`, a row for each clip. The
 files lie anywhere under the folder, named by what the usual downloaders name them: `ID_000012_000022.mp4`,
 `ID_12_22.mp4` or `ID.mp4`. The last may be the whole video: if it is longer than the clip, the clip is cut out of it by
-its times. That many of the clips are gone, and some of the files are damaged, is usual: they are listed and left out.
+its times, and one that ends before these is refused, unless it is hardly longer than the clip. That many of the clips
+are gone, and some of the files are damaged, is usual: they are listed and left out.
 
 Rows of the splits "val", "validate" and "validation" are held out, those of "test" not used. Without such rows about
 10 % of the YouTube ids are held out, by a hash.
@@ -73,7 +74,7 @@ def recipe(
     for name in find_files(root, SUFFIXES + ANIMATIONS):
         if name.lower().endswith(PNG):  # a picture of the video, not the video
             continue
-        with suppress(FileNotFoundError):  # a link to nothing
+        with suppress(OSError):  # a link to nothing, or to itself
             sizes[name] = (root / name).stat().st_size
             of_stem.setdefault(Path(name).stem, name)
     class_names = tuple(sorted({row.label for row in rows.values()}))

@@ -217,9 +217,10 @@ def _has_another_picture(opened: Any) -> bool:
 def _of_video(path: Path, av: Any, seconds: tuple[float, float] | None) -> Generator[Picture, None, None]:
     with _open(path, av) as container:
         first, stream = None, _stream(container)
-        for index, frame in enumerate(_decoded(container, stream, _cut(container, seconds, av))):
+        cut = _cut(container, seconds, av)
+        for index, frame in enumerate(_decoded(container, stream, cut)):
             if frame.is_corrupt:
-                raise UnreadableError(f"its frame {index}{' of the clip' * (seconds is not None)} is damaged")
+                raise UnreadableError(f"its frame {index}{' of the clip' * (cut is not None)} is damaged")
             size = frame.width, frame.height
             first = first or size
             if size != first:
@@ -228,14 +229,19 @@ def _of_video(path: Path, av: Any, seconds: tuple[float, float] | None) -> Gener
 
 
 def _cut(container: Any, seconds: tuple[float, float] | None, av: Any) -> tuple[float, float] | None:
-    """`seconds`, if the file is the whole video: longer than what is between them, and not over before. One that was
-    cut to them already begins at 0."""
+    """`seconds`, if the file is longer than what is between them: the whole video. One that was cut to them already
+    begins at 0, and may be some seconds longer, to the next key frame."""
     if seconds is None:
         return None
     if container.duration is None:  # a recording that was never closed has none
         raise UnreadableError("does not say how long it is: it may be the clip, or the whole video")
-    length = container.duration / av.time_base
-    return seconds if length > max(seconds[0], seconds[1] - seconds[0] + SLACK) else None
+    begin, end = seconds
+    length, of_clip = container.duration / av.time_base, end - begin
+    if length > begin:
+        return seconds if length > of_clip + SLACK else None
+    if length > 2 * of_clip:
+        raise UnreadableError(f"is {length:.0f} seconds long: over before second {begin:g}, and longer than the clip")
+    return None
 
 
 def _decoded(container: Any, stream: Any, seconds: tuple[float, float] | None) -> Iterator[Any]:
@@ -268,7 +274,7 @@ def _from_before(container: Any, stream: Any, begin: float) -> Iterator[tuple[An
     margin = 1.0
     while True:
         target = max(0.0, begin - margin)
-        container.seek(int((target + start) / stream.time_base), stream=stream)  # to the last key frame before
+        container.seek(round((target + start) / stream.time_base), stream=stream)  # to the last key frame before
         frames = container.decode(stream)
         first = next(frames, None)
         if target == 0 or (first is not None and seconds(first) <= begin + TOLERANCE):

@@ -241,7 +241,7 @@ images against the training images: what perfect samples would get at that N.
 fvd
 The Fréchet distance of the 400 logits of I3D, trained on Kinetics-400, of whole clips: given frames count. Samples are
 continuations of the held-out clips' first frames, and are compared with these clips. kd_i3d is the kernel distance of
-the same logits.
+the same logits, a clip and its own continuation or reconstruction left out.
 
 fid, clean_fid, kid, clean_kid
 The same distances by the features of InceptionV3, from weights that the user named: shown images as FID does, or as
