@@ -111,7 +111,9 @@ def test_each_of_several_devices_has_its_part_of_the_batch(small_config, monkeyp
     monkeypatch.setattr(dry_run.PlannedStep, "memory", lambda self, devices: asked.append(devices) or 2**30)
     monkeypatch.setattr(dry_run, "matmul_speed", lambda dtype: 1e6)
     monkeypatch.setattr(dry_run, "num_classes", lambda data: 3)
-    described = {}
+    described, checked = {}, []
+    check = lambda size, mesh, *, pieces, of: checked.append((size, mesh.size, pieces, of))  # noqa: E731
+    monkeypatch.setattr(dry_run, "check_batch", check)
     for devices in (1, 2):
         monkeypatch.setattr(dry_run, "make_mesh", lambda devices=devices: SimpleNamespace(size=devices))
         described[devices] = dry_run.describe(small_config)
@@ -123,9 +125,8 @@ def test_each_of_several_devices_has_its_part_of_the_batch(small_config, monkeyp
     assert "of each of 2 devices, with its part of the batch" in two
     assert "of 2 × " in two
     assert "activations of the batch" in one
-    monkeypatch.setattr(dry_run, "make_mesh", lambda: SimpleNamespace(size=3))
-    with pytest.raises(ValueError, match="a batch of 4 for stage1 cannot be divided among 3 devices"):
-        dry_run.describe(small_config)
+    # A batch that they do not divide is refused as the run refuses it, stage by stage.
+    assert checked == [(4, devices, 1, stage) for devices in (1, 2) for stage in ("stage1", "stage2")]
 
 
 def test_speed_is_one_that_a_machine_can_have():
