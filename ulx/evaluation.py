@@ -17,6 +17,7 @@ from jaxtyping import Float, Int, UInt8
 
 import ulx
 from ulx import losses
+from ulx.aside import write_aside
 from ulx.bound import DiffusionEstimate, RateEstimate
 from ulx.config import Config
 from ulx.data.source import Dataset
@@ -89,12 +90,10 @@ class Evaluation:
     def save(self, directory: Path) -> None:
         """Writes `metrics.json` and `pictures.npz`, each aside first and renamed when whole."""
         directory.mkdir(parents=True, exist_ok=True)
-        aside = directory / "aside.npz"
-        np.savez_compressed(aside, allow_pickle=False, **self.pictures)
-        aside.replace(directory / "pictures.npz")
-        aside = directory / "aside.json"
-        aside.write_text(as_json(self.metrics), "utf-8")
-        aside.replace(directory / "metrics.json")
+        with write_aside(directory / "pictures.npz") as aside, aside.open("wb") as file:
+            np.savez_compressed(file, allow_pickle=False, **self.pictures)
+        with write_aside(directory / "metrics.json") as aside:
+            aside.write_text(as_json(self.metrics), "utf-8")
 
     @classmethod
     def load(cls, directory: Path) -> "Evaluation":

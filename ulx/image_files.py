@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from ulx.aside import write_aside
 from ulx.data.cache import UnreadableError
 from ulx.data.extras import optional
 from ulx.data.image import PREPARATION, SUFFIXES, find_images, image_size, read_image, require_folder
@@ -231,9 +232,8 @@ def moving_sheet(*stacked: UInt8[np.ndarray, "n t h w 3"]) -> UInt8[np.ndarray, 
 def write_png(path: Path, image: Picture) -> None:
     """Aside first, and renamed when whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.aside")
-    aside.write_bytes(png(image))
-    aside.replace(path)
+    with write_aside(path) as aside:
+        aside.write_bytes(png(image))
 
 
 def zoom_for(height: int) -> int:

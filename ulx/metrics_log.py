@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from ulx.aside import write_aside
 from ulx.processes import is_first
 
 __all__ = ["MetricsLog", "read_metrics"]
@@ -28,9 +29,8 @@ class MetricsLog:
 
     def _open(self, resume_step: int) -> None:
         kept = [line for line in read_metrics(self.path) if line["step"] <= resume_step] if self.path.exists() else []
-        aside = self.path.with_suffix(".tmp")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        aside.replace(self.path)
+        with write_aside(self.path) as aside:
+            aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self.file = self.path.open("a")
         self.elapsed = kept[-1]["time"] if kept else 0.0
         self.began = time.monotonic()

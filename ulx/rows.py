@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from ulx import processes
+from ulx.aside import write_aside
 
 __all__ = ["Collected", "Store", "Stored"]
 
@@ -94,9 +95,8 @@ class Stored:
             os.fsync(file.fileno())
 
     def _remember(self, done: int) -> None:
-        aside = self._note.with_suffix(".tmp")
-        aside.write_text(json.dumps({"total": self._total, "done": done, "arrays": self._arrays}), "utf-8")
-        aside.replace(self._note)
+        with write_aside(self._note) as aside:
+            aside.write_text(json.dumps({"total": self._total, "done": done, "arrays": self._arrays}), "utf-8")
 
     def leaves(self) -> list[Leaf]:
         """All rows of every array, mapped from disk, read-only. Raises ValueError while some are missing."""
@@ -124,9 +124,8 @@ class Store:
                     print(f"{folder} is of other weights, settings or code: it begins anew")
                     _remove(folder)
                 folder.mkdir(parents=True)
-                aside = known.with_suffix(".tmp")
-                aside.write_text(text, "utf-8")
-                aside.replace(known)
+                with write_aside(known) as aside:
+                    aside.write_text(text, "utf-8")
 
         processes.first(prepare)
         return cls(folder)

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ulx.aside import write_aside
 from ulx.checkpoint import Checkpoints, versions
 from ulx.config import Config, differences, from_json, to_json
 from ulx.data.source import Dataset
@@ -108,9 +109,8 @@ def _open_folder(path: Path, config: Config) -> None:
                 + "\nPass the old values to continue it, or choose another --name"
             )
     path.mkdir(parents=True, exist_ok=True)
-    aside = path / "config.tmp"
-    aside.write_text(to_json(config))
-    aside.replace(written)
+    with write_aside(written) as aside:
+        aside.write_text(to_json(config))
 
 
 def facts(config: Config) -> dict[str, Any]:
@@ -203,10 +203,8 @@ def _remember_data(path: Path, dataset: Dataset, text: TextEncoder | None) -> No
         "attribution": dataset.attribution,
         "text": described(text),
     }
-    file = path / "dataset.json"
-    aside = file.with_suffix(".tmp")
-    aside.write_text(json.dumps(facts, indent=2) + "\n")
-    aside.replace(file)
+    with write_aside(path / "dataset.json") as aside:
+        aside.write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def latest(path: Path, stage: str) -> int | None:

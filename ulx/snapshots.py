@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ulx import ema
+from ulx.aside import write_aside
 from ulx.processes import is_first
 from ulx.sharding import on_host
 
@@ -38,10 +39,8 @@ class Snapshots:
         if not is_first():
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        aside = self.directory / "snapshot.tmp"
-        with aside.open("wb") as file:
+        with write_aside(self._file(step)) as aside, aside.open("wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
-        aside.replace(self._file(step))
 
     def average(self, sigma_rel: float, like: PyTree) -> tuple[PyTree, int, float]:
         """The average of width `sigma_rel` that ends at the newest snapshot, shaped like the averages themselves.

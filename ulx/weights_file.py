@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from ulx.aside import write_aside
 from ulx.data.extras import optional
 
 __all__ = ["WeightsFile", "write"]
@@ -35,14 +36,11 @@ def write(path: Path, parts: Mapping[str, PyTree], facts: Mapping[str, Any]) -> 
     """
     safetensors = optional("safetensors.numpy", extra="export")
     arrays = {name: np.asarray(leaf, np.float32, order="C") for name, leaf in _arrays(parts)}
-    aside = path.with_name(f"{path.name}.tmp")
     try:
-        safetensors.save_file(arrays, aside, metadata={KEY: json.dumps({"format": FORMAT, **facts})})
-        aside.replace(path)
+        with write_aside(path) as aside:
+            safetensors.save_file(arrays, aside, metadata={KEY: json.dumps({"format": FORMAT, **facts})})
     except optional("safetensors", extra="export").SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
-    finally:
-        aside.unlink(missing_ok=True)
     return arrays
 
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ulx.text import precomputed
 from ulx.text.encoders import TextEncoder
 from ulx.text.precomputed import Precomputed, cached, embed, write
 
@@ -206,7 +205,7 @@ def test_nothing_is_left_where_making_it_fails(tmp_path, monkeypatch):
     def no_room(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(precomputed.os, "fsync", no_room)
+    monkeypatch.setattr("os.fsync", no_room)
     with pytest.raises(OSError, match="no space left"):
         cached(Letters(), ["a"], tmp_path)
     assert not list(tmp_path.iterdir())

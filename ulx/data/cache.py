@@ -15,20 +15,19 @@ of the user's choice (`prepare_in`) says in recipe.json what is being made there
 import hashlib
 import json
 import os
-import re
-import secrets
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ulx.aside import remove_left, write_aside
 from ulx.data import record
 from ulx.data.extras import optional
 from ulx.data.source import Dataset, Records, Split, check_resolution
@@ -45,7 +44,6 @@ SHARD_BYTES = 64 * 2**20  # of examples, before compression: what an interruptio
 SHARD_EXAMPLES = range(16, 1025)  # how many a shard may hold
 HASHED_BYTES = 2 * 2**30  # caches up to this size are hashed when opened (seconds); larger ones by size alone
 SIGHT_SECONDS = 60  # until what another process wrote is seen, on a network drive
-STALE_SECONDS = 3600.0  # a temporary file untouched for so long was left by a process that was killed
 
 
 class UnreadableError(ValueError):
@@ -231,7 +229,7 @@ def _build(recipe: Recipe, directory: Path, manifest: dict[str, Any] | None, tog
     """Make the shards that are missing or damaged, then the manifest."""
     with _writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        _remove_stale(directory)
+        remove_left(directory)
         _check_recipe(recipe, directory)
         if not (directory / RECIPE).exists():
             _write_json(directory / RECIPE, recipe.described)
@@ -316,10 +314,9 @@ def _write_shard(
     shard: dict[str, Any] = {"file": path.name, "split": split, "names": [], "labels": []}
     shard |= {"refused": [], "remarks": []}
     content = hashlib.sha256()
-    temporary = _aside(path)
-    try:
+    with write_aside(path) as aside:
         with _writing(path.parent):
-            writer = ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
+            writer = ArrayRecordWriter(str(aside), WRITER_OPTIONS)
         try:
             for item, outcome in zip(items, recipe.make([item.name for item in items]), strict=True):
                 if isinstance(outcome, UnreadableError):
@@ -339,12 +336,9 @@ def _write_shard(
             with _writing(path.parent):
                 writer.close()
         with _writing(path.parent):
-            _flush(temporary)
-            shard |= {"content": content.hexdigest(), "bytes": temporary.stat().st_size, "sha256": _sha256(temporary)}
-            os.replace(temporary, path)
-            _write_json(path.with_suffix(".json"), shard)
-    finally:
-        temporary.unlink(missing_ok=True)  # gone already when all went well
+            shard |= {"content": content.hexdigest(), "bytes": aside.stat().st_size, "sha256": _sha256(aside)}
+    with _writing(path.parent):
+        _write_json(path.with_suffix(".json"), shard)
     return shard
 
 
@@ -379,42 +373,6 @@ def _writing(directory: Path) -> Iterator[None]:
         ) from error
 
 
-def _aside(path: Path) -> Path:
-    """Where a file is written before it is renamed: nobody else writes there."""
-    return path.with_name(f"{path.name}.{_where()}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-
-
-def _where() -> str:
-    """Among whom a process's number means this process: a start of one machine and, in a container, the container; or
-    nothing that is known."""
-    try:
-        facts = Path("/proc/sys/kernel/random/boot_id").read_text(), os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        return "somewhere"
-    return _digest(facts)[:12]
-
-
-def _remove_stale(directory: Path) -> None:
-    """What killed processes left: those of here that are gone, and any that wrote nothing for long."""
-    here = _where()
-    for path in directory.glob("*.tmp"):
-        with suppress(FileNotFoundError):  # another process has just renamed it
-            of_here = re.fullmatch(rf".*\.{here}\.(\d+)-[0-9a-f]+\.tmp", path.name)
-            is_gone = here != "somewhere" and of_here is not None and not _runs(int(of_here[1]))
-            if is_gone or time.time() - path.stat().st_mtime > STALE_SECONDS:
-                path.unlink()
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
-
-
 def _read_json(path: Path) -> dict[str, Any] | None:
     """None where there is nothing, or nothing readable: it is then made anew."""
     try:
@@ -427,19 +385,8 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    temporary = _aside(path)
-    try:
-        temporary.write_text(json.dumps(content))
-        _flush(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    """To the disk before the rename: else a power cut could leave a whole name on half a file."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+    with write_aside(path) as aside:
+        aside.write_text(json.dumps(content))
 
 
 def _sha256(path: Path) -> str:

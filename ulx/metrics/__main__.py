@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ulx.aside import write_aside
 from ulx.command_line import parse_arguments, run_command
 from ulx.data.video import Clip
 from ulx.metrics import inception
@@ -92,9 +93,8 @@ def run(options: Options) -> dict[str, Any]:
     print(table(card))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        aside = out.with_name(f"{out.name}.aside")
-        aside.write_text(as_json(card), "utf-8")
-        aside.replace(out)
+        with write_aside(out) as aside:
+            aside.write_text(as_json(card), "utf-8")
         print(f"-> {out}")
     return card
 

@@ -7,13 +7,14 @@ full rank and the distance is far too large, whatever the images: `Moments.rank_
 prints the number must too.
 """
 
-import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Float64
+
+from ulx.aside import write_aside
 
 __all__ = ["Moments", "frechet_distance"]
 
@@ -87,13 +88,8 @@ class Moments:
         `key` must identify all that went in (network, preprocessing, data, split, ...); `load` asks for it again.
         """
         path = Path(path)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            with part.open("wb") as file:
-                np.savez(file, format=_FORMAT, key=key, count=self.count, mean=self.mean, m2=self.m2)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        with write_aside(path) as aside, aside.open("wb") as file:
+            np.savez(file, format=_FORMAT, key=key, count=self.count, mean=self.mean, m2=self.m2)
 
     @classmethod
     def load(cls, path: str | Path, key: str) -> "Moments":

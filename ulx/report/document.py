@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ulx.aside import write_aside
 from ulx.config import Config, differences
 from ulx.data.pixels import to_float
 from ulx.metrics.entries import number, plus_minus
@@ -44,9 +45,10 @@ def write(path: Path) -> Path:
     except KeyError as error:
         raise ValueError(again(path, f"lacks {error}")) from error
     body += [text.definitions(dataclasses.replace(run.config, loss_factor=run.loss_factor)), _foot(run)]
-    aside = path / "report.tmp"
-    aside.write_text(page.document(f"{path.name} · ulx", body), encoding="utf-8")
-    return aside.replace(path / "report.html")
+    report = path / "report.html"
+    with write_aside(report) as aside:
+        aside.write_text(page.document(f"{path.name} · ulx", body), encoding="utf-8")
+    return report
 
 
 def _head(run: Reported) -> str:

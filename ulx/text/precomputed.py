@@ -13,8 +13,6 @@ Only what is asked for is read, so that the file may be larger than memory.
 import contextlib
 import hashlib
 import json
-import os
-import secrets
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -23,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32
 
+from ulx.aside import write_aside
 from ulx.data.extras import optional
 from ulx.processes import in_turn
 from ulx.progress import Progress
@@ -123,16 +122,11 @@ def write(path: Path, embeddings: Mapping[str, Float32[np.ndarray, "_ c"]], defi
     path.parent.mkdir(parents=True, exist_ok=True)
     facts = {"format": FORMAT, "definition": definition, "sha256": _content(embeddings.items())}
     arrays = {caption: np.ascontiguousarray(array) for caption, array in embeddings.items()}
-    aside = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        optional("safetensors.numpy", extra="text").save_file(arrays, aside, metadata={KEY: json.dumps(facts)})
-        with aside.open("rb+") as file:
-            os.fsync(file.fileno())  # before the rename: else a power cut could leave a whole name on half a file
-        aside.replace(path)
+        with write_aside(path) as aside:
+            optional("safetensors.numpy", extra="text").save_file(arrays, aside, metadata={KEY: json.dumps(facts)})
     except safetensors.SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def embed(
