@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from stand_ins import LastCorner
 
-from ulx import encode, evaluation, generate, job, predict, reconstruct, runs, sample
+from ulx import encode, evaluate, evaluation, generate, job, predict, reconstruct, runs, sample
 from ulx.command_line import parse_arguments
 from ulx.data.pixels import to_float
 from ulx.data.source import Dataset, InMemory, Split
@@ -98,6 +98,11 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_trained(clip_conf
     }
     with pytest.raises(ValueError, match=message):
         job.run(dataclasses.replace(clip_config, **changes))
+
+
+def test_clips_that_are_continued_are_as_many_as_are_held_out(finished):
+    with pytest.raises(ValueError, match="continues held-out clips, one sample of each: --held-out says of how many"):
+        evaluate.evaluate(evaluate.Options(finished[0], num_samples=50))
 
 
 def test_held_out_clips_are_continued_beyond_the_run_s_length(finished, tmp_path, monkeypatch):

@@ -171,12 +171,13 @@ class TestCommands:
         measured = {}
 
         def measure(path, model, base, dataset, config, text, *, weights):
-            measured.update(base=base, weights=weights, held_out=config.evaluate.held_out)
+            measured.update(base=base, weights=weights, asked=config.evaluate)
             return path / "report.html"
 
         monkeypatch.setattr(job, "measure", measure)
         monkeypatch.setattr(evaluate, "open_dataset", lambda config: small_dataset)
-        evaluate.evaluate(evaluate.Options(trained_run, ema=0.05, held_out=7))
+        evaluate.evaluate(evaluate.Options(trained_run, ema=0.05, held_out=7, num_samples=9))
         assert same(leaves(measured["base"]), arrays_of(trained_run, "stage2", 4, 0.05))
         assert measured["weights"] == "EMA; stage2: sigma_rel 0.05"
-        assert measured["held_out"] == 7
+        own = runs.load(trained_run).config.evaluate
+        assert measured["asked"] == dataclasses.replace(own, held_out=7, num_samples=9)

@@ -3,6 +3,7 @@
 python -m ulx.evaluate runs/openmoji
 python -m ulx.evaluate runs/openmoji --ema 0.07                    the base model with another average of its weights
 python -m ulx.evaluate runs/openmoji --inception-weights FILE      FID and KID too
+python -m ulx.evaluate runs/imagenet512 --num-samples 50000        gFID@50k, with --inception-weights
 python -m ulx.evaluate runs/kinetics600 --held-out 2048            FVD of 2,048 continued clips
 
 What it makes is kept on disk until the end, in RUN/evaluation/unfinished: interrupted and given again, it goes on.
@@ -15,6 +16,7 @@ from pathlib import Path
 from ulx import job, run_folder, runs
 from ulx.command_line import parse_arguments, run_together
 from ulx.data import open_dataset
+from ulx.evaluation import check_measurable
 from ulx.metrics import inception
 from ulx.text.examples import Remembered, embedded
 
@@ -30,6 +32,8 @@ class Options:
     moving average of training."""
     held_out: int | None = None
     """Measure on so many held-out examples, at most all of them; by default as the run was set."""
+    num_samples: int | None = None
+    """Measure so many samples of the base model, and as many of the prior; by default as the run was set."""
     inception_weights: Path | None = None
     """The file of FID's InceptionV3: FID and KID as well. By default as the run was set."""
     inception_resize: inception.Resize = "tf1-bilinear"
@@ -44,15 +48,20 @@ class Options:
 
 
 def evaluate(options: Options) -> Path:
-    """Evaluate with the run's own settings, and more if asked; returns the path of the report."""
+    """Evaluate with the run's own settings, and more if asked; returns the path of the report.
+
+    Raises FileNotFoundError for what is no run, ValueError for one that is not finished or cannot be measured so.
+    """
     if options.run.is_file():
         raise ValueError(f"{options.run} is a file, and an evaluation goes into a run's folder: give that")
     run = runs.load(options.run, ema=options.ema)
     if run.base is None:
         raise ValueError(f"{options.run} has no base model yet: finish stage 2 first (--resume)")
+    if options.num_samples is not None and run.config.model.given_frames:
+        raise ValueError(f"{options.run} continues held-out clips, one sample of each: --held-out says of how many")
     evaluate = run.config.evaluate
-    if options.held_out is not None:
-        evaluate = dataclasses.replace(evaluate, held_out=options.held_out)
+    asked = {name: getattr(options, name) for name in ("held_out", "num_samples")}
+    evaluate = dataclasses.replace(evaluate, **{name: count for name, count in asked.items() if count is not None})
     if options.inception_weights is not None:
         weights, resize = str(options.inception_weights), options.inception_resize
         evaluate = dataclasses.replace(evaluate, inception_weights=weights, inception_resize=resize)
@@ -61,6 +70,7 @@ def evaluate(options: Options) -> Path:
     evaluate = dataclasses.replace(evaluate, prompts=options.prompts or evaluate.prompts)
     evaluate = dataclasses.replace(evaluate, lpips=evaluate.lpips or options.lpips)
     config = dataclasses.replace(run.config, evaluate=evaluate)
+    check_measurable(config)
     dataset = open_dataset(config.data)
     text = None
     if run.text is not None:
