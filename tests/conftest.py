@@ -27,6 +27,13 @@ from ulx.nn.uvit import UViTConfig
 from ulx.snapshots import Snapshots
 from ulx.text.wordpiece import INSTALL, PACKAGE
 
+LONGEST = ("test_kills.py", "test_variants.py", "test_sharding.py", "test_training.py", "test_prompted.py")
+"""Files that take minutes each: if one of them came last, a worker would have nothing to do meanwhile."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _forget_compiled_programs():

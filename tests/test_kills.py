@@ -256,22 +256,37 @@ def nearly(config: Path, undisturbed: dict[str, Any]) -> None:
         assert found[name]["value"] == pytest.approx(undisturbed["metrics"][name]["value"], rel=1e-3)
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
-def test_one_of_two_processes_is_killed_or_stopped(settings, undisturbed):
-    """The launcher ends the other within its time and says so: of a second process killed in the first stage, and of
-    the first one in the second. SIGTERM to one of them stops both at the same step, which they save. One alone finishes
-    the job."""
+in_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
+
+
+def one_of_two_killed(config: Path, victim: int, stage: str) -> None:
+    """The launcher ends the other within its time and says so."""
+    process = launched(config)
+    wait_for(process, lambda: lines(config.parent / config.stem, stage) > 8)
+    os.kill(children(process.pid)[victim], signal.SIGKILL)
+    died = time.monotonic()
+    out, _ = process.communicate(timeout=60)
+    assert time.monotonic() - died < 30
+    assert process.returncode not in (0, None)
+    assert re.search(rf"process {victim} of 2 was killed by signal 9.* --resume goes on", out), out
+
+
+@in_proc
+def test_one_of_two_processes_is_killed(settings, undisturbed):
+    """The second, in the first stage. One alone finishes the job."""
     config = settings("two")
-    folder = config.parent / "two"
-    for victim, stage in ((1, "stage1"), (0, "stage2")):
-        process = launched(config)
-        wait_for(process, lambda stage=stage: lines(folder, stage) > 8)
-        os.kill(children(process.pid)[victim], signal.SIGKILL)
-        died = time.monotonic()
-        out, _ = process.communicate(timeout=60)
-        assert time.monotonic() - died < 30
-        assert process.returncode not in (0, None)
-        assert re.search(rf"process {victim} of 2 was killed by signal 9.* --resume goes on", out), out
+    one_of_two_killed(config, 1, "stage1")
+    finished(started(config))
+    nearly(config, undisturbed)
+
+
+@in_proc
+@pytest.mark.slow
+def test_the_first_of_two_processes_is_killed_and_both_are_stopped(settings, undisturbed):
+    """In the second stage. SIGTERM to one of them stops both at the same step, which they save."""
+    config = settings("stopped")
+    folder = config.parent / "stopped"
+    one_of_two_killed(config, 0, "stage2")
     process = launched(config)
     begun = lines(folder, "stage2")
     wait_for(process, lambda: lines(folder, "stage2") > begun)
