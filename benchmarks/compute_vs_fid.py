@@ -3,19 +3,24 @@
     python benchmarks/compute_vs_fid.py                          three methods, four lengths of the base's training
     python benchmarks/compute_vs_fid.py --methods unified pixels --lengths 0.5
     python benchmarks/compute_vs_fid.py --seeds 0 1
+    python benchmarks/compute_vs_fid.py --tokenizers my_package.my_module:make
     python benchmarks/compute_vs_fid.py --preset smoke           does it work?
 
 The base model is one architecture throughout, on as many tokens: latents, or patches of as many pixels as lie under
 one. Each length is a training of its own, warm-up, decay and average cut to it. Compute is counted by the paper's
 convention (`ulx.flops`): of the base model alone, as in Fig. 4, and with the autoencoder's. Pixels, which have none,
 are also trained for what the longest of Unified Latents costs altogether, and Unified Latents also with more bits.
+Any other tokenizer (`ulx.tokenizers`) is one more method: the same base model on its latents, as `ulx.proxy` trains one
+(centred and scaled to variance 1); what its own training cost is not known, so that it has no place in the second plot.
 Every run is one of the main job, resumed if interrupted, and not run again once it is in the results file. The distance
 is `fd_efflite0`, not FID. Leaves benchmarks/results/compute_vs_fid.jsonl, a table and a plot.
 """
 
 import dataclasses
+import re
 import statistics
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +28,9 @@ import points
 
 if TYPE_CHECKING:
     from ulx.config import Config
+    from ulx.proxy import Recipe
+
+    Measure = Callable[[Config], dict[str, Any]]
 
 Method = Literal["unified", "kl-autoencoder", "pixels"]
 
@@ -37,6 +45,8 @@ class Settings(points.Settings):
     """Of the base model's training, as parts of the preset's."""
     more: tuple[float, ...] = (2.0,)
     """Unified Latents with so many times the preset's loss factor, at the last of the lengths."""
+    tokenizers: tuple[str, ...] = ()
+    """Folders of runs, or package.module:function, which is called and returns a tokenizer; on the same data."""
     sample_steps: int = 32
     """Solver steps of the base model's sampler."""
     seeds: tuple[int, ...] = (0,)
@@ -89,15 +99,63 @@ def with_more_bits(times: float, seed: int, settings: Settings) -> "Config":
 
 def of_equal_total(pixels: dict[str, Any], other: dict[str, Any], seed: int, settings: Settings) -> "Config":
     """Pixels for as many steps as the other method's base model and autoencoder cost together."""
-    per_step = compute(pixels)[1] / pixels["base_steps"]
-    return config_of("pixels", round(compute(other)[1] / per_step), seed, settings)
+    alone, together = compute(pixels)[0], compute(other)[1]
+    assert together is not None  # Unified Latents' autoencoder was trained here
+    return config_of("pixels", round(together / alone * pixels["base_steps"]), seed, settings)
 
 
-def compute(point: dict[str, Any]) -> tuple[float, float]:
-    """Training FLOPs of the base model, and of all."""
+def configs_of_tokenizer(name: str, seed: int, settings: Settings) -> list["Config"]:
+    """What stands for the base models on a tokenizer's latents among the points, by length."""
+    plain = re.sub(r"\W+", "-", name).strip("-")
+    return [
+        dataclasses.replace(config, variant=name, name=config.name.replace("unified", plain), autoencoder=None)
+        for config in configs_of("unified", seed, settings)
+    ]
+
+
+def recipe_of(config: "Config") -> "Recipe":
+    """The base model of these settings, and its training, for latents of any shape: in as many tokens."""
+    from ulx.nn.grid import per_axis
+    from ulx.proxy import Recipe
+
+    under_one = config.model.encoder.reduction(2)[0] * per_axis(config.model.base.patch, 2)[0]
+    return Recipe(
+        base=config.model.base,
+        grid=config.data.resolution // under_one,
+        bias=config.base_bias,
+        train=config.train_base,
+        sample=config.sample,
+        num_samples=config.evaluate.num_samples,
+        num_held_out=config.evaluate.held_out or sys.maxsize,
+    )
+
+
+def of_tokenizer(config: "Config") -> dict[str, Any]:
+    """The point of a base model on the latents of the tokenizer that `variant` names, laid out as those of runs."""
+    from ulx import proxy, run_folder, tokenizers
+    from ulx.data import open_dataset
+
+    tokenizer, dataset = tokenizers.load(config.variant), open_dataset(config.data)
+    found = proxy.measure(tokenizer, dataset, recipe_of(config), seed=config.seed, cache_dir=config.data.cache_dir)
+    config.path.mkdir(parents=True, exist_ok=True)
+    run_folder.remember_data(config.path, dataset)
+    metrics = found.metrics
+    return {
+        **{name: metrics[name] for name in ("psnr", "bits_per_pixel") if name in metrics},
+        "fd_efflite0": {
+            "base": metrics["fd_efflite0"],
+            "reconstruction": metrics["fd_efflite0_reconstruction"],
+        },
+        "against_held_out_images": {"base": {"kd_efflite0": metrics["kd_efflite0"]}},
+        "cost": {"training_flops_stage1": None, "training_flops_stage2": found.training_flops},
+    }
+
+
+def compute(point: dict[str, Any]) -> tuple[float, float | None]:
+    """Training FLOPs of the base model, and of all: None of a tokenizer that was trained elsewhere."""
     cost = point["cost"]
     stages = [value for name, value in cost.items() if name.startswith("training_flops_")]
-    return cost["training_flops_stage2"], sum(stages)
+    return cost["training_flops_stage2"], None if None in stages else sum(stages)
 
 
 COLUMNS = (
@@ -112,12 +170,13 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
         for p in shown:
             alone, together = compute(p)
             is_coded = method != "pixels"  # pixels are their own latent, without loss
+            has_rate = is_coded and "bits_per_pixel" in p
             cells = [
                 method,
                 str(p["base_steps"]),
                 f"{alone / 1e12:.3g}",
-                f"{together / 1e12:.3g}",
-                f"{p['bits_per_pixel']['value']:.3f}" if is_coded else "",
+                "" if together is None else f"{together / 1e12:.3g}",
+                f"{p['bits_per_pixel']['value']:.3f}" if has_rate else "",
                 f"{p['fd_efflite0']['reconstruction']['value']:.1f}" if is_coded else "",
                 f"{p['fd_efflite0']['base']['value']:.1f}",
                 f"{p['against_held_out_images']['base']['kd_efflite0']['value']:.3f}",
@@ -141,8 +200,12 @@ def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
             # Through the mean over seeds; every run is a dot.
             by_compute: dict[float, list[float]] = {}
             for p in shown:
-                by_compute.setdefault(compute(p)[which] / 1e12, []).append(p["fd_efflite0"]["base"]["value"])
+                spent = compute(p)[which]
+                if spent is not None:
+                    by_compute.setdefault(spent / 1e12, []).append(p["fd_efflite0"]["base"]["value"])
             flops = sorted(by_compute)
+            if not flops:
+                continue
             (line,) = axis.plot(flops, [statistics.fmean(by_compute[x]) for x in flops], label=method)
             dots = [(x, y) for x in flops for y in by_compute[x]]
             axis.scatter(*zip(*dots, strict=True), color=line.get_color(), s=16)
@@ -157,8 +220,8 @@ def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
 def measured(settings: Settings, file: Path) -> Iterator[dict[str, list[dict[str, Any]]]]:
     found: dict[str, list[dict[str, Any]]] = {}
 
-    def add(label: str, config: "Config") -> dict[str, Any]:
-        point = points.measured(config, file, points.whole)
+    def add(label: str, config: "Config", measure: "Measure" = points.whole) -> dict[str, Any]:
+        point = points.measured(config, file, measure)
         found.setdefault(label, []).append(point)
         return point
 
@@ -167,6 +230,10 @@ def measured(settings: Settings, file: Path) -> Iterator[dict[str, list[dict[str
         for method in settings.methods:
             for config in configs_of(method, seed, settings):
                 longest[method] = add(method, config)
+                yield found
+        for name in settings.tokenizers:
+            for config in configs_of_tokenizer(name, seed, settings):
+                add(name, config, of_tokenizer)
                 yield found
         if "unified" not in longest:
             continue

@@ -58,8 +58,8 @@ def proxy_of(config: "Config", file: Path) -> dict[str, Any]:
     if known is not None:
         return known
     tokenizer = tokenizers.load(str(config.path))
-    found, _ = proxy.measure(tokenizer, open_dataset(config.data), proxy.RECIPE, cache_dir=config.data.cache_dir)
-    return points.add({"proxy": found, "recipe": recipe}, config, file)
+    found = proxy.measure(tokenizer, open_dataset(config.data), proxy.RECIPE, cache_dir=config.data.cache_dir)
+    return points.add({"proxy": found.metrics, "recipe": recipe}, config, file)
 
 
 def is_of(point: dict[str, Any], recipe: "Recipe") -> bool:

@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ablations
@@ -21,10 +22,11 @@ import speed
 import tune_grid
 from stand_ins import Corner
 
-from ulx import evaluation, run_folder, runs
+from ulx import evaluation, proxy, run_folder, runs
 from ulx.config import Config, differences, to_json
 from ulx.cost import network_costs
 from ulx.denoiser import Denoiser
+from ulx.metrics import efficientnet
 from ulx.models import UnifiedLatents
 from ulx.nn.conditions import ConditionSpec
 from ulx.nn.uvit import UViT
@@ -141,6 +143,36 @@ def test_every_row_is_a_run_of_its_own_and_measured_once(command, capsys, name, 
     again, _ = command(name, *options)
     assert again == []
     assert results.with_suffix(".md").read_text() == page
+
+
+def test_any_tokenizer_has_a_row_beside_the_methods(command, small_dataset, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "class Half:\n"
+        "    def encode(self, x): return x[:, ::2, ::2]\n"
+        "    def decode(self, z, key): return z.repeat(2, 1).repeat(2, 2)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("ulx.data.open_dataset", lambda config: small_dataset)
+    monkeypatch.setattr(efficientnet, "load", Corner)
+    monkeypatch.setattr(proxy, "fit", lambda state, *_, **__: SimpleNamespace(ema_model=state.model))
+    monkeypatch.setenv("ULX_CACHE_DIR", str(tmp_path / "cache"))
+    given = ("--methods", "unified", "--lengths", "0.02", "0.04", "--tokenizers", "mine:Half")
+    asked, results = command("compute_vs_fid", *given)
+    assert {config.variant for config in asked} == {"unified"}
+    found = points.read(results.with_suffix(".jsonl"))
+    mine = [point for point in found if point["config"]["variant"] == "mine:Half"]
+    assert [point["base_steps"] for point in mine] == [2, 4]
+    short, long = (point["cost"]["training_flops_stage2"] for point in mine)
+    assert long == 2 * short > 0
+    rows = [line.split(" | ") for line in results.with_suffix(".md").read_text().splitlines() if "mine:Half" in line]
+    assert [(row[1], row[3], row[4]) for row in rows] == [("2", "", ""), ("4", "", "")]  # no total, no rate
+    for row, point in zip(rows, mine, strict=True):
+        fd = point["fd_efflite0"]
+        assert row[5:7] == [f"{fd[what]['value']:.1f}" for what in ("reconstruction", "base")]
+        assert fd["base"]["value"] != fd["reconstruction"]["value"]
+    again, _ = command("compute_vs_fid", *given)
+    assert again == []
+    assert points.read(results.with_suffix(".jsonl")) == found
 
 
 def changed(config: Config, baseline: Config) -> set[str]:

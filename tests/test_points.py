@@ -102,7 +102,7 @@ def test_a_recipe_is_known_by_its_fields():
     old = {"recipe": dataclasses.asdict(RECIPE)}
     del old["recipe"]["train"]["spike"]
     assert gfid_proxy.is_of(old, RECIPE)
-    assert not gfid_proxy.is_of(old, dataclasses.replace(RECIPE, width=48))
+    assert not gfid_proxy.is_of(old, dataclasses.replace(RECIPE, grid=4))
     old["recipe"]["abolished"] = 1
     assert not gfid_proxy.is_of(old, RECIPE)
     assert not gfid_proxy.is_of({"recipe": repr(RECIPE)}, RECIPE)  # as it was written once
@@ -181,6 +181,19 @@ def test_pixels_have_as_many_tokens_as_latents():
         configs = {method: compute_vs_fid.configs_of(method, 0, settings)[0] for method in ("unified", "pixels")}
         reduction = configs["unified"].model.encoder.reduction(2)[0]
         assert configs["pixels"].model.base.patch == reduction * configs["unified"].model.base.patch
+
+
+def test_the_base_model_of_any_tokenizer_is_the_one_of_unified_latents():
+    for settings in (compute_vs_fid.Settings(), compute_vs_fid.Settings(path="shards"), bitrate_vs_fid.Settings()):
+        config = settings.config()
+        recipe = compute_vs_fid.recipe_of(config)
+        side = config.data.resolution // config.model.encoder.reduction(2)[0]
+        assert recipe.network((side, side, 4)) == dataclasses.replace(
+            config.model.base, patch=recipe.network((side, side, 4)).patch
+        )
+        assert recipe.network((side, side, 4)).reduction(2) == config.model.base.reduction(2)
+        assert recipe.network((2 * side, 2 * side, 4)).reduction(2)[0] == 2 * config.model.base.reduction(2)[0]
+        assert (recipe.train, recipe.bias, recipe.sample) == (config.train_base, config.base_bias, config.sample)
 
 
 def test_a_run_that_was_begun_goes_on_with_the_autoencoder_that_it_has_copied(small_config, tmp_path):

@@ -18,12 +18,13 @@ from ulx.denoiser import StandardNormal
 from ulx.generate import decode, example_keys
 from ulx.metrics import efficientnet
 from ulx.nn.conditions import Conditions
+from ulx.nn.transformer import BlockConfig
+from ulx.nn.uvit import UViTConfig
 from ulx.proxy import Recipe, standardise
 from ulx.runner import latent_rate
 
 RECIPE = Recipe(
-    width=24,
-    blocks=1,
+    base=UViTConfig(channels=(24,), blocks=(1,), block=BlockConfig(head_size=8)),
     train=TrainConfig(steps=3, batch_size=4, warmup_steps=1, ema_decay=0.5, save_every=3),
     sample=SampleConfig(num_steps=2, solver="dpmpp_2m"),
     num_samples=7,
@@ -88,14 +89,15 @@ def test_a_perfect_base_model_of_gaussian_latents_gives_their_mean_and_spread(sm
     monkeypatch.setattr(proxy, "fit", lambda *_, **__: SimpleNamespace(ema_model=Unlabelled((2, 2, 2))))
     labels = np.zeros(2000, np.int32)
     recipe = dataclasses.replace(RECIPE, sample=SampleConfig(num_steps=64, solver="heun"))
-    found = proxy._generated(made, small_dataset.train.labels, small_dataset, labels, recipe, 0, 500)
+    found = proxy._generated(made, small_dataset.train.labels, small_dataset, labels, recipe, 0, 500).latents
     expected = math.sqrt(made.std**2 + 1)
     assert found.std((0, 1, 2)) == pytest.approx(expected, rel=0.04)  # 8,000 numbers: 0.8 % each, and the solver's
     np.testing.assert_allclose(found.mean((0, 1, 2)), made.mean, atol=0.06)  # four standard errors
 
 
 def test_pixels_come_back_but_for_noise_that_cannot_be_seen(small_dataset, tmp_path):
-    metrics, pictures = proxy.measure(Identity(), small_dataset, RECIPE, batch_size=4)
+    found = proxy.measure(Identity(), small_dataset, RECIPE, batch_size=4)
+    metrics = found.metrics
     # Noise of exp(−10/2) of the latents' spread moves a value to the next of 255 levels if it is over half a step.
     images = np.stack([example["image"] for example in small_dataset.train]) / 127.5
     spread = np.sqrt(((images - images.mean(axis=(0, 1, 2))) ** 2).mean())
@@ -105,7 +107,7 @@ def test_pixels_come_back_but_for_noise_that_cannot_be_seen(small_dataset, tmp_p
     assert metrics["psnr"]["value"] == pytest.approx(10 * math.log10(4 / (moved * step**2)), abs=0.5)
     assert metrics["fd_efflite0_reconstruction"]["value"] < 1e-4 < metrics["fd_efflite0"]["value"]
     assert "bits_per_pixel" not in metrics
-    assert pictures["samples"].shape == (7, 16, 16, 3)
+    assert found.samples.shape == (7, 16, 16, 3)
 
 
 def test_of_many_images_it_reads_what_its_training_sees(small_dataset, monkeypatch):
@@ -114,22 +116,22 @@ def test_of_many_images_it_reads_what_its_training_sees(small_dataset, monkeypat
 
     def generated(made, own, *_):
         asked.update(latents=made.back(made.latents), own=own)
-        return made.back(made.latents[:7])
+        return proxy._Generated(made.back(made.latents[:7]), 0, 0)
 
     monkeypatch.setattr(proxy, "_generated", generated)
     recipe = dataclasses.replace(RECIPE, train=dataclasses.replace(RECIPE.train, steps=2), num_held_out=3)
-    metrics, pictures = proxy.measure(Identity(), small_dataset, recipe, batch_size=4)
+    found = proxy.measure(Identity(), small_dataset, recipe, batch_size=4)
     rows = [0, 1, 3, 4, 6, 7, 9, 11]
     images = np.stack([small_dataset.train[i]["image"] for i in rows]).astype(np.float32) / 127.5 - 1
     np.testing.assert_allclose(asked["latents"], 3 * images + 0.5, atol=1e-4)
     np.testing.assert_array_equal(asked["own"], small_dataset.train.labels[rows])
-    np.testing.assert_array_equal(pictures["originals"], [small_dataset.validation[i]["image"] for i in (0, 2, 4)])
-    assert metrics["psnr"]["n"] == metrics["fd_efflite0_reconstruction"]["n_reference"] == 3
-    assert metrics["fd_efflite0"]["n_reference"] == 12
+    np.testing.assert_array_equal(found.originals, [small_dataset.validation[i]["image"] for i in (0, 2, 4)])
+    assert found.metrics["psnr"]["n"] == found.metrics["fd_efflite0_reconstruction"]["n_reference"] == 3
+    assert found.metrics["fd_efflite0"]["n_reference"] == 12
 
 
 def test_the_units_of_latents_change_nothing(small_dataset, monkeypatch):
-    monkeypatch.setattr(proxy, "_generated", lambda made, *_: made.back(made.latents[:7]))
+    monkeypatch.setattr(proxy, "_generated", lambda made, *_: proxy._Generated(made.back(made.latents[:7]), 0, 0))
 
     class Scaled(Identity):
         def __init__(self, scale):
@@ -141,7 +143,7 @@ def test_the_units_of_latents_change_nothing(small_dataset, monkeypatch):
         def decode(self, z, key):
             return super().decode(z / self.scale, key)
 
-    found = [proxy.measure(Scaled(scale), small_dataset, RECIPE, batch_size=4)[0] for scale in (1.0, 1e-3, 50.0)]
+    found = [proxy.measure(Scaled(scale), small_dataset, RECIPE, batch_size=4).metrics for scale in (1.0, 1e-3, 50.0)]
     # Float32 rounds pixels near the middle between two levels to either.
     for other in found[1:]:
         assert other["psnr"]["value"] == pytest.approx(found[0]["psnr"]["value"], abs=0.1)
@@ -166,7 +168,7 @@ def test_the_units_of_latents_change_nothing(small_dataset, monkeypatch):
 )
 def test_a_tokenizer_s_faults_are_named(fault, message, small_dataset, monkeypatch):
     latents = np.zeros((7, 16, 16, 3), np.float32)
-    monkeypatch.setattr(proxy, "_generated", lambda *_: latents)
+    monkeypatch.setattr(proxy, "_generated", lambda *_: proxy._Generated(latents, 0, 0))
     tokenizer: Any = SimpleNamespace(**{"encode": Identity().encode, "decode": Identity().decode} | fault)
     with pytest.raises(ValueError, match=message):
         proxy.measure(tokenizer, small_dataset, RECIPE, batch_size=4)
@@ -192,10 +194,16 @@ def test_a_run_leaves_a_card_that_can_be_compared(trained_run, small_dataset, tm
     out = tmp_path / "out"
     proxy.main([str(trained_run), "--out", str(out), "--batch-size", "4"])
     card = json.loads((out / "card.json").read_text())
-    assert set(card["metrics"]) == {"fd_efflite0", "fd_efflite0_reconstruction", "psnr", "bits_per_pixel"}
+    assert set(card["metrics"]) == {
+        "fd_efflite0",
+        "kd_efflite0",
+        "fd_efflite0_reconstruction",
+        "psnr",
+        "bits_per_pixel",
+    }
     assert {path.name for path in out.iterdir()} == {"card.json", "samples.png", "reconstructions.png"}
     table = cards.table([out / "card.json"] * 2).splitlines()
-    assert len(table) == 5
+    assert len(table) == 6
     with pytest.raises(SystemExit):
         proxy.main([str(trained_run), "--out", str(out)])
     assert "exists already" in capsys.readouterr().err

@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Float, Int, Int32, Key, UInt8
 
 import ulx
-from ulx import losses, run_folder, schedules, tokenizers
+from ulx import flops, losses, run_folder, schedules, tokenizers
 from ulx.checkpoint import Checkpoints
 from ulx.command_line import parse_arguments, run_command
 from ulx.config import Config, SampleConfig, TrainConfig
@@ -59,7 +59,7 @@ from ulx.stages import base_loss
 from ulx.tokenizers import NOISE_FREE, Tokenizer, noise_level
 from ulx.training import TrainState, fit, make_optimizer, make_step
 
-__all__ = ["RECIPE", "Options", "Recipe", "Standardised", "measure", "standardise"]
+__all__ = ["RECIPE", "Measured", "Options", "Recipe", "Standardised", "measure", "standardise"]
 
 Images = UInt8[np.ndarray, "n h w 3"]
 FILES = ("card.json", "samples.png", "reconstructions.png")
@@ -69,8 +69,8 @@ FILES = ("card.json", "samples.png", "reconstructions.png")
 class Recipe:
     """The training that every tokenizer gets; with another, distances are not comparable."""
 
-    width: int = 96
-    blocks: int = 2
+    base: UViTConfig = UViTConfig(channels=(96,), blocks=(2,), block=BlockConfig(head_size=32))
+    """The network, whose patches follow from the latents' shape."""
     grid: int = 8
     """Tokens each way at most."""
     bias: float = 0.0
@@ -91,9 +91,7 @@ class Recipe:
     def network(self, latent_shape: tuple[int, ...]) -> UViTConfig:
         """For latents of this shape: the smallest patches that leave `grid` tokens each way or fewer."""
         patch = tuple(min(p for p in range(1, n + 1) if n % p == 0 and n // p <= self.grid) for n in latent_shape[:-1])
-        return UViTConfig(
-            patch=patch, channels=(self.width,), blocks=(self.blocks,), block=BlockConfig(head_size=self.width // 3)
-        )
+        return dataclasses.replace(self.base, patch=patch)
 
 
 RECIPE = Recipe()
@@ -130,6 +128,20 @@ def standardise(latents: Float[np.ndarray, "n *latent k"], logsnr_0: float | Non
     return Standardised((latents - mean) / np.float32(std), mean, std, noise, min(own, NOISE_FREE))
 
 
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Of a base model on a tokenizer's latents."""
+
+    metrics: dict[str, Any]
+    """The card's."""
+    samples: UInt8[np.ndarray, "s h w 3"]
+    reconstructions: Images
+    """Of the held-out images."""
+    originals: Images
+    training_flops: int
+    """Of the base model's training, by the paper's convention."""
+
+
 def measure(
     tokenizer: Tokenizer,
     dataset: Dataset,
@@ -138,8 +150,8 @@ def measure(
     seed: int = 0,
     batch_size: int = 128,
     cache_dir: str | None = None,
-) -> tuple[dict[str, Any], dict[str, Images]]:
-    """The card's metrics and the pictures: `{"samples": ..., "reconstructions": ..., "originals": ...}`.
+) -> Measured:
+    """Trains a base model on the latents of the training images, and measures its samples.
 
     Raises ValueError for a tokenizer whose arrays have not the shapes or the values that they should.
     """
@@ -154,26 +166,30 @@ def measure(
         reconstructions = calls.decoded(calls.noised(calls.encoded(held_out), made.noise), "reconstructions")
         labels = np.random.default_rng(root_int(seed, "proxy labels")).choice(dataset.train.labels, recipe.num_samples)
         own = dataset.train.labels[of_train]
-        latents = _generated(made, own, dataset, labels.astype(np.int32), recipe, seed, batch_size)
-        samples = calls.decoded(latents, "samples")
+        generated = _generated(made, own, dataset, labels.astype(np.int32), recipe, seed, batch_size)
+        samples = calls.decoded(generated.latents, "samples")
     seen = lambda images, what: features(network, images, description=f"features: {what}")  # noqa: E731
     originals = seen(held_out, "held-out images")
     trained = training_moments(dataset, network, cache_dir)
+    sampled = seen(samples, "samples")
+    against_held_out, _ = compare.kernel_and_manifolds(network, originals, sampled)
     metrics = {
-        network.metric: frechet(seen(samples, "samples"), trained),
+        network.metric: frechet(sampled, trained) | {"nfe": generated.nfe},
+        network.kernel_metric: against_held_out[network.kernel_metric],
         f"{network.metric}_reconstruction": frechet(seen(reconstructions, "reconstructions"), Moments.of(originals)),
         "psnr": mean_psnr(reconstructions, held_out),
     }
-    meant = compare.definitions(network)[network.metric]
-    metrics[network.metric] |= meant
-    metrics[f"{network.metric}_reconstruction"] |= meant
+    meant = compare.definitions(network)
+    metrics[network.metric] |= meant[network.metric]
+    metrics[network.kernel_metric] |= meant[network.kernel_metric]
+    metrics[f"{network.metric}_reconstruction"] |= meant[network.metric]
     metrics["psnr"]["definition"] = "10 log10(255²/MSE) in dB of each reconstruction, mean over images"
     if hasattr(tokenizer, "rate"):
         nats = calls.rated(held_out)
         pixels = math.prod(held_out.shape[1:3])
         bits = np.asarray(losses.bits_per_pixel(jnp.asarray(nats), num_pixels=pixels))
         metrics["bits_per_pixel"] = mean(bits) | {"definition": "the tokenizer's own rate over height · width · ln 2"}
-    return metrics, {"samples": samples, "reconstructions": reconstructions, "originals": held_out}
+    return Measured(metrics, samples, reconstructions, held_out, generated.training_flops)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,6 +265,14 @@ class _Calls:
         return nats
 
 
+@dataclasses.dataclass(frozen=True)
+class _Generated:
+    latents: Float[np.ndarray, "s *latent k"]
+    """Under the decoder's noise, on the tokenizer's own scale."""
+    nfe: int
+    training_flops: int
+
+
 def _generated(
     made: Standardised,
     own: Int32[np.ndarray, " n"],
@@ -257,9 +281,9 @@ def _generated(
     recipe: Recipe,
     seed: int,
     batch_size: int,
-) -> Float[np.ndarray, "s *latent k"]:
-    """Latents of the base model that the recipe trains, under the decoder's noise, on the tokenizer's own scale: `own`
-    are the classes of those that it is trained on, `labels` of those asked for."""
+) -> _Generated:
+    """What the base model that the recipe trains makes: `own` are the classes of those that it is trained on, `labels`
+    of those asked for."""
     shape = made.latents.shape[1:]
     model = ModelConfig(logsnr_0=made.logsnr_0, base=recipe.network(shape))
     config = Config(model=model, base_bias=recipe.bias, train_base=recipe.train, sample=recipe.sample, seed=seed)
@@ -295,10 +319,15 @@ def _generated(
     schedule = schedules.linear(made.logsnr_0, model.logsnr_1)
 
     def latents(label, *, keys):
-        return sample_latents(base, schedule, recipe.sample, keys=keys, conditions=Conditions(label)).z
+        sample = sample_latents(base, schedule, recipe.sample, keys=keys, conditions=Conditions(label))
+        return sample.z, jnp.broadcast_to(sample.nfe, len(label))
 
-    z_0 = in_batches(latents, labels, batch_size=batch_size, key=root_key(seed, "proxy samples"))
-    return made.back(z_0 / np.float32(jax.nn.sigmoid(made.logsnr_0) ** 0.5))
+    z_0, nfe = in_batches(latents, labels, batch_size=batch_size, key=root_key(seed, "proxy samples"))
+    alpha = np.float32(jax.nn.sigmoid(made.logsnr_0) ** 0.5)
+    z, level = (jax.ShapeDtypeStruct(of, jnp.float32) for of in ((1, *shape), (1,)))
+    forward = flops.forward_flops(lambda network, z, level: network(z, level), network, z, level)
+    spent = flops.TRAINING * forward * recipe.train.batch_size * recipe.train.steps
+    return _Generated(made.back(z_0 / alpha), round(float(nfe.mean())), spent)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,7 +358,7 @@ def run(options: Options) -> dict[str, Any]:
     if data.clips:
         raise ValueError(f"{options.tokenizer}: the proxy generates images, and --data.clips are clips")
     dataset = open_dataset(data)
-    metrics, pictures = measure(
+    found = measure(
         tokenizers.load(options.tokenizer),
         dataset,
         RECIPE,
@@ -338,7 +367,7 @@ def run(options: Options) -> dict[str, Any]:
         cache_dir=data.cache_dir,
     )
     card = {
-        "metrics": metrics,
+        "metrics": found.metrics,
         "left_out": {},
         "a": {"path": dataset.name, "n": len(dataset.train), "pixels_sha256": dataset.fingerprint},
         "b": {"path": options.tokenizer, "n": RECIPE.num_samples},
@@ -351,12 +380,10 @@ def run(options: Options) -> dict[str, Any]:
         "ulx": ulx.__version__,
         "commit": compare.commit(),
     }
-    count = min(64, len(pictures["originals"]))
-    write_png(out / "samples.png", contact_sheet(pictures["samples"][:64]))
-    pairs = (pictures[name][:count] for name in ("originals", "reconstructions"))
-    write_png(out / "reconstructions.png", contact_sheet(*pairs))
+    write_png(out / "samples.png", contact_sheet(found.samples[:64]))
+    write_png(out / "reconstructions.png", contact_sheet(found.originals[:64], found.reconstructions[:64]))
     (out / "card.json").write_text(as_json(card), "utf-8")
-    for name, metric in metrics.items():
+    for name, metric in found.metrics.items():
         remark = rank_remark(metric)
         print(f"{name:<28}{plus_minus(metric)}" + f"  {remark}" * bool(remark))
     print(f"-> {out}")
