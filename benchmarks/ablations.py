@@ -53,7 +53,7 @@ RowName = Literal[
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(points.Settings):
+class Settings(points.DistanceSettings):
     """Tables 5 and 6."""
 
     rows: tuple[RowName, ...] = get_args(RowName)
@@ -117,9 +117,9 @@ def cells(point: Point) -> list[str]:
         points.plus_minus(point.found["bits_per_pixel_base"], 3),
         f"{point.value('bits_per_latent_dim'):.3f}",
         points.plus_minus(point.found["psnr"], 2),
-        f"{point.value('fd_efflite0', 'reconstruction'):.1f}",
-        f"{point.value('fd_efflite0', 'base'):.1f}",
-        f"{point.value('against_held_out_images', 'base', 'kd_efflite0'):.3f}",
+        f"{point.value('fd', 'reconstruction'):.1f}",
+        f"{point.value('fd', 'base'):.1f}",
+        f"{point.value('kd'):.3f}",
         str(point.found["seed"]),
         point.found["date"],
     ]
@@ -146,10 +146,11 @@ def plot(shown: list[Point], path: Path) -> None:
 
     rows = [row for row in reversed(ROWS) if any(point.row == row for point in shown)]
     figure = Figure(figsize=(10, 1 + 0.45 * len(rows)), layout="constrained")
+    frechet, _ = shown[0].found["distances"]
     panels = {
         "held-out bits/pixel": {"prior": ("bits_per_pixel",), "base": ("bits_per_pixel_base",)},
-        "fd_efflite0 of reconstructions": {"": ("fd_efflite0", "reconstruction")},
-        "fd_efflite0 of samples": {"": ("fd_efflite0", "base")},
+        f"{frechet} of reconstructions": {"": ("fd", "reconstruction")},
+        f"{frechet} of samples": {"": ("fd", "base")},
     }
     for axis, (title, bars) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
         for index, (label, value) in enumerate(bars.items()):
@@ -176,7 +177,7 @@ def measured(settings: Settings, file: Path) -> Iterator[list[Point]]:
     for seed in settings.seeds:
         for row in settings.all_rows:
             measure = with_other_autoencoder if row == OTHER_DATA else points.whole
-            shown.append(Point(row, points.measured(config_of(row, seed, settings), file, measure)))
+            shown.append(Point(row, points.compared(config_of(row, seed, settings), file, measure)))
             yield shown
 
 

@@ -31,7 +31,7 @@ SHOWN = 12
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(points.Settings):
+class Settings(points.DistanceSettings):
     """Bits and distances against (b, c_lf)."""
 
     pairs: tuple[tuple[float, float], ...] | None = None
@@ -123,9 +123,9 @@ def table(shown: list[Point]) -> str:
             f"{cut_off(point.pair):.2f}",
             points.plus_minus(point.autoencoder["bits_per_pixel"], 3),
             points.plus_minus(point.autoencoder["psnr"], 2),
-            f"{point.value('fd_efflite0', 'reconstruction'):.1f}",
-            *both(1, "fd_efflite0", "base"),
-            *both(3, "against_held_out_images", "base", "kd_efflite0"),
+            f"{point.value('fd', 'reconstruction'):.1f}",
+            *both(1, "fd", "base"),
+            *both(3, "kd"),
             *both(3, "bits_per_pixel_base"),
             str(point.seed),
             point.autoencoder["date"],
@@ -170,11 +170,12 @@ def plot(shown: list[Point], path: Path) -> None:
     axes[0, 0].legend()
     draw(axes[0, 1], lambda p: p.value("psnr"))
     axes[0, 1].set(xlabel="held-out bits/pixel", ylabel="PSNR (dB)", title="Reconstruction (Tab. 2)")
-    draw(axes[1, 0], lambda p: p.value("fd_efflite0", "reconstruction"))
-    axes[1, 0].set(xlabel="held-out bits/pixel", ylabel="fd_efflite0", title="Reconstructions to their originals")
+    frechet, _ = shown[0].autoencoder["distances"]
+    draw(axes[1, 0], lambda p: p.value("fd", "reconstruction"))
+    axes[1, 0].set(xlabel="held-out bits/pixel", ylabel=frechet, title="Reconstructions to their originals")
     for base in ("small", "large"):
-        draw(axes[1, 1], lambda p, base=base: p.value("fd_efflite0", "base", base=base), label=f"{base} base")
-    axes[1, 1].set(xlabel="held-out bits/pixel", ylabel="fd_efflite0", title="Samples to the training set (Fig. 6)")
+        draw(axes[1, 1], lambda p, base=base: p.value("fd", "base", base=base), label=f"{base} base")
+    axes[1, 1].set(xlabel="held-out bits/pixel", ylabel=frechet, title="Samples to the training set (Fig. 6)")
     axes[1, 1].legend()
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -210,7 +211,7 @@ def measured(settings: Settings, file: Path) -> Iterator[list[Point]]:
     for seed in settings.seeds:
         for pair in settings.all_pairs:
             runs = configs_of(pair, seed, settings)
-            found = {size: points.measured(config, file, points.whole) for size, config in runs.items()}
+            found = {size: points.compared(config, file, points.whole) for size, config in runs.items()}
             shown.append(Point(pair, seed, runs, found))
             yield sorted(shown, key=lambda point: (cut_off(point.pair), point.seed))
 

@@ -20,7 +20,7 @@ import dataclasses
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,13 +30,11 @@ if TYPE_CHECKING:
     from ulx.config import Config
     from ulx.proxy import Recipe
 
-    Measure = Callable[[Config], dict[str, Any]]
-
 Method = Literal["unified", "kl-autoencoder", "pixels"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(points.Settings):
+class Settings(points.DistanceSettings):
     """Distance against training compute."""
 
     methods: tuple[Method, ...] = ("unified", "kl-autoencoder", "pixels")
@@ -134,19 +132,22 @@ def of_tokenizer(config: "Config") -> dict[str, Any]:
     """The point of a base model on the latents of the tokenizer that `variant` names, laid out as those of runs."""
     from ulx import proxy, run_folder, tokenizers
     from ulx.data import open_dataset
+    from ulx.metrics import inception
 
-    tokenizer, dataset = tokenizers.load(config.variant), open_dataset(config.data)
-    found = proxy.measure(tokenizer, dataset, recipe_of(config), seed=config.seed, cache_dir=config.data.cache_dir)
+    tokenizer, dataset, weights = tokenizers.load(config.variant), open_dataset(config.data), config.evaluate
+    network = None
+    if weights.inception_weights is not None:
+        network = inception.load(weights.inception_weights, weights.inception_resize)
+    found = proxy.measure(
+        tokenizer, dataset, recipe_of(config), network=network, seed=config.seed, cache_dir=config.data.cache_dir
+    )
     config.path.mkdir(parents=True, exist_ok=True)
     run_folder.remember_data(config.path, dataset)
-    metrics = found.metrics
+    metrics, (frechet, kernel) = found.metrics, points.distance_names(config)
     return {
         **{name: metrics[name] for name in ("psnr", "bits_per_pixel") if name in metrics},
-        "fd_efflite0": {
-            "base": metrics["fd_efflite0"],
-            "reconstruction": metrics["fd_efflite0_reconstruction"],
-        },
-        "against_held_out_images": {"base": {"kd_efflite0": metrics["kd_efflite0"]}},
+        frechet: {"base": metrics[frechet], "reconstruction": metrics[f"{frechet}_reconstruction"]},
+        "against_held_out_images": {"base": {kernel: metrics[kernel]}},
         "cost": {"training_flops_stage1": None, "training_flops_stage2": found.training_flops},
     }
 
@@ -177,10 +178,10 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
                 f"{alone / 1e12:.3g}",
                 "" if together is None else f"{together / 1e12:.3g}",
                 f"{p['bits_per_pixel']['value']:.3f}" if has_rate else "",
-                f"{p['fd_efflite0']['reconstruction']['value']:.1f}" if is_coded else "",
-                f"{p['fd_efflite0']['base']['value']:.1f}",
-                f"{p['against_held_out_images']['base']['kd_efflite0']['value']:.3f}",
-                str(p["fd_efflite0"]["base"]["nfe"]),
+                f"{p['fd']['reconstruction']['value']:.1f}" if is_coded else "",
+                f"{p['fd']['base']['value']:.1f}",
+                f"{p['kd']['value']:.3f}",
+                str(p["fd"]["base"]["nfe"]),
                 str(p["seed"]),
                 p["date"],
             ]
@@ -194,6 +195,7 @@ def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    frechet, _ = next(iter(found.values()))[0]["distances"]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
     for which, (axis, what) in enumerate(zip(axes, ("the base model (Fig. 4)", "all that is trained"), strict=True)):
         for method, shown in found.items():
@@ -202,7 +204,7 @@ def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
             for p in shown:
                 spent = compute(p)[which]
                 if spent is not None:
-                    by_compute.setdefault(spent / 1e12, []).append(p["fd_efflite0"]["base"]["value"])
+                    by_compute.setdefault(spent / 1e12, []).append(p["fd"]["base"]["value"])
             flops = sorted(by_compute)
             if not flops:
                 continue
@@ -211,7 +213,7 @@ def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
             axis.scatter(*zip(*dots, strict=True), color=line.get_color(), s=16)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")
-        axis.set(xlabel=f"training TFLOPs of {what}", ylabel="fd_efflite0 of samples")
+        axis.set(xlabel=f"training TFLOPs of {what}", ylabel=f"{frechet} of samples")
     axes[0].legend()
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -220,8 +222,8 @@ def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
 def measured(settings: Settings, file: Path) -> Iterator[dict[str, list[dict[str, Any]]]]:
     found: dict[str, list[dict[str, Any]]] = {}
 
-    def add(label: str, config: "Config", measure: "Measure" = points.whole) -> dict[str, Any]:
-        point = points.measured(config, file, measure)
+    def add(label: str, config: "Config", measure: "points.Measure" = points.whole) -> dict[str, Any]:
+        point = points.compared(config, file, measure)
         found.setdefault(label, []).append(point)
         return point
 
@@ -247,13 +249,14 @@ def measured(settings: Settings, file: Path) -> Iterator[dict[str, list[dict[str
 
 def write(found: dict[str, list[dict[str, Any]]], settings: Settings, file: Path) -> None:
     first = next(iter(found.values()))[0]
-    samples, reconstructions = (first["fd_efflite0"][what] for what in ("base", "reconstruction"))
+    samples, reconstructions = (first["fd"][what] for what in ("base", "reconstruction"))
+    frechet, kernel = first["distances"]
     file.with_suffix(".md").write_text(
         f"Measured by `python benchmarks/compute_vs_fid.py {settings.options}`: the "
         f"`{settings.label}` preset on {settings.data}, EMA "
-        f"weights; fd is fd_efflite0 of {samples['n']} samples without guidance to the {samples['n_reference']} "
-        f"training images{points.too_few(samples, reconstructions)}, kd the kernel distance to the "
-        "held-out images; FLOPs of training by the paper's convention. Machine: "
+        f"weights; fd is {frechet} of {samples['n']} samples without guidance to the {samples['n_reference']} "
+        f"training images{points.too_few(samples, reconstructions)}, kd {kernel}, the kernel distance to "
+        "the held-out images; FLOPs of training by the paper's convention. Machine: "
         f"{points.machines(point for of in found.values() for point in of)}.\n\n{table(found)}\n"
     )
     plot(found, file.with_suffix(".png"))

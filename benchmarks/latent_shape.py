@@ -37,7 +37,7 @@ Shape = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(points.Settings):
+class Settings(points.DistanceSettings):
     """Tables 3 and 4."""
 
     channels: tuple[int, ...] | None = None
@@ -103,7 +103,7 @@ class Point:
     found: dict[str, Any]
 
     def distance(self, what: str) -> float:
-        return self.found["fd_efflite0"][what]["value"]
+        return self.found["fd"][what]["value"]
 
 
 COLUMNS = (
@@ -126,7 +126,7 @@ def cells(point: Point) -> list[str]:
         points.plus_minus(found["psnr"], 2),
         f"{point.distance('reconstruction'):.1f}",
         f"{point.distance('base'):.1f}",
-        f"{found['against_held_out_images']['base']['kd_efflite0']['value']:.3f}",
+        f"{found['kd']['value']:.3f}",
         *(f"{flops[network] / 1e6:.0f}" for network in ("encoder", "prior", "decoder", "base")),
         str(found["seed"]),
         found["date"],
@@ -164,7 +164,7 @@ def plot(shown: list[Point], own_shape: Shape, path: Path) -> None:
             axis.scatter([at for at, _ in own], [p.distance(what) for _, p in own], color=line.get_color(), s=16)
         axis.set_xscale("log", base=2)
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
-        axis.set(xlabel=title, ylabel="fd_efflite0")
+        axis.set(xlabel=title, ylabel=shown[0].found["distances"][0])
     axes[0].legend()
     figure.savefig(path, dpi=150)
 
@@ -173,7 +173,7 @@ def measured(settings: Settings, file: Path) -> Iterator[list[Point]]:
     shown = []
     for seed in settings.seeds:
         for shape in settings.shapes:
-            shown.append(Point(shape, points.measured(config_of(shape, seed, settings), file, points.whole)))
+            shown.append(Point(shape, points.compared(config_of(shape, seed, settings), file, points.whole)))
             yield shown
 
 

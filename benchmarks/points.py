@@ -17,11 +17,16 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 if TYPE_CHECKING:
     from ulx.config import Config, TrainConfig
 
+    Measure = Callable[[Config], dict[str, Any]]
+
 __all__ = [
     "RESULTS",
+    "DistanceSettings",
     "Settings",
     "add",
     "command",
+    "compared",
+    "distance_names",
     "distances",
     "find",
     "here",
@@ -148,6 +153,22 @@ class Settings:
         return dataclasses.replace(SMALL, data=dataclasses.replace(SMALL.data, source="prepared", path=self.path))
 
 
+@dataclasses.dataclass(frozen=True)
+class DistanceSettings(Settings):
+    """Options of a benchmark that compares distances."""
+
+    inception_weights: str | None = None
+    """The file of FID's InceptionV3: distances are FID and KID, in place of fd_efflite0 and kd_efflite0. Runs that were
+    measured without are evaluated again, and trained again if their folders are gone."""
+    inception_resize: Literal["tf1-bilinear", "clean-bicubic"] = "tf1-bilinear"
+    """How it is shown the images: "clean-bicubic" is Clean-FID's way."""
+
+    def config(self) -> "Config":
+        config = super().config()
+        by = {"inception_weights": self.inception_weights, "inception_resize": self.inception_resize}
+        return dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, **by))
+
+
 Options = TypeVar("Options", bound=Settings)
 Found = TypeVar("Found")
 
@@ -219,13 +240,24 @@ def plus_minus(metric: dict[str, Any], digits: int) -> str:
     return f"{metric['value']:.{digits}f} ± {metric['standard_error']:.{digits}f}"
 
 
+def distance_names(config: "Config") -> tuple[str, str]:
+    """What the Fréchet and the kernel distance are called that a benchmark with these settings compares."""
+    from ulx.metrics import efficientnet, inception
+
+    if config.evaluate.inception_weights is None:
+        return efficientnet.METRIC, efficientnet.KERNEL_METRIC
+    resize = config.evaluate.inception_resize
+    return inception.METRICS[resize], inception.KERNEL_METRICS[resize]
+
+
 def distances(found: dict[str, Any]) -> str:
     """What fd and kd are in a table of whole runs, in words."""
-    samples, reconstructions = (found["fd_efflite0"][what] for what in ("base", "reconstruction"))
+    samples, reconstructions = (found["fd"][what] for what in ("base", "reconstruction"))
+    frechet, kernel = found["distances"]
     return (
-        f"fd is fd_efflite0 of {samples['n']} samples without guidance to the {samples['n_reference']} training "
+        f"fd is {frechet} of {samples['n']} samples without guidance to the {samples['n_reference']} training "
         f"images, or of {found['held_out']['n']} reconstructions to their originals"
-        f"{too_few(samples, reconstructions)}, kd the kernel distance to the held-out images"
+        f"{too_few(samples, reconstructions)}, kd {kernel}, the kernel distance to the held-out images"
     )
 
 
@@ -275,10 +307,21 @@ def whole(config: "Config") -> dict[str, Any]:
     )
 
 
-def measured(config: "Config", file: Path, measure: Callable[["Config"], dict[str, Any]] = stage1) -> dict[str, Any]:
-    """The point of `config`: as it is in `file` already, or else measured and added to it."""
+def measured(config: "Config", file: Path, measure: "Measure" = stage1, has: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The point of `config`: as it is in `file` already with all that it is to have, or else measured and added to
+    it."""
+    known = [point for point in read(file) if point.keys() >= set(has)]
     ignore = OF_BASE if measure is stage1 else ()
-    return find(read(file), config, ignore) or add(measure(resumable(config)), config, file)
+    return find(known, config, ignore) or add(measure(resumable(config)), config, file)
+
+
+def compared(config: "Config", file: Path, measure: "Measure") -> dict[str, Any]:
+    """The same of a whole run, with the distances that are asked for under names of their own: `fd` and `kd`, and what
+    they are as `distances`."""
+    frechet, kernel = names = distance_names(config)
+    point = measured(config, file, measure, has=(frechet,))
+    of_kernel = point["against_held_out_images"]["base"][kernel]
+    return point | {"fd": point[frechet], "kd": of_kernel, "distances": names}
 
 
 def add(found: dict[str, Any], config: "Config", file: Path) -> dict[str, Any]:

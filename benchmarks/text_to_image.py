@@ -101,8 +101,8 @@ def table(found: Points) -> str:
                 f"{factor:g}" if method == UNIFIED else "",
                 size,
                 points.plus_minus(point["bits_per_pixel"], 3) if is_coded else "",
-                f"{point['fd_efflite0']['reconstruction']['value']:.1f}" if is_coded else "",
-                f"{point['fd_efflite0']['base']['value']:.1f}",
+                f"{point['fd']['reconstruction']['value']:.1f}" if is_coded else "",
+                f"{point['fd']['base']['value']:.1f}",
                 points.plus_minus(by_guidance["1"]["retrieval"], 3),
                 points.plus_minus(by_guidance["1"]["shuffled_prompts"], 3),
                 scale,
@@ -128,13 +128,13 @@ def plot(found: Points, path: Path) -> None:
         own = {factor: point for (_, factor, other), point in unified.items() if other == size}
         factors = sorted(own)
         (line,) = axes[0].plot(
-            factors, [own[f]["fd_efflite0"]["base"]["value"] for f in factors], marker="o", label=f"{size} base"
+            factors, [own[f]["fd"]["base"]["value"] for f in factors], marker="o", label=f"{size} base"
         )
         scores = [own[f]["alignment"]["by_guidance"]["1"]["retrieval"] for f in factors]
         values, errors = ([score[name] for score in scores] for name in ("value", "standard_error"))
         axes[1].errorbar(factors, values, errors, marker="o", capsize=3, color=line.get_color(), label=f"{size} base")
     for style, (method, point) in zip((":", "--"), baselines.items(), strict=False):
-        axes[0].axhline(point["fd_efflite0"]["base"]["value"], color="grey", linestyle=style, label=method)
+        axes[0].axhline(point["fd"]["base"]["value"], color="grey", linestyle=style, label=method)
         axes[1].axhline(
             point["alignment"]["by_guidance"]["1"]["retrieval"]["value"], color="grey", linestyle=style, label=method
         )
@@ -159,7 +159,7 @@ def plot(found: Points, path: Path) -> None:
 def measured(settings: Settings, file: Path) -> Iterator[Points]:
     found: Points = {}
     for key, config in configs_of(settings).items():
-        found[key] = points.measured(config, file, points.whole)
+        found[key] = points.compared(config, file, points.whole)
         yield found
 
 

@@ -39,7 +39,9 @@ def metric(value: float) -> dict:
 def metrics_of(config: Config) -> dict:
     """What the main job would leave in metrics.json, as far as the benchmarks read it."""
     distance = lambda value: metric(value) | {"n_reference": 12, "nfe": 16, "rank_deficient": True}  # noqa: E731
-    return {
+    has_fid = config.evaluate.inception_weights is not None
+    fid = {"fid": {"base": distance(33.0), "reconstruction": distance(22.0)}} if has_fid else {}
+    return fid | {
         "loss_factor": config.loss_factor,
         "held_out": {"n": 5},
         "bits_per_pixel": metric(0.5),
@@ -55,7 +57,7 @@ def metrics_of(config: Config) -> dict:
             "ceilings": {"real_images": metric(0.9)},
         },
         "held_out_prompts": {"retrieval": metric(0.02), "guidance_scale": 4.0},
-        "against_held_out_images": {"base": {"kd_efflite0": metric(0.25)}},
+        "against_held_out_images": {"base": {"kd_efflite0": metric(0.25)} | ({"kid": metric(0.11)} if has_fid else {})},
         "cost": {
             **({} if config.model.latent == "pixels" else {"training_flops_stage1": 2e12}),
             "training_flops_stage2": 1e12,
@@ -143,6 +145,32 @@ def test_every_row_is_a_run_of_its_own_and_measured_once(command, capsys, name, 
     again, _ = command(name, *options)
     assert again == []
     assert results.with_suffix(".md").read_text() == page
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "cells"),
+    [
+        ("bitrate_vs_fid", ("--pairs", "1.4", "4"), "22.0 | 33.0 | 33.0 | 0.110 | 0.110"),
+        ("compute_vs_fid", ("--methods", "unified", "--lengths", "1", "--more"), "22.0 | 33.0 | 0.110"),
+        ("ablations", ("--rows", "unified"), "22.0 | 33.0 | 0.110"),
+        ("latent_shape", (), "22.0 | 33.0 | 0.110"),
+    ],
+)
+def test_with_inception_s_weights_distances_are_fid(command, name, options, cells):
+    """A point that was measured without them is measured again, and the first one stays for who has none."""
+    first, results = command(name, *options)
+    page = results.with_suffix(".md").read_text()
+    again, _ = command(name, *options, "--inception-weights", "inception.pth")
+    assert [config.path for config in again] == [config.path for config in first]
+    assert {config.evaluate.inception_weights for config in again} == {"inception.pth"}
+    of_fid = results.with_suffix(".md").read_text()
+    assert f"| {cells} |" in of_fid
+    assert "fd is fid of 5 samples" in of_fid
+    assert "kd kid, the kernel distance" in of_fid
+    assert command(name, *options, "--inception-weights", "inception.pth")[0] == []
+    assert command(name, *options)[0] == []
+    assert results.with_suffix(".md").read_text() == page
+    assert "fd is fd_efflite0 of 5 samples" in page
 
 
 def test_any_tokenizer_has_a_row_beside_the_methods(command, small_dataset, tmp_path, monkeypatch):

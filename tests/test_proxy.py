@@ -130,6 +130,22 @@ def test_of_many_images_it_reads_what_its_training_sees(small_dataset, monkeypat
     assert found.metrics["fd_efflite0"]["n_reference"] == 12
 
 
+def test_distances_by_another_network(small_dataset, monkeypatch):
+    monkeypatch.setattr(proxy, "_generated", lambda made, *_: proxy._Generated(made.back(made.latents[:7]), 5, 0))
+    own = proxy.measure(Identity(), small_dataset, RECIPE, batch_size=4).metrics
+    other = Corner(metric="fid", kernel_metric="kid", definition="FID's", sha256="1d")
+    found = proxy.measure(Identity(), small_dataset, RECIPE, network=other, batch_size=4).metrics
+    assert found.keys() == {"fid", "kid", "fid_reconstruction", "psnr"}
+    for name, same in (
+        ("fid", "fd_efflite0"),
+        ("kid", "kd_efflite0"),
+        ("fid_reconstruction", "fd_efflite0_reconstruction"),
+    ):
+        assert found[name]["value"] == own[same]["value"]  # of the same features, by another name
+        assert found[name]["network"] == {"definition": "FID's", "sha256": "1d"}
+    assert found["fid"]["nfe"] == 5
+
+
 def test_the_units_of_latents_change_nothing(small_dataset, monkeypatch):
     monkeypatch.setattr(proxy, "_generated", lambda made, *_: proxy._Generated(made.back(made.latents[:7]), 0, 0))
 

@@ -40,10 +40,10 @@ from ulx.evaluation_pairs import mean_psnr
 from ulx.generate import in_batches, sample_latents
 from ulx.guard import Guard
 from ulx.image_files import claim, contact_sheet, write_png
-from ulx.metrics import compare, efficientnet
+from ulx.metrics import compare, efficientnet, inception
 from ulx.metrics.copies import spread_over
 from ulx.metrics.entries import as_json, frechet, mean, plus_minus, rank_remark
-from ulx.metrics.features import features
+from ulx.metrics.features import FeatureNetwork, features
 from ulx.metrics.frechet import Moments
 from ulx.metrics.reference import training_moments
 from ulx.metrics_log import MetricsLog
@@ -147,15 +147,17 @@ def measure(
     dataset: Dataset,
     recipe: Recipe = RECIPE,
     *,
+    network: FeatureNetwork | None = None,
     seed: int = 0,
     batch_size: int = 128,
     cache_dir: str | None = None,
 ) -> Measured:
-    """Trains a base model on the latents of the training images, and measures its samples.
+    """Trains a base model on the latents of the training images, and measures its samples, by the features of a
+    network: by default the packaged EfficientNet-lite0.
 
     Raises ValueError for a tokenizer whose arrays have not the shapes or the values that they should.
     """
-    network = efficientnet.load()
+    network = network or efficientnet.load()
     split = dataset.validation
     held_out = np.stack([split[i]["image"] for i in spread_over(len(split), recipe.num_held_out)])
     of_train = spread_over(len(dataset.train), recipe.num_train)
@@ -338,6 +340,10 @@ class Options:
     """Folder of the card and the pictures; by default "proxy" in the run's folder."""
     data: DataConfig = DataConfig()
     """The images; for a run always its own."""
+    inception_weights: Path | None = None
+    """The file of FID's InceptionV3: distances are FID and KID, in place of fd_efflite0 and kd_efflite0."""
+    inception_resize: inception.Resize = "tf1-bilinear"
+    """How it is shown the images: "clean-bicubic" is Clean-FID's way, and its distances are called so."""
     seed: int = 0
     """Weights, order of the data, and noise."""
     batch_size: int = 128
@@ -358,10 +364,12 @@ def run(options: Options) -> dict[str, Any]:
     if data.clips:
         raise ValueError(f"{options.tokenizer}: the proxy generates images, and --data.clips are clips")
     dataset = open_dataset(data)
+    weights = options.inception_weights
     found = measure(
         tokenizers.load(options.tokenizer),
         dataset,
         RECIPE,
+        network=None if weights is None else inception.load(weights, options.inception_resize),
         seed=options.seed,
         batch_size=options.batch_size,
         cache_dir=data.cache_dir,
