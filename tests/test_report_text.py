@@ -35,6 +35,7 @@ def test_solvers_in_words():
     sampler |= {"decoder": "tsit5", "decoder_steps": 12, "decoder_churn": 0.0, "decoder_tolerance": 0.01}
     assert report_text.solver_in_words(sampler, "latent") == "heun, 16 steps, churn 0.5"
     assert report_text.solver_in_words(sampler, "decoder") == "tsit5, tolerance 0.01"
+    assert report_text.solver_in_words({"decoder": "one call", "decoder_nfe": 1}, "decoder") == "one call"
     before_there_was_churn = {"latent": "euler", "latent_steps": 8}
     assert report_text.solver_in_words(before_there_was_churn, "latent") == "euler, 8 steps"
 

@@ -331,6 +331,8 @@ def test_runs_from_end_to_end(quick, small_config, small_dataset, tmp_path, name
     )
     image = decode(run.model, sample.z, config.sample, keys=keys)
     assert image.z.shape == (2, 16, 16, 3)
+    how = {"kl-autoencoder": "one call", "pixels": "the latents are the pixels"}.get(name, config.sample.decoder_solver)
+    assert metrics["sampler"]["decoder"] == metrics["psnr"]["solver"] == how
     if name == "kl-autoencoder":
         found = np.load(encode(EncodeOptions(path, _folder_of_images(tmp_path / "images"))))
         assert found["z_std"].shape == found["z_clean"].shape == (2, 8, 8, 4)

@@ -19,9 +19,10 @@ import ulx
 from ulx import losses
 from ulx.aside import write_aside
 from ulx.bound import DiffusionEstimate, RateEstimate
-from ulx.config import Config
+from ulx.config import Config, SampleConfig
 from ulx.data.source import Dataset
 from ulx.data.split import LEAST
+from ulx.decoders import Decoder, DiffusionDecoder, RegressionDecoder
 from ulx.denoiser import Denoiser
 from ulx.evaluation_data import held_out_examples, held_out_rows, mean_image, rows_like, told_of
 from ulx.evaluation_pairs import NEXT, continuation, errors, mean_psnr, swap
@@ -166,6 +167,7 @@ def evaluate(
     held_out, _ = held_out_examples(dataset, config.evaluate, store)
     made = _Made.by(model, base, dataset, held_out, config, text, store)
     sampled, network = config.sample, compared[0]
+    of_decoder = _decoder_sampler(model.decoder, sampled)
     words = {
         "pixels": "frames · height · width" if config.data.clips else "height · width",
         "next": min(NEXT, config.data.frames - made.given),
@@ -206,11 +208,7 @@ def evaluate(
             "latent_churn": sampled.churn,
             "latent_tolerance": sampled.tolerance,
             "latent_inverse_rho": sampled.inverse_rho,
-            "decoder": sampled.decoder_solver,
-            "decoder_steps": sampled.decoder_num_steps,
-            "decoder_churn": sampled.decoder_churn,
-            "decoder_tolerance": sampled.decoder_tolerance,
-            "decoder_inverse_rho": sampled.decoder_inverse_rho,
+            **of_decoder,
             "decoder_nfe": made.decoder_nfe,
             "guidance_scale": 1.0,
             "labels": "the held-out clips' own" if made.given else "as frequent as in the training set",
@@ -226,7 +224,7 @@ def evaluate(
         },
         "provenance": {"seed": config.seed, "dtype": "float32", "ulx": ulx.__version__, "commit": compare.commit()},
     }
-    metrics["psnr"] |= {"nfe": made.decoder_nfe, "solver": sampled.decoder_solver}
+    metrics["psnr"] |= {"nfe": made.decoder_nfe, "solver": of_decoder["decoder"]}
     if len(made.flow):
         pixels = int(np.prod(model.shape[:-1]))
         bits = lambda nats: mean(losses.bits_per_pixel(jnp.asarray(nats), num_pixels=pixels))  # noqa: E731
@@ -270,6 +268,19 @@ def evaluate(
             name: {"definition": words} | of_network for name, words in DEFINITIONS_OF_PROMPTS.items()
         }
     return Evaluation(metrics, pictures)
+
+
+def _decoder_sampler(decoder: Decoder, config: SampleConfig) -> dict[str, Any]:
+    """How images come from latents: by a solver, or without one."""
+    if not isinstance(decoder, DiffusionDecoder):
+        return {"decoder": "one call" if isinstance(decoder, RegressionDecoder) else "the latents are the pixels"}
+    return {
+        "decoder": config.decoder_solver,
+        "decoder_steps": config.decoder_num_steps,
+        "decoder_churn": config.decoder_churn,
+        "decoder_tolerance": config.decoder_tolerance,
+        "decoder_inverse_rho": config.decoder_inverse_rho,
+    }
 
 
 @dataclasses.dataclass(frozen=True)

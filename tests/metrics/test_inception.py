@@ -3,6 +3,7 @@ arithmetic; resizes against PIL and against the definition; files. With torch's 
 
 import hashlib
 import pickle
+import warnings
 
 import equinox as eqx
 import jax
@@ -248,7 +249,7 @@ def same(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-def test_all_formats_give_the_same_network_and_their_hash(network, state, tmp_path):
+def test_all_formats_give_the_same_network_and_their_hash(network, state, tmp_path, monkeypatch):
     tree = nested(state)
     tree["AuxLogits"] = {"conv0": {"conv": {"kernel": np.zeros((1, 1, 768, 128), np.float32)}}}
     for name, data in (
@@ -258,11 +259,15 @@ def test_all_formats_give_the_same_network_and_their_hash(network, state, tmp_pa
     ):
         (tmp_path / name).write_bytes(data)
         sha256 = hashlib.sha256(data).hexdigest()
-        loaded = inception.load(tmp_path / name, "clean-bicubic")
+        with pytest.warns(UserWarning, match=rf"{name} is none of the files that FID is measured by .*{sha256[:8]}"):
+            loaded = inception.load(tmp_path / name, "clean-bicubic")
         assert loaded.sha256 == sha256
         assert loaded.definition == definition(sha256, "clean-bicubic")
         same(eqx.filter(loaded.layers, eqx.is_array), eqx.filter(network.layers, eqx.is_array))
         same(loaded.classifier, network.classifier)
+    monkeypatch.setitem(SHA256, sha256, "known")
+    with warnings.catch_warnings(action="error"):
+        inception.load(tmp_path / name)
 
 
 def test_definitions_tell_weights_and_resizes_apart():

@@ -17,6 +17,7 @@ Preprocessing: images in [-1, 1] of any size are resized to 299×299 in one of t
 """
 
 import hashlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -226,7 +227,8 @@ def _pil_bicubic(size: int) -> Float[np.ndarray, "299 size"]:
 def load(path: str | Path, resize: Resize = "tf1-bilinear") -> InceptionV3:
     """The network with the weights of the file, in either format; told apart by their first bytes.
 
-    Raises FileNotFoundError, or ValueError for a file that is neither, or holds other arrays than this network's.
+    Raises FileNotFoundError, or ValueError for a file that is neither, or holds other arrays than this network's; warns
+    of one that holds them and is not known.
     """
     path = Path(path)
     if not path.is_file():
@@ -234,7 +236,15 @@ def load(path: str | Path, resize: Resize = "tf1-bilinear") -> InceptionV3:
         raise FileNotFoundError(f"{path} is no file: name the weights of FID's InceptionV3, {known}")
     data = path.read_bytes()
     state = read_torch(data, path.name) if is_torch(data) else _from_tree(read_pickled_arrays(data, path.name))
-    return from_state_dict(state, path.name, resize=resize, sha256=hashlib.sha256(data).hexdigest())
+    sha256 = hashlib.sha256(data).hexdigest()
+    network = from_state_dict(state, path.name, resize=resize, sha256=sha256)
+    if sha256 not in SHA256:
+        warnings.warn(
+            f"{path} is none of the files that FID is measured by ({', '.join(SHA256.values())}; its sha256 is "
+            f"{sha256[:8]}…): with other weights the number is not FID, and the card says by which file it is",
+            stacklevel=2,
+        )
+    return network
 
 
 _IN_TREE = {

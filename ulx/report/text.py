@@ -77,7 +77,10 @@ def _variance(share: float, n: int) -> float:
 
 
 def solver_in_words(sampler: Metric, part: str) -> str:
-    """The solver of the "latent" or the "decoder": "heun, 16 steps", "euler, 16 steps, churn 1", "tsit5, …"."""
+    """The solver of the "latent" or the "decoder": "heun, 16 steps", "euler, 16 steps, churn 1", "tsit5, …"; of a
+    decoder that is not solved "one call"."""
+    if f"{part}_steps" not in sampler:
+        return sampler[part]
     if sampler[part] == "tsit5":
         return f"tsit5, tolerance {sampler[f'{part}_tolerance']:g}"
     churn = sampler.get(f"{part}_churn", 0)  # not in a run evaluated before there was any
