@@ -9,8 +9,8 @@ A row is the preset with one of `ulx.variants`, or two, and is a run of the main
 run again once it is in the results file. All rows are trained for the same steps; the diffusion decoder that follows an
 MSE autoencoder gets as many again, by stage 1's recipe. N(0, I) under an MSE autoencoder is not in the paper: it
 completes Tab. 5's square. A has the paper's 8 channels, which are a quarter of all there, and all of the presets'. C's
-images, of your choice, stand in for the paper's text-to-image data. The distance is `fd_efflite0`, not FID. Leaves
-benchmarks/results/ablations.jsonl, two tables and a plot.
+images, of your choice, stand in for the paper's text-to-image data. The distance is `fd_efflite0`, or FID with
+`--inception-weights`. Leaves benchmarks/results/ablations.jsonl, two tables and a plot.
 """
 
 import dataclasses

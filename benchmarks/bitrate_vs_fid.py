@@ -6,8 +6,8 @@
 
 Every autoencoder is trained once, and a base model of each of `BASES` on its latents; each of these is one run of the
 main job and leaves its own report under runs/. Points that are in the results file already, with the same settings, are
-not run again, and interrupted ones are resumed. The distance is `fd_efflite0`, not FID: InceptionV3's weights are in no
-package. Leaves benchmarks/results/bitrate_vs_fid.jsonl, a table, a plot and reconstructions.
+not run again, and interrupted ones are resumed. The distance is `fd_efflite0`, or FID with `--inception-weights`:
+InceptionV3's are in no package. Leaves benchmarks/results/bitrate_vs_fid.jsonl, a table, a plot and reconstructions.
 """
 
 import dataclasses

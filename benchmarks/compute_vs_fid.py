@@ -12,8 +12,9 @@ convention (`ulx.flops`): of the base model alone, as in Fig. 4, and with the au
 are also trained for what the longest of Unified Latents costs altogether, and Unified Latents also with more bits.
 Any other tokenizer (`ulx.tokenizers`) is one more method: the same base model on its latents, as `ulx.proxy` trains one
 (centred and scaled to variance 1); what its own training cost is not known, so that it has no place in the second plot.
-Every run is one of the main job, resumed if interrupted, and not run again once it is in the results file. The distance
-is `fd_efflite0`, not FID. Leaves benchmarks/results/compute_vs_fid.jsonl, a table and a plot.
+Every run is one of the main job, resumed if interrupted (a tokenizer's base model begins anew), and not run again once
+it is in the results file. The distance is `fd_efflite0`, or FID with `--inception-weights`. Leaves
+benchmarks/results/compute_vs_fid.jsonl, a table and a plot.
 """
 
 import dataclasses
@@ -44,11 +45,19 @@ class Settings(points.DistanceSettings):
     more: tuple[float, ...] = (2.0,)
     """Unified Latents with so many times the preset's loss factor, at the last of the lengths."""
     tokenizers: tuple[str, ...] = ()
-    """Folders of runs, or package.module:function, which is called and returns a tokenizer; on the same data."""
+    """Folders of runs, or package.module:function, which is called and returns a tokenizer; on the embedded data.
+    Points know them by these names alone: when what is behind one changes, take its lines out of the results."""
     sample_steps: int = 32
     """Solver steps of the base model's sampler."""
     seeds: tuple[int, ...] = (0,)
     """Each trains all of them."""
+
+    def __post_init__(self) -> None:
+        if self.tokenizers and self.path is not None:
+            raise ValueError(
+                "--tokenizers with --path: what a base model makes on a tokenizer is held in memory, over 100 GB of "
+                "ImageNet at 512 pixels; python -m ulx.proxy measures a tokenizer on it"
+            )
 
 
 def by_method(preset: "Config", method: Method) -> "Config":
@@ -139,7 +148,13 @@ def of_tokenizer(config: "Config") -> dict[str, Any]:
     if weights.inception_weights is not None:
         network = inception.load(weights.inception_weights, weights.inception_resize)
     found = proxy.measure(
-        tokenizer, dataset, recipe_of(config), network=network, seed=config.seed, cache_dir=config.data.cache_dir
+        tokenizer,
+        dataset,
+        recipe_of(config),
+        network=network,
+        seed=config.seed,
+        batch_size=config.evaluate.batch_size,
+        cache_dir=config.data.cache_dir,
     )
     config.path.mkdir(parents=True, exist_ok=True)
     run_folder.remember_data(config.path, dataset)
@@ -148,6 +163,7 @@ def of_tokenizer(config: "Config") -> dict[str, Any]:
         **{name: metrics[name] for name in ("psnr", "bits_per_pixel") if name in metrics},
         frechet: {"base": metrics[frechet], "reconstruction": metrics[f"{frechet}_reconstruction"]},
         "against_held_out_images": {"base": {kernel: metrics[kernel]}},
+        "definitions": {frechet: {name: metrics[frechet][name] for name in ("definition", "network")}},
         "cost": {"training_flops_stage1": None, "training_flops_stage2": found.training_flops},
     }
 

@@ -17,7 +17,8 @@ grid varies at 8 channels, and each network's FLOPs stay within 6 % (the table h
 ImageNet's vary around 32×32×32 in the same way, and FLOPs stay within 13 %.
 
 Every run is one of the main job, resumed if interrupted, and not run again once it is in the results file. The distance
-is `fd_efflite0`, not FID. Leaves benchmarks/results/latent_shape.jsonl, two tables and a plot.
+is `fd_efflite0`, or FID with `--inception-weights`. Leaves benchmarks/results/latent_shape.jsonl, two tables and a
+plot.
 """
 
 import dataclasses

@@ -6,6 +6,7 @@ options, their `main` and their tables.
 
 import dataclasses
 import datetime
+import hashlib
 import json
 import os
 import platform
@@ -112,7 +113,7 @@ def of_length(train: "TrainConfig", steps: int) -> "TrainConfig":
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Options of a benchmark of whole runs."""
+    """Options of a benchmark that trains."""
 
     preset: Literal["tiny", "smoke"] = "tiny"
     """What is trained: a preset of experiments/openmoji.py."""
@@ -155,13 +156,19 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class DistanceSettings(Settings):
-    """Options of a benchmark that compares distances."""
+    """Options of one that trains whole runs and compares their distances."""
 
     inception_weights: str | None = None
     """The file of FID's InceptionV3: distances are FID and KID, in place of fd_efflite0 and kd_efflite0. Runs that were
     measured without are evaluated again, and trained again if their folders are gone."""
     inception_resize: Literal["tf1-bilinear", "clean-bicubic"] = "tf1-bilinear"
     """How it is shown the images: "clean-bicubic" is Clean-FID's way."""
+
+    @property
+    def options(self) -> str:
+        if self.inception_weights is None:
+            return super().options
+        return f"{super().options} --inception-weights FILE --inception-resize {self.inception_resize}"
 
     def config(self) -> "Config":
         config = super().config()
@@ -240,6 +247,12 @@ def plus_minus(metric: dict[str, Any], digits: int) -> str:
     return f"{metric['value']:.{digits}f} ± {metric['standard_error']:.{digits}f}"
 
 
+def weights_of(point: dict[str, Any], distance: str) -> str | None:
+    """sha256 of the network by which a point has that distance; None if it has not."""
+    entry = point.get("definitions", {}).get(distance) if distance in point else None
+    return None if entry is None else entry["network"]["sha256"]
+
+
 def distance_names(config: "Config") -> tuple[str, str]:
     """What the Fréchet and the kernel distance are called that a benchmark with these settings compares."""
     from ulx.metrics import efficientnet, inception
@@ -307,19 +320,25 @@ def whole(config: "Config") -> dict[str, Any]:
     )
 
 
-def measured(config: "Config", file: Path, measure: "Measure" = stage1, has: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The point of `config`: as it is in `file` already with all that it is to have, or else measured and added to
-    it."""
-    known = [point for point in read(file) if point.keys() >= set(has)]
+def measured(
+    config: "Config",
+    file: Path,
+    measure: "Measure" = stage1,
+    will_do: Callable[[dict[str, Any]], bool] = lambda point: True,
+) -> dict[str, Any]:
+    """The point of `config`: as it is in `file` already, if that will do, or else measured and added to it."""
+    known = [point for point in read(file) if will_do(point)]
     ignore = OF_BASE if measure is stage1 else ()
     return find(known, config, ignore) or add(measure(resumable(config)), config, file)
 
 
 def compared(config: "Config", file: Path, measure: "Measure") -> dict[str, Any]:
-    """The same of a whole run, with the distances that are asked for under names of their own: `fd` and `kd`, and what
-    they are as `distances`."""
+    """The same of a whole run, with the distances that are asked for, by the weights that are given, under names of
+    their own: `fd` and `kd`, and what they are as `distances`."""
     frechet, kernel = names = distance_names(config)
-    point = measured(config, file, measure, has=(frechet,))
+    given = config.evaluate.inception_weights
+    wanted = None if given is None else hashlib.sha256(Path(given).read_bytes()).hexdigest()
+    point = measured(config, file, measure, lambda point: wanted in (None, weights_of(point, frechet)))
     of_kernel = point["against_held_out_images"]["base"][kernel]
     return point | {"fd": point[frechet], "kd": of_kernel, "distances": names}
 

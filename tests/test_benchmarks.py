@@ -1,6 +1,7 @@
 """The benchmarks of whole runs: what each row is trained as, that none is measured twice, and the pages they leave."""
 
 import dataclasses
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -40,7 +41,10 @@ def metrics_of(config: Config) -> dict:
     """What the main job would leave in metrics.json, as far as the benchmarks read it."""
     distance = lambda value: metric(value) | {"n_reference": 12, "nfe": 16, "rank_deficient": True}  # noqa: E731
     has_fid = config.evaluate.inception_weights is not None
-    fid = {"fid": {"base": distance(33.0), "reconstruction": distance(22.0)}} if has_fid else {}
+    fid: dict = {"fid": {"base": distance(33.0), "reconstruction": distance(22.0)}} if has_fid else {}
+    if config.evaluate.inception_weights is not None:
+        sha256 = hashlib.sha256(Path(config.evaluate.inception_weights).read_bytes()).hexdigest()
+        fid["definitions"] = {"fid": {"network": {"sha256": sha256}}}
     return fid | {
         "loss_factor": config.loss_factor,
         "held_out": {"n": 5},
@@ -156,18 +160,24 @@ def test_every_row_is_a_run_of_its_own_and_measured_once(command, capsys, name, 
         ("latent_shape", (), "22.0 | 33.0 | 0.110"),
     ],
 )
-def test_with_inception_s_weights_distances_are_fid(command, name, options, cells):
+def test_with_inception_s_weights_distances_are_fid(command, tmp_path, name, options, cells):
     """A point that was measured without them is measured again, and the first one stays for who has none."""
+    weights, others = (tmp_path / name for name in ("inception.pth", "others.pth"))
+    weights.write_bytes(b"weights")
+    others.write_bytes(b"others")
     first, results = command(name, *options)
     page = results.with_suffix(".md").read_text()
-    again, _ = command(name, *options, "--inception-weights", "inception.pth")
+    again, _ = command(name, *options, "--inception-weights", str(weights))
     assert [config.path for config in again] == [config.path for config in first]
-    assert {config.evaluate.inception_weights for config in again} == {"inception.pth"}
+    assert {config.evaluate.inception_weights for config in again} == {str(weights)}
     of_fid = results.with_suffix(".md").read_text()
     assert f"| {cells} |" in of_fid
     assert "fd is fid of 5 samples" in of_fid
     assert "kd kid, the kernel distance" in of_fid
-    assert command(name, *options, "--inception-weights", "inception.pth")[0] == []
+    assert "--inception-weights FILE" in of_fid
+    assert command(name, *options, "--inception-weights", str(weights))[0] == []
+    assert len(command(name, *options, "--inception-weights", str(others))[0]) == len(first)
+    assert command(name, *options, "--inception-weights", str(weights))[0] == []
     assert command(name, *options)[0] == []
     assert results.with_suffix(".md").read_text() == page
     assert "fd is fd_efflite0 of 5 samples" in page

@@ -103,6 +103,8 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_trained(clip_conf
 def test_clips_that_are_continued_are_as_many_as_are_held_out(finished):
     with pytest.raises(ValueError, match="continues held-out clips, one sample of each: --held-out says of how many"):
         evaluate.evaluate(evaluate.Options(finished[0], num_samples=50))
+    with pytest.raises(ValueError, match=r"^--held-out 1: distances need at least 2 examples"):
+        evaluate.evaluate(evaluate.Options(finished[0], held_out=1))
 
 
 def test_held_out_clips_are_continued_beyond_the_run_s_length(finished, tmp_path, monkeypatch):

@@ -196,6 +196,11 @@ def test_the_base_model_of_any_tokenizer_is_the_one_of_unified_latents():
         assert (recipe.train, recipe.bias, recipe.sample) == (config.train_base, config.base_bias, config.sample)
 
 
+def test_tokenizers_are_not_measured_on_imagenet():
+    with pytest.raises(ValueError, match="--tokenizers with --path: what a base model makes on a tokenizer is held"):
+        compute_vs_fid.Settings(path="shards", tokenizers=("mine:Half",))
+
+
 def test_a_run_that_was_begun_goes_on_with_the_autoencoder_that_it_has_copied(small_config, tmp_path):
     config = dataclasses.replace(small_config, runs=str(tmp_path), autoencoder=str(tmp_path / "gone"))
     found = points.resumable(config)

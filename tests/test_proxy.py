@@ -144,6 +144,16 @@ def test_distances_by_another_network(small_dataset, monkeypatch):
         assert found[name]["value"] == own[same]["value"]  # of the same features, by another name
         assert found[name]["network"] == {"definition": "FID's", "sha256": "1d"}
     assert found["fid"]["nfe"] == 5
+    assert (found["kid"]["n_a"], found["kid"]["n_b"], found["kid"]["against"]) == (5, 7, "held-out images")
+
+
+def test_a_card_tells_recipes_apart_and_not_tokenizers():
+    assert "patch" not in proxy.RECIPE.in_words
+    for other in (
+        dataclasses.replace(proxy.RECIPE, base=dataclasses.replace(proxy.RECIPE.base, channels=(48,))),
+        dataclasses.replace(proxy.RECIPE, train=dataclasses.replace(proxy.RECIPE.train, steps=7)),
+    ):
+        assert other.in_words != proxy.RECIPE.in_words
 
 
 def test_the_units_of_latents_change_nothing(small_dataset, monkeypatch):

@@ -4,7 +4,7 @@
         aside.write_text(text)
 
 Where a process is killed on the way, its half of a file stays under the other name, which says whose it was. The next
-that writes the same file removes it.
+process that writes in that folder removes it.
 """
 
 import hashlib
@@ -14,22 +14,31 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from glob import escape
 from pathlib import Path
 
-__all__ = ["remove_left", "write_aside"]
+__all__ = ["AsideError", "remove_left", "write_aside"]
 
 STALE_SECONDS = 3600.0  # a file aside untouched for so long was left by a process that was killed, wherever it ran
 NOWHERE = "somewhere"
+NAME_BYTES = 180  # of a file's name in that of its aside: with what is added it stays below the 255 that systems allow
+_tidied: set[Path] = set()
+"""Folders that this process has removed leftovers from: not before every one of thousands of files."""
+
+
+class AsideError(OSError):
+    """A file was written aside, and could not be made to last or to take its name."""
 
 
 @contextmanager
 def write_aside(path: Path) -> Iterator[Path]:
     """A name to write under; at the end that file is renamed to `path`. Where writing fails, `path` stays as it was and
-    nothing else is left. Raises `OSError` where the disk does."""
-    remove_left(path.parent, path.name)
+    nothing else is left. Raises `AsideError` if it is the end that fails."""
+    if (folder := path.parent.absolute()) not in _tidied:
+        _tidied.add(folder)
+        remove_left(folder)
     # Nobody else writes under this name: not another thread, nor a process of the same number in another container.
-    aside = path.with_name(f"{path.name}.{where()}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    begin = path.name.encode()[:NAME_BYTES].decode(errors="ignore")
+    aside = path.with_name(f"{begin}.{where()}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         yield aside
         try:
@@ -37,17 +46,17 @@ def write_aside(path: Path) -> Iterator[Path]:
                 os.fsync(file.fileno())  # before the rename: else a power cut could leave a whole name on half a file
             aside.replace(path)
         except OSError as error:
-            raise OSError(f"{path} cannot be written: {error}") from error
+            raise AsideError(f"{path} cannot be written: {error}") from error
     finally:
         aside.unlink(missing_ok=True)  # gone already when all went well
 
 
-def remove_left(directory: Path, name: str | None = None) -> None:
-    """Remove what killed processes left in a directory of the file of that name, or of any: what is of processes that
-    ran here and are gone, and whatever was not written to for long."""
+def remove_left(directory: Path) -> None:
+    """Remove what killed processes left in a directory: what is of processes that ran here and are gone, and whatever
+    was not written to for long."""
     here = where()
-    for path in directory.glob("*.tmp" if name is None else f"{escape(name)}.*.tmp"):
-        with suppress(FileNotFoundError):  # another process has just renamed it
+    for path in directory.glob("*.tmp"):
+        with suppress(FileNotFoundError, PermissionError):  # another process has just renamed it; or another user's
             ours = re.fullmatch(r".*\.([^.]+)\.(\d+)-[0-9a-f]+\.tmp", path.name)
             if ours is None:  # somebody else's
                 continue

@@ -31,6 +31,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key, UInt8
 
 from ulx import runs
+from ulx.aside import write_aside
 from ulx.command_line import parse_arguments, run_command
 from ulx.config import to_json
 from ulx.data.pixels import to_float
@@ -93,20 +94,19 @@ def encode(options: Options) -> Path:
             progress.advance(len(part))
 
     found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    aside = out.with_name(f"{out.stem}.aside.npz")
-    np.savez(
-        aside,
-        allow_pickle=False,
-        **found,
-        names=np.array(names),
-        logsnr_0=np.float32(run.model.latent_schedule.logsnr_max),
-        run=np.array(str(options.run)),
-        step=np.array(run.step[0]),
-        weights=np.array(run.weights),
-        config=np.array(to_json(run.config)),
-        encoder=np.array(weights_hash(run.model.encoder)),
-    )
-    aside.replace(out)
+    with write_aside(out) as aside, aside.open("wb") as file:
+        np.savez(
+            file,
+            allow_pickle=False,
+            **found,
+            names=np.array(names),
+            logsnr_0=np.float32(run.model.latent_schedule.logsnr_max),
+            run=np.array(str(options.run)),
+            step=np.array(run.step[0]),
+            weights=np.array(run.weights),
+            config=np.array(to_json(run.config)),
+            encoder=np.array(weights_hash(run.model.encoder)),
+        )
     print(folder.summary())
     mean = found["z_clean"]
     print(f"z_clean {' × '.join(map(str, mean.shape))}, standard deviation {mean.std(axis=0).mean():.3f} -> {out}")

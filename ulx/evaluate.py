@@ -16,7 +16,7 @@ from pathlib import Path
 from ulx import job, run_folder, runs
 from ulx.command_line import parse_arguments, run_together
 from ulx.data import open_dataset
-from ulx.evaluation import check_measurable
+from ulx.data.split import LEAST
 from ulx.metrics import inception
 from ulx.text.examples import Remembered, embedded
 
@@ -60,8 +60,13 @@ def evaluate(options: Options) -> Path:
     if options.num_samples is not None and run.config.model.given_frames:
         raise ValueError(f"{options.run} continues held-out clips, one sample of each: --held-out says of how many")
     evaluate = run.config.evaluate
-    asked = {name: getattr(options, name) for name in ("held_out", "num_samples")}
-    evaluate = dataclasses.replace(evaluate, **{name: count for name, count in asked.items() if count is not None})
+    for name in ("held_out", "num_samples"):
+        count = getattr(options, name)
+        if count is None:
+            continue
+        if count < LEAST:
+            raise ValueError(f"--{name.replace('_', '-')} {count}: distances need at least {LEAST} examples")
+        evaluate = dataclasses.replace(evaluate, **{name: count})
     if options.inception_weights is not None:
         weights, resize = str(options.inception_weights), options.inception_resize
         evaluate = dataclasses.replace(evaluate, inception_weights=weights, inception_resize=resize)
@@ -70,7 +75,6 @@ def evaluate(options: Options) -> Path:
     evaluate = dataclasses.replace(evaluate, prompts=options.prompts or evaluate.prompts)
     evaluate = dataclasses.replace(evaluate, lpips=evaluate.lpips or options.lpips)
     config = dataclasses.replace(run.config, evaluate=evaluate)
-    check_measurable(config)
     dataset = open_dataset(config.data)
     text = None
     if run.text is not None:

@@ -10,8 +10,9 @@ samples: a number to rank tokenizers by on the same data, not one to report. Lat
 to variance 1 first; they are cut into patches so that there are 8×8 tokens or fewer, whatever their shape. Of very many
 images it takes as many as its training sees, spread over the set, and at most 2,048 held-out ones. The
 tokenizer is a run or anything with `encode` and `decode` (`ulx.tokenizers`). The small base model is told the classes
-of the data, if they have some, and no captions. Leaves a card with the samples' distance, that of reconstructions,
-PSNR and the rate, and pictures of both.
+of the data, if they have some, and no captions. Leaves a card with the samples' Fréchet distance to the training images
+and their kernel distance to held-out ones (by `--inception-weights` FID and KID), the distance of reconstructions, PSNR
+and the rate, and pictures of both.
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ from jaxtyping import Float, Int, Int32, Key, UInt8
 
 import ulx
 from ulx import flops, losses, run_folder, schedules, tokenizers
+from ulx.aside import write_aside
 from ulx.checkpoint import Checkpoints
 from ulx.command_line import parse_arguments, run_command
 from ulx.config import Config, SampleConfig, TrainConfig
@@ -45,6 +47,7 @@ from ulx.metrics.copies import spread_over
 from ulx.metrics.entries import as_json, frechet, mean, plus_minus, rank_remark
 from ulx.metrics.features import FeatureNetwork, features
 from ulx.metrics.frechet import Moments
+from ulx.metrics.kernel import kernel_distance
 from ulx.metrics.reference import training_moments
 from ulx.metrics_log import MetricsLog
 from ulx.models import ModelConfig
@@ -87,6 +90,11 @@ class Recipe:
     def num_train(self) -> int:
         """Training images that are encoded, at most: what the training has time to see once."""
         return self.train.steps * self.train.batch_size
+
+    @property
+    def in_words(self) -> str:
+        """All of it but the patches, which are the tokenizer's."""
+        return repr(self).replace(f"patch={self.base.patch!r}, ", "", 1)
 
     def network(self, latent_shape: tuple[int, ...]) -> UViTConfig:
         """For latents of this shape: the smallest patches that leave `grid` tokens each way or fewer."""
@@ -174,10 +182,16 @@ def measure(
     originals = seen(held_out, "held-out images")
     trained = training_moments(dataset, network, cache_dir)
     sampled = seen(samples, "samples")
-    against_held_out, _ = compare.kernel_and_manifolds(network, originals, sampled)
+    kernel = kernel_distance(originals, sampled)
     metrics = {
         network.metric: frechet(sampled, trained) | {"nfe": generated.nfe},
-        network.kernel_metric: against_held_out[network.kernel_metric],
+        network.kernel_metric: {
+            "value": kernel.value,
+            "standard_error": kernel.standard_error,
+            "n_a": len(originals),
+            "n_b": len(sampled),
+            "against": "held-out images",
+        },
         f"{network.metric}_reconstruction": frechet(seen(reconstructions, "reconstructions"), Moments.of(originals)),
         "psnr": mean_psnr(reconstructions, held_out),
     }
@@ -380,8 +394,8 @@ def run(options: Options) -> dict[str, Any]:
         "a": {"path": dataset.name, "n": len(dataset.train), "pixels_sha256": dataset.fingerprint},
         "b": {"path": options.tokenizer, "n": RECIPE.num_samples},
         "resolution": dataset.resolution,
-        "preparation": f"samples of a base model trained by {RECIPE}; noise of the tokenizer's own λ, or of λ = "
-        f"{NOISE_FREE:g} on latents of variance 1",
+        "preparation": f"samples of a base model trained by {RECIPE.in_words}; noise of the tokenizer's own λ, or of "
+        f"λ = {NOISE_FREE:g} on latents of variance 1",
         "dtype": "float32",
         "seed": options.seed,
         "device": jax.devices()[0].device_kind,
@@ -390,7 +404,8 @@ def run(options: Options) -> dict[str, Any]:
     }
     write_png(out / "samples.png", contact_sheet(found.samples[:64]))
     write_png(out / "reconstructions.png", contact_sheet(found.originals[:64], found.reconstructions[:64]))
-    (out / "card.json").write_text(as_json(card), "utf-8")
+    with write_aside(out / "card.json") as aside:
+        aside.write_text(as_json(card), "utf-8")
     for name, metric in found.metrics.items():
         remark = rank_remark(metric)
         print(f"{name:<28}{plus_minus(metric)}" + f"  {remark}" * bool(remark))

@@ -214,6 +214,17 @@ def test_a_full_disk_is_one_error_that_names_the_place_and_the_option(tmp_path, 
     assert len(rest.made) == 120 - 40 // PER_SHARD * PER_SHARD
 
 
+def test_a_disk_that_says_only_at_the_end_that_it_is_full(tmp_path, monkeypatch):
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(OSError, match=r"cannot write the data cache .*No space left.*--data.cache-dir"):
+            prepare(recipe(Loader()), tmp_path)
+    assert not list(tmp_path.rglob("*.arrayrecord*"))
+
+
 def test_a_disk_that_is_really_full(tmp_path):
     """The same through the real writer: the process may write no file of more than 40 kB."""
     program = """

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from ulx.aside import remove_left, write_aside
+from ulx.aside import AsideError, remove_left, write_aside
 from ulx.data import record
 from ulx.data.extras import optional
 from ulx.data.source import Dataset, Records, Split, check_resolution
@@ -314,7 +314,8 @@ def _write_shard(
     shard: dict[str, Any] = {"file": path.name, "split": split, "names": [], "labels": []}
     shard |= {"refused": [], "remarks": []}
     content = hashlib.sha256()
-    with write_aside(path) as aside:
+    # What `recipe.make` raises is not of the disk: of writing alone is said what to do.
+    with _writing(path.parent, (AsideError,)), write_aside(path) as aside:
         with _writing(path.parent):
             writer = ArrayRecordWriter(str(aside), WRITER_OPTIONS)
         try:
@@ -361,11 +362,11 @@ def _any_problem(directory: Path, shards: Sequence[Mapping[str, Any]]) -> bool:
 
 
 @contextmanager
-def _writing(directory: Path) -> Iterator[None]:
+def _writing(directory: Path, kinds: tuple[type[Exception], ...] = (OSError, RuntimeError)) -> Iterator[None]:
     """Says where writing failed and what to do. ArrayRecord reports a full disk as a `RuntimeError`."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except kinds as error:
         raise OSError(
             f"cannot write the data cache in {directory}: {error}. Make room or allow writing there, or choose "
             "another place (--out of a preparation, else --data.cache-dir or ULX_CACHE_DIR). Finished shards are kept "
