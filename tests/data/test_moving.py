@@ -35,8 +35,14 @@ def block(**changes) -> MovingSprites:
 
 
 @pytest.fixture(scope="module")
-def emoji(tmp_path_factory):
-    return open_moving("moving-emoji", 32, cache_dir=str(tmp_path_factory.mktemp("cache")), limit=1000)
+def drawn(tmp_path_factory) -> str:
+    """Where the sprites are kept, once they are drawn."""
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def emoji(drawn):
+    return open_moving("moving-emoji", 32, cache_dir=drawn, limit=1000)
 
 
 def test_a_wall_throws_back_what_moves_on_a_line():
@@ -137,9 +143,9 @@ def test_clips_go_through_the_pipeline(emoji):
     assert batch["label"].dtype == np.int32
 
 
-def test_at_half_the_speed_every_second_frame_is_one_of_full_speed(emoji, tmp_path):
+def test_at_half_the_speed_every_second_frame_is_one_of_full_speed(emoji, drawn):
     """Walls throw back at the same places, and everything else is drawn alike."""
-    config = DataConfig("moving-emoji", clips=True, speed=0.5, frames=31, cache_dir=str(tmp_path), limit=1000)
+    config = DataConfig("moving-emoji", clips=True, speed=0.5, frames=31, cache_dir=drawn, limit=1000)
     slow = open_dataset(config)
     assert slow.fingerprint != open_dataset(dataclasses.replace(config, speed=1.0)).fingerprint
     for index in range(20):
@@ -154,8 +160,8 @@ def test_speeds_that_nothing_can_move_at():
         DataConfig("vizdoom", clips=True, speed=0.5)
 
 
-def test_its_fingerprint_knows_length_and_size(emoji, tmp_path):
-    longer = open_moving("moving-emoji", 32, frames=20, cache_dir=str(tmp_path), limit=1000)
+def test_its_fingerprint_knows_length_and_size(emoji, drawn):
+    longer = open_moving("moving-emoji", 32, frames=20, cache_dir=drawn, limit=1000)
     assert longer.fingerprint != emoji.fingerprint
     assert "OpenMoji" in emoji.attribution
     with pytest.raises(ValueError, match="at least one frame, got frames=0"):
