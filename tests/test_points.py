@@ -91,6 +91,12 @@ def test_the_committed_points_are_those_that_the_benchmarks_ask_for():
         found = [points.find(known, config) for config in configs]
         assert None not in found, name
         assert len({id(each) for each in found}) == len(configs)
+    known = points.read(points.RESULTS / "compute_vs_fid.jsonl")
+    longest = {m: points.find(known, compute_vs_fid.configs_of(m, 0, compute)[-1]) for m in ("unified", "pixels")}
+    assert longest["pixels"] is not None
+    assert longest["unified"] is not None
+    assert points.find(known, compute_vs_fid.of_equal_total(longest["pixels"], longest["unified"], 0, compute))
+    assert all(points.find(known, compute_vs_fid.with_more_bits(times, 0, compute)) for times in compute.more)
     factors = loss_factor.Settings()
     known = points.read(points.RESULTS / "loss_factor.jsonl")
     assert all(points.find(known, loss_factor.config_of(each, factors), points.OF_BASE) for each in factors.factors)
