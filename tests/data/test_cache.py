@@ -215,8 +215,13 @@ def test_a_full_disk_is_one_error_that_names_the_place_and_the_option(tmp_path, 
 
 
 def test_a_disk_that_says_only_at_the_end_that_it_is_full(tmp_path, monkeypatch):
+    flush, calls = os.fsync, []
+
     def full(file):
-        raise OSError(28, "No space left on device")
+        calls.append(file)
+        if len(calls) == 2:  # of the first shard, after recipe.json
+            raise OSError(28, "No space left on device")
+        flush(file)
 
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
