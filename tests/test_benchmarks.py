@@ -184,7 +184,7 @@ def test_with_inception_s_weights_distances_are_fid(command, tmp_path, name, opt
 
 
 def test_any_tokenizer_has_a_row_beside_the_methods(command, small_dataset, tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "halves.py").write_text(
         "class Half:\n"
         "    def encode(self, x): return x[:, ::2, ::2]\n"
         "    def decode(self, z, key): return z.repeat(2, 1).repeat(2, 2)\n"
@@ -194,15 +194,15 @@ def test_any_tokenizer_has_a_row_beside_the_methods(command, small_dataset, tmp_
     monkeypatch.setattr(efficientnet, "load", Corner)
     monkeypatch.setattr(proxy, "fit", lambda state, *_, **__: SimpleNamespace(ema_model=state.model))
     monkeypatch.setenv("ULX_CACHE_DIR", str(tmp_path / "cache"))
-    given = ("--methods", "unified", "--lengths", "0.02", "0.04", "--tokenizers", "mine:Half")
+    given = ("--methods", "unified", "--lengths", "0.02", "0.04", "--tokenizers", "halves:Half")
     asked, results = command("compute_vs_fid", *given)
     assert {config.variant for config in asked} == {"unified"}
     found = points.read(results.with_suffix(".jsonl"))
-    mine = [point for point in found if point["config"]["variant"] == "mine:Half"]
+    mine = [point for point in found if point["config"]["variant"] == "halves:Half"]
     assert [point["base_steps"] for point in mine] == [2, 4]
     short, long = (point["cost"]["training_flops_stage2"] for point in mine)
     assert long == 2 * short > 0
-    rows = [line.split(" | ") for line in results.with_suffix(".md").read_text().splitlines() if "mine:Half" in line]
+    rows = [line.split(" | ") for line in results.with_suffix(".md").read_text().splitlines() if "halves:Half" in line]
     assert [(row[1], row[3], row[4]) for row in rows] == [("2", "", ""), ("4", "", "")]  # no total, no rate
     for row, point in zip(rows, mine, strict=True):
         fd = point["fd_efflite0"]

@@ -236,7 +236,7 @@ def test_a_run_leaves_a_card_that_can_be_compared(trained_run, small_dataset, tm
 
 
 def test_other_tokenizers_are_found_by_name(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "my_tokenizers.py").write_text(
         "class Half:\n"
         "    logsnr_0 = 3\n"
         "    def encode(self, x): return x[:, ::2, ::2]\n"
@@ -244,12 +244,12 @@ def test_other_tokenizers_are_found_by_name(tmp_path, monkeypatch):
         "def wrong(): return 5\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert tokenizers.noise_level(tokenizers.load("mine:Half")) == 3.0
-    with pytest.raises(ValueError, match="what mine:wrong returns has no encode and decode: it is a int"):
-        tokenizers.load("mine:wrong")
-    with pytest.raises(ImportError, match="mine has no other"):
-        tokenizers.load("mine:other")
+    assert tokenizers.noise_level(tokenizers.load("my_tokenizers:Half")) == 3.0
+    with pytest.raises(ValueError, match="what my_tokenizers:wrong returns has no encode and decode: it is a int"):
+        tokenizers.load("my_tokenizers:wrong")
+    with pytest.raises(ImportError, match="my_tokenizers has no other"):
+        tokenizers.load("my_tokenizers:other")
     with pytest.raises(ValueError, match=r"nowhere is neither the folder of a run nor package\.module:function"):
         tokenizers.load("nowhere")
-    with pytest.raises(ValueError, match="mine:Half is no folder of a run: give an --out"):
-        proxy.run(proxy.Options("mine:Half"))
+    with pytest.raises(ValueError, match="my_tokenizers:Half is no folder of a run: give an --out"):
+        proxy.run(proxy.Options("my_tokenizers:Half"))
