@@ -115,7 +115,7 @@ def of_length(train: "TrainConfig", steps: int) -> "TrainConfig":
 class Settings:
     """Options of a benchmark that trains."""
 
-    preset: Literal["tiny", "smoke"] = "tiny"
+    preset: Literal["tiny", "tiny64", "smoke"] = "tiny"
     """What is trained: a preset of experiments/openmoji.py."""
     path: str | None = None
     """ImageNet at 512 pixels, made by `python -m ulx.data.prepare imagenet`: then it is the preset `small` of

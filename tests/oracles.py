@@ -20,10 +20,6 @@ def alpha_sigma(logsnr) -> tuple[Any, Any]:
     return np.sqrt(1 / (1 + np.exp(-logsnr))), np.sqrt(1 / (1 + np.exp(logsnr)))
 
 
-QUICK: Any = {"xla_backend_optimization_level": 0}
-"""Compiler options for programs that run once: they compile in half the time."""
-
-
 @jax.jit
 def posterior_mean(weights, means, variances, z_t, logsnr):
     """E[x | z_t] in a mixture of Gaussians; in the precision of its arguments."""

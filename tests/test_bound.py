@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles import (
-    QUICK,
     Product,
     alpha_sigma,
     assert_mean,
@@ -189,7 +188,7 @@ def estimate_untraced(parameters, z_clean, key, schedule, placement, proposal=No
     )
 
 
-estimate = jax.jit(estimate_untraced, static_argnames=("schedule", "placement"), compiler_options=QUICK)
+estimate = jax.jit(estimate_untraced, static_argnames=("schedule", "placement"))
 
 
 @functools.cache
@@ -247,7 +246,7 @@ class TestEstimators:
             return estimate_untraced(parameters, z_clean, key, LINEAR, placement, proposal, draws=2, replicates=24).mean
 
         z_clean, keys = data.draw(0, 512 * 15).reshape(512, 15, 16), jax.random.split(jax.random.key(0), 512)
-        repeat = jax.jit(jax.vmap(run), compiler_options=QUICK)
+        repeat = jax.jit(jax.vmap(run))
         new = repeat(z_clean, keys)
         same = repeat(jnp.broadcast_to(z_clean[:1], z_clean.shape), keys)
         assert_mean(new.value, data.bound(5.0, -10.0))

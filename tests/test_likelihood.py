@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from oracles import QUICK, Mixture, alpha_sigma, assert_mean, gaussian, mixture_1d
+from oracles import Mixture, alpha_sigma, assert_mean, gaussian, mixture_1d
 
 from ulx import schedules
 from ulx.likelihood import flow_rate, log_likelihood
@@ -21,9 +21,7 @@ MIXTURE = Mixture(np.array([0.2, 0.5, 0.3]), _rng.normal(size=(3, 4)), _rng.unif
 FAR = schedules.linear(5.0, -20.0)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("data", "schedule", "probes", "distribution", "tolerance"), compiler_options=QUICK
-)
+@functools.partial(jax.jit, static_argnames=("data", "schedule", "probes", "distribution", "tolerance"))
 def likelihood(data, z_0, key, schedule, probes=None, distribution: Any = "rademacher", tolerance=1e-5):
     return log_likelihood(
         data.denoise, z_0, schedule, probes=probes, distribution=distribution, key=key, tolerance=tolerance
@@ -78,7 +76,6 @@ class TestExactTrace:
         with pytest.raises(RuntimeError, match="max_steps"):
             jax.jit(
                 lambda z_0: log_likelihood(GAUSSIAN.denoise, z_0, schedules.linear(5.0, -10.0), max_steps=3),
-                compiler_options=QUICK,
             )(noised(GAUSSIAN))
 
 

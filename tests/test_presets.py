@@ -20,6 +20,7 @@ from ulx.training import Draws
 
 SIZES: dict[str, tuple[ModelConfig, tuple[int, ...], int]] = {
     "tiny": (MODELS["tiny"], (32, 32, 3), 10),
+    "tiny64": (MODELS["tiny64"], (64, 64, 3), 10),
     "small": (MODELS["small"], (64, 64, 3), 10),
     "video-smoke": (MODELS["video-smoke"], (16, 32, 32, 3), 1),
     "video-tiny": (MODELS["video-tiny"], (16, 32, 32, 3), 1),

@@ -34,8 +34,7 @@ LEGS = [(8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 1, 4)]
 
 
 def started(*args: str, devices: int | None = None) -> subprocess.Popen[str]:
-    # Half of the compiler's work is left out: what is summed where does not depend on it.
-    flags = [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
+    flags = [os.environ["XLA_FLAGS"]]  # conftest.py's
     flags += [] if devices is None else [f"--xla_force_host_platform_device_count={devices}"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
     command = [sys.executable, str(WORKER), *args]

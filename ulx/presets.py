@@ -91,6 +91,15 @@ MODELS: dict[str, ModelConfig] = {
         logsnr_1=-7.0,
         given_frames=5,
     ),
+    # 64 px at the price of 32: 8×8×16 latents, so that a base model has 64 tokens there too. The decoder's are 256, as
+    # patches of 8×8 pixels would show.
+    "tiny64": ModelConfig(
+        encoder=EncoderConfig(channels=(32, 64, 128), blocks=1, last_blocks=1, latent_channels=16, chroma_gain=4.0),
+        prior=_plain(192, 2, remat="none"),
+        decoder=_plain(128, 6, patch=4, remat="none"),
+        base=_plain(192, 4, remat="none"),
+        logsnr_1=-7.0,
+    ),
     # 64 px: 16×16×8 latents, 256 tokens; the base has the paper's two levels.
     "small": ModelConfig(
         encoder=EncoderConfig(channels=(64, 128), blocks=2, last_blocks=3, chroma_gain=4.0),
