@@ -61,8 +61,9 @@ class TestInterval:
         """λ = −3, 0, 1, 4 in one batch: the ends belong to the interval."""
         x_hat = self.limited(Z_T, LOGSNR)
         guided, plain = self.guided(Z_T, LOGSNR), CONDITIONAL.denoise(Z_T, LOGSNR)
-        np.testing.assert_array_equal(x_hat[1:3], guided[1:3])
-        np.testing.assert_array_equal(x_hat[jnp.array([0, 3])], plain[jnp.array([0, 3])])
+        # float32: inside a program of its own a product and a sum may be rounded once.
+        np.testing.assert_allclose(x_hat[1:3], guided[1:3], rtol=1e-6)
+        np.testing.assert_allclose(x_hat[jnp.array([0, 3])], plain[jnp.array([0, 3])], rtol=1e-6)
         assert np.abs(guided - plain).max() > 0.1
 
     @pytest.mark.parametrize(("logsnr", "calls"), [(-0.01, 1), (-1e-4, 2), (0.5, 2), (1.0001, 2), (1.01, 1)])
