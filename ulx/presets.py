@@ -23,15 +23,18 @@ def _plain(width: int, blocks: int, patch: PerAxis = 1, **block) -> UViTConfig:
     return UViTConfig(patch=patch, channels=(width,), blocks=(blocks,), block=BlockConfig(**block))
 
 
-def _convolved(width: int, blocks: int, outside: int, patch: PerAxis, **block) -> UViTConfig:
-    """For clips: one convolution stage, of so many channels, around a transformer on half of its positions each way."""
+def _convolved(
+    width: int, blocks: int, outside: int, patch: PerAxis, down: PerStep = ((1, 2, 2),), **block
+) -> UViTConfig:
+    """One convolution stage, of so many channels, around a transformer on half of its positions each way: by default of
+    clips, on all of their steps of time."""
     return UViTConfig(
         patch=patch,
         conv_channels=(outside,),
         conv_blocks=1,
         channels=(width,),
         blocks=(blocks,),
-        down=((1, 2, 2),),
+        down=down,
         block=BlockConfig(**block),
     )
 
@@ -91,12 +94,12 @@ MODELS: dict[str, ModelConfig] = {
         logsnr_1=-7.0,
         given_frames=5,
     ),
-    # 64 px at the price of 32: 8×8×16 latents, so that a base model has 64 tokens there too. The decoder's are 256, as
-    # patches of 8×8 pixels would show.
+    # 64 px at the price of 32: 8×8×16 latents and 64 tokens there too. A convolution stage between pixels and the decoder's
+    # tokens: patches would show, and with as many as there are of 4×4 pixels it uses the latent too late.
     "tiny64": ModelConfig(
         encoder=EncoderConfig(channels=(32, 64, 128), blocks=1, last_blocks=1, latent_channels=16, chroma_gain=4.0),
         prior=_plain(192, 2, remat="none"),
-        decoder=_plain(128, 6, patch=4, remat="none"),
+        decoder=_convolved(192, 6, 64, patch=4, down=2, remat="none"),
         base=_plain(192, 4, remat="none"),
         logsnr_1=-7.0,
     ),
