@@ -94,8 +94,8 @@ MODELS: dict[str, ModelConfig] = {
         logsnr_1=-7.0,
         given_frames=5,
     ),
-    # 64 px at the price of 32: 8×8×16 latents and 64 tokens there too. A convolution stage between pixels and the decoder's
-    # tokens: patches would show, and with as many as there are of 4×4 pixels it uses the latent too late.
+    # 64 px at the price of 32: 8×8×16 latents and 64 tokens there too. A convolution stage between pixels and the
+    # decoder's tokens: patches would show, and a decoder of 4×4 patches, 256 tokens, uses the latent too late.
     "tiny64": ModelConfig(
         encoder=EncoderConfig(channels=(32, 64, 128), blocks=1, last_blocks=1, latent_channels=16, chroma_gain=4.0),
         prior=_plain(192, 2, remat="none"),
