@@ -2,19 +2,20 @@
 
     python benchmarks/compute_vs_fid.py                          three methods, four lengths of the base's training
     python benchmarks/compute_vs_fid.py --methods unified pixels --lengths 0.5
+    python benchmarks/compute_vs_fid.py --preset tiny64          at 64×64 pixels
     python benchmarks/compute_vs_fid.py --seeds 0 1
     python benchmarks/compute_vs_fid.py --tokenizers my_package.my_module:make
     python benchmarks/compute_vs_fid.py --preset smoke           does it work?
 
-The base model is one architecture throughout, on as many tokens: latents, or patches of as many pixels as lie under
-one. Each length is a training of its own, warm-up, decay and average cut to it. Compute is counted by the paper's
-convention (`ulx.flops`): of the base model alone, as in Fig. 4, and with the autoencoder's. Pixels, which have none,
-are also trained for what the longest of Unified Latents costs altogether, and Unified Latents also with more bits.
-Any other tokenizer (`ulx.tokenizers`) is one more method: the same base model on its latents, as `ulx.proxy` trains one
-(centred and scaled to variance 1); what its own training cost is not known, so that it has no place in the second plot.
-Every run is one of the main job, resumed if interrupted (a tokenizer's base model begins anew), and not run again once
-it is in the results file. The distance is `fd_efflite0`, or FID with `--inception-weights`. Leaves
-benchmarks/results/compute_vs_fid.jsonl, a table and a plot.
+The base model is one transformer throughout, on as many tokens: latents, or the patches of pixels that lie under one,
+with the decoder's convolutions before and after them where it has any. Each length is a training of its own, warm-up,
+decay and average cut to it. Compute is counted by the paper's convention (`ulx.flops`): of the base model alone, as
+in Fig. 4, and with the autoencoder's. Pixels, which have none, are also trained for what the longest of Unified
+Latents costs altogether, and Unified Latents also with more bits. Any other tokenizer (`ulx.tokenizers`) is one more
+method: the same base model on its latents, as `ulx.proxy` trains one (centred and scaled to variance 1); what its own
+training cost is not known, so that it has no place in the second plot. Every run is one of the main job, resumed if
+interrupted (a tokenizer's base model begins anew), and not run again once it is in the results file. The distance is
+`fd_efflite0`, or FID with `--inception-weights`. Leaves benchmarks/results/compute_vs_fid.jsonl, a table and a plot.
 """
 
 import dataclasses
@@ -61,13 +62,22 @@ class Settings(points.DistanceSettings):
 
 
 def by_method(preset: "Config", method: Method) -> "Config":
-    """That preset by another method, with one architecture of base model: on pixels it sees as many tokens as on
-    latents."""
+    """That preset by another method, with one architecture of base model: on pixels it is the same transformer on as
+    many tokens, and has what the decoder has between pixels and tokens."""
     from ulx.variants import VARIANTS
 
     config, base = VARIANTS[method].change(preset), preset.model.base
     if config.model.latent == "pixels":
-        base = dataclasses.replace(base, patch=preset.model.encoder.reduction(2)[0] * base.patch)
+        outside, of_latents = preset.model.decoder, base
+        base = dataclasses.replace(
+            base, patch=outside.patch, conv_channels=outside.conv_channels, conv_blocks=outside.conv_blocks
+        )
+        under_one = [r * s for r, s in zip(preset.model.encoder.reduction(2), of_latents.reduction(2), strict=True)]
+        if [*base.reduction(2)] != under_one:
+            raise ValueError(
+                f"a base model on pixels with the decoder's way to tokens has {base.reduction(2)} pixels under one, on "
+                f"latents {under_one}"
+            )
     return dataclasses.replace(config, variant=method, model=dataclasses.replace(config.model, base=base))
 
 

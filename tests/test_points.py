@@ -183,10 +183,23 @@ def test_pixels_are_trained_for_as_much_as_latents_cost_altogether():
 
 
 def test_pixels_have_as_many_tokens_as_latents():
-    for settings in (compute_vs_fid.Settings(), compute_vs_fid.Settings(path="shards")):
-        configs = {method: compute_vs_fid.configs_of(method, 0, settings)[0] for method in ("unified", "pixels")}
-        reduction = configs["unified"].model.encoder.reduction(2)[0]
-        assert configs["pixels"].model.base.patch == reduction * configs["unified"].model.base.patch
+    """And the same transformer; between pixels and tokens they have what the decoder has, so that no token is as narrow
+    as what it stands for."""
+    of_presets = [compute_vs_fid.Settings(preset=preset) for preset in ("tiny", "tiny64", "smoke")]
+    for settings in (*of_presets, compute_vs_fid.Settings(path="shards")):
+        latents, pixels = (compute_vs_fid.configs_of(m, 0, settings)[0].model for m in ("unified", "pixels"))
+        (reduction, _), (own, _) = latents.encoder.reduction(2), latents.base.reduction(2)
+        assert pixels.base.reduction(2) == (reduction * own, reduction * own)
+        assert (pixels.base.channels, pixels.base.blocks) == (latents.base.channels, latents.base.blocks)
+        assert pixels.base.block == latents.base.block
+        assert pixels.base.conv_channels == latents.decoder.conv_channels
+        first = (*pixels.base.conv_channels, pixels.base.channels[0])[0]
+        assert 3 * pixels.base.patch**2 < first
+    narrow = dataclasses.replace(compute_vs_fid.Settings().config().model.decoder, patch=8)
+    preset = compute_vs_fid.Settings().config()
+    preset = dataclasses.replace(preset, model=dataclasses.replace(preset.model, decoder=narrow))
+    with pytest.raises(ValueError, match=r"has \(8, 8\) pixels under one, on latents \[4, 4\]"):
+        compute_vs_fid.by_method(preset, "pixels")
 
 
 def test_the_base_model_of_any_tokenizer_is_the_one_of_unified_latents():

@@ -17,6 +17,8 @@ from jaxtyping import Array, Float
 __all__ = ["Cosine", "Linear", "Schedule", "cosine", "image_schedule", "linear", "resolution_shift"]
 
 REFERENCE_RESOLUTION = 512
+IMAGE_LOGSNR_MAX = 5.0 + 2 * math.log(REFERENCE_RESOLUTION / 32)
+"""λ_x(0)."""
 
 
 @runtime_checkable
@@ -149,11 +151,12 @@ def resolution_shift(resolution: float, reference: float = REFERENCE_RESOLUTION)
 
 
 def image_schedule(resolution: int) -> Cosine:
-    """Our λ_x for images: the shifted cosine of simple diffusion, from 5 to −15 at 512 pixels, moved by the rule.
+    """Our λ_x for images: the shifted cosine of simple diffusion, from 10.55 at every resolution to −15 at 512 pixels,
+    which the rule moves.
 
-    The paper does not state its schedule. The end points are where the decoder's weighted loss has nothing left:
-    at b + 8 the sigmoid discounts all but 3e-4, at b − 12 an image of variance 1/4 holds under 1e-5 nats a dimension
-    (from 32 pixels up).
+    The paper does not state its schedule. Samples end at λ_x(0) with what noise there is: σ/α is 0.65 of the 255 levels
+    of a pixel's value. The decoder's weighted loss has nothing left there (from 32 pixels up the sigmoid discounts all
+    but 3.4e-4), and at λ_x(1) = b − 12 an image of variance 1/4 holds under 1e-5 nats a dimension.
     """
-    at_512 = cosine(logsnr_max=5.0, logsnr_min=-15.0, shift=2 * math.log(64 / REFERENCE_RESOLUTION))
-    return at_512.shifted(resolution_shift(resolution))
+    move = resolution_shift(resolution)
+    return cosine(IMAGE_LOGSNR_MAX, logsnr_min=-15.0 + move, shift=2 * math.log(64 / REFERENCE_RESOLUTION) + move)
