@@ -191,6 +191,12 @@ COLUMNS = (
 )
 
 
+def calls(point: dict[str, Any]) -> str:
+    """Network calls a sample: of the base model, and of the decoder where they are known and any."""
+    base, decoder = point["fd"]["base"]["nfe"], point["fd"]["reconstruction"].get("nfe")
+    return f"{base} + {decoder}" if decoder else str(base)
+
+
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
     rows = []
     for method, shown in found.items():
@@ -207,7 +213,7 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
                 f"{p['fd']['reconstruction']['value']:.1f}" if is_coded else "",
                 f"{p['fd']['base']['value']:.1f}",
                 f"{p['kd']['value']:.3f}",
-                str(p["fd"]["base"]["nfe"]),
+                calls(p),
                 str(p["seed"]),
                 p["date"],
             ]

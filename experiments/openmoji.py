@@ -8,7 +8,7 @@
     python experiments/openmoji.py --data.source folder --data.path DIR --name mine      your own images
 
 Leaves runs/NAME/report.html with pictures, curves, bits and distances. Presets: smoke, tiny (the default), tiny64
-(64×64 pixels, twice the time), small (64×64 pixels, for an accelerator or a night).
+(64×64 pixels, 1.2 times the FLOPs in stage 1 and as many in stage 2), small (64×64 pixels, for an accelerator).
 """
 
 import dataclasses

@@ -12,6 +12,7 @@ import latent_shape
 import loss_factor
 import points
 import pytest
+import tyro
 
 from ulx.config import Config, to_json
 from ulx.data.source import Dataset
@@ -153,7 +154,16 @@ def test_on_imagenet_it_is_the_papers_preset_in_files_of_its_own(benchmark):
     assert settings.file("sweep").name == "sweep_imagenet512.jsonl"
     assert settings.options == "--path shards"
     assert on_drawings.options == "--preset tiny"
+    assert benchmark.Settings(preset="smoke", runs="r", seeds=(0, 1)).options == "--preset smoke --seeds 0 1"
     assert on_drawings.config().data.source == "openmoji"
+
+
+def test_a_page_s_command_is_the_one_that_made_it():
+    given = compute_vs_fid.Settings(preset="tiny64", lengths=(0.25, 0.5), more=(), results="elsewhere", sample_steps=8)
+    assert given.options == "--preset tiny64 --lengths 0.25 0.5 --more --sample-steps 8"
+    assert tyro.cli(compute_vs_fid.Settings, args=[*given.options.split(), "--results", "elsewhere"]) == given
+    sweep = bitrate_vs_fid.Settings(pairs=((1.4, 4.0), (2.5, 2.0)))
+    assert tyro.cli(bitrate_vs_fid.Settings, args=sweep.options.split()) == sweep
 
 
 def test_on_imagenet_loss_factors_are_the_papers_and_lengths_parts_of_its_training():

@@ -1,8 +1,8 @@
 """Model sizes: `MODELS` for 32 and 64 pixels on a CPU, and `PAPER`, the paper's own (§5.1).
 
-The small ones lean on the transformer: their decoder has no convolution stages and sees 4×4 patches, with z_0 added
-token by token. It learns to use the latent within some hundred steps, before the prior can squeeze it out; a small
-convolutional U-Net does not (see the README on posterior collapse).
+The small ones lean on the transformer: their decoder sees 4×4 patches, or has one stage of convolutions around it, with
+z_0 added token by token. It learns to use the latent within some hundred steps, before the prior can squeeze it out; a
+small convolutional U-Net does not (see the README on posterior collapse).
 
 What `PAPER` adds to what the paper states (heads of 64, MLP ratio 4, the medium base, the video's steps, the widths
 of the text-to-image bases) is ours: the list is in ulx/README.md, sizes and FLOPs in benchmarks/results/.
