@@ -37,6 +37,10 @@ LONGEST = ("test_kills.py", "test_variants.py", "test_sharding.py", "test_traini
 """Files that take minutes each: if one of them came last, a worker would have nothing to do meanwhile."""
 
 
+MANY_MAPS = 20_000
+"""Regions of memory of a process, from which on it forgets its compiled programs."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
@@ -44,10 +48,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def _forget_compiled_programs():
     """XLA maps several regions of memory for each program, and a process may have some 65,000 (vm.max_map_count): the
-    suite in one process runs into that, and compiling then crashes. No test uses another module's programs."""
+    suite in one process runs into that, and compiling then crashes. Not after every module: many use the same small
+    programs."""
     yield
-    jax.clear_caches()
-    gc.collect()
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
