@@ -212,7 +212,7 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
                 f"{p['bits_per_pixel']['value']:.3f}" if has_rate else "",
                 f"{p['fd']['reconstruction']['value']:.1f}" if is_coded else "",
                 f"{p['fd']['base']['value']:.1f}",
-                f"{p['kd']['value']:.3f}",
+                points.plus_minus(p["kd"], 3),
                 calls(p),
                 str(p["seed"]),
                 p["date"],
@@ -288,7 +288,8 @@ def write(found: dict[str, list[dict[str, Any]]], settings: Settings, file: Path
         f"`{settings.label}` preset on {settings.data}, EMA "
         f"weights; fd is {frechet} of {samples['n']} samples without guidance to the {samples['n_reference']} "
         f"training images{points.too_few(samples, reconstructions)}, kd {kernel}, the kernel distance to "
-        "the held-out images; FLOPs of training by the paper's convention. Machine: "
+        "the held-out images; FLOPs of training by the paper's convention; NFE the base model's calls and the "
+        "decoder's, where it makes any. Machine: "
         f"{points.machines(point for of in found.values() for point in of)}.\n\n{table(found)}\n"
     )
     plot(found, file.with_suffix(".png"))
