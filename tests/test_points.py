@@ -16,6 +16,7 @@ import tyro
 
 from ulx.config import Config, to_json
 from ulx.data.source import Dataset
+from ulx.nn.grid import per_axis
 from ulx.presets import PAPER
 from ulx.proxy import RECIPE
 from ulx.weightings import sigmoid_bias
@@ -204,7 +205,7 @@ def test_pixels_have_as_many_tokens_as_latents():
         assert pixels.base.block == latents.base.block
         assert pixels.base.conv_channels == latents.decoder.conv_channels
         first = (*pixels.base.conv_channels, pixels.base.channels[0])[0]
-        assert 3 * pixels.base.patch**2 < first
+        assert 3 * math.prod(per_axis(pixels.base.patch, 2)) < first
     narrow = dataclasses.replace(compute_vs_fid.Settings().config().model.decoder, patch=8)
     preset = compute_vs_fid.Settings().config()
     preset = dataclasses.replace(preset, model=dataclasses.replace(preset.model, decoder=narrow))
