@@ -52,7 +52,7 @@ def metrics_of(config: Config) -> dict:
         "bits_per_pixel_base": metric(0.4),
         "bits_per_latent_dim": metric(1.5),
         "psnr": metric(20.0),
-        "fd_efflite0": {"base": distance(110.0), "reconstruction": distance(80.0)},
+        "fd_efflite0": {"base": distance(110.0), "reconstruction": distance(80.0) | {"nfe": 12}},
         "alignment": {
             "by_guidance": {
                 scale: {"retrieval": metric(score), "shuffled_prompts": metric(0.01), "fd_efflite0": distance(fd)}
@@ -120,7 +120,7 @@ def command(monkeypatch, tmp_path):
             "compute_vs_fid",
             ("--methods", "unified", "pixels", "--lengths", "0.5", "1"),
             6,
-            "| unified | 50 | 1 | 3 | 0.500 | 80.0 | 110.0 | 0.250 | 16 | 0 |",
+            "| unified | 50 | 1 | 3 | 0.500 | 80.0 | 110.0 | 0.250 ± 0.025 | 16 + 12 | 0 |",
         ),
         ("ablations", (), 7, "| N(0, I) | MSE | 0.500 ± 0.050 | 0.400 ± 0.040 | 1.500 | 20.00 ± 2.00 | 80.0 | 110.0 |"),
         (
@@ -155,7 +155,7 @@ def test_every_row_is_a_run_of_its_own_and_measured_once(command, capsys, name, 
     ("name", "options", "cells"),
     [
         ("bitrate_vs_fid", ("--pairs", "1.4", "4"), "22.0 | 33.0 | 33.0 | 0.110 | 0.110"),
-        ("compute_vs_fid", ("--methods", "unified", "--lengths", "1", "--more"), "22.0 | 33.0 | 0.110"),
+        ("compute_vs_fid", ("--methods", "unified", "--lengths", "1", "--more"), "22.0 | 33.0 | 0.110 ± 0.011"),
         ("ablations", ("--rows", "unified"), "22.0 | 33.0 | 0.110"),
         ("latent_shape", (), "22.0 | 33.0 | 0.110"),
     ],
@@ -202,7 +202,9 @@ def test_any_tokenizer_has_a_row_beside_the_methods(command, small_dataset, tmp_
     assert [point["base_steps"] for point in mine] == [2, 4]
     short, long = (point["cost"]["training_flops_stage2"] for point in mine)
     assert long == 2 * short > 0
-    rows = [line.split(" | ") for line in results.with_suffix(".md").read_text().splitlines() if "halves:Half" in line]
+    rows = [
+        line.split(" | ") for line in results.with_suffix(".md").read_text().splitlines() if "| halves:Half" in line
+    ]
     assert [(row[1], row[3], row[4]) for row in rows] == [("2", "", ""), ("4", "", "")]  # no total, no rate
     for row, point in zip(rows, mine, strict=True):
         fd = point["fd_efflite0"]
