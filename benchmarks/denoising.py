@@ -167,9 +167,10 @@ def main() -> None:
     def work() -> None:
         results = measure(settings)
         text = table(results)
+        names = " ".join(run["run"] for run in results["runs"])
         page = (
-            f"Measured by `python benchmarks/denoising.py`, {results['date']}, {results['machine']}: squared error of "
-            f"x̂ of {results['runs'][0]['count']} held-out examples' latents over their variance, "
+            f"Measured by `python benchmarks/denoising.py --runs {names}`, {results['date']}, {results['machine']}: "
+            f"squared error of x̂ of {results['runs'][0]['count']} held-out examples' latents over their variance, "
             f"{results['runs'][0]['weights']} weights."
             f"\n\n{text}\n"
         )

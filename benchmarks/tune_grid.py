@@ -151,8 +151,9 @@ def main() -> None:
     def work() -> None:
         results = measure(settings)
         text = table(results)
+        option = " --distances" if settings.distances else ""
         page = (
-            f"Measured by `python benchmarks/tune_grid.py` on the run `{results['run']}`, {results['date']}, "
+            f"Measured by `python benchmarks/tune_grid.py --run {results['run']}{option}`, {results['date']}, "
             f"{results['machine']}: error of {results['count']} samples by {results['solver']}, relative to "
             f"{results['fine_steps']} steps of heun from the same noise.\n\n{text}\n"
         )
