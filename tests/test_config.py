@@ -110,7 +110,7 @@ def test_a_variant_changes_the_defaults_and_options_come_on_top():
 
 
 def test_a_variant_s_noise_levels_are_those_of_the_resolution_asked_for(monkeypatch):
-    """λ moves by 2 ln(size ratio), and so does b: from 32 to 64 pixels by 2 ln 2."""
+    """λ_x(1) moves by 2 ln(size ratio), and so does b: from 32 to 64 pixels by 2 ln 2. λ_x(0) stays."""
     found = []
     monkeypatch.setattr(job, "run", found.append)
     for options in ([], ["--data.resolution", "64"], ["--data.resolution=64", "--base-bias", "0.5"]):
@@ -118,7 +118,8 @@ def test_a_variant_s_noise_levels_are_those_of_the_resolution_asked_for(monkeypa
         experiment(PRESETS, "")
     small, large, changed = found
     assert (small.data.resolution, large.data.resolution) == (32, 64)
-    for value in (lambda c: c.model.logsnr_0, lambda c: c.model.logsnr_1, lambda c: c.base_bias):
+    assert large.model.logsnr_0 == small.model.logsnr_0
+    for value in (lambda c: c.model.logsnr_1, lambda c: c.base_bias):
         assert value(small) - value(large) == pytest.approx(2 * math.log(2))
     assert changed.model == large.model
     assert changed.base_bias == 0.5
