@@ -171,13 +171,15 @@ class TestCommands:
         measured = {}
 
         def measure(path, model, base, dataset, config, text, *, weights):
-            measured.update(base=base, weights=weights, asked=config.evaluate)
+            measured.update(base=base, weights=weights, asked=config.evaluate, sampler=config.sample)
             return path / "report.html"
 
         monkeypatch.setattr(job, "measure", measure)
         monkeypatch.setattr(evaluate, "open_dataset", lambda config: small_dataset)
-        evaluate.evaluate(evaluate.Options(trained_run, ema=0.05, held_out=7, num_samples=9))
+        sampler = sample.SamplerOptions(solver="ancestral", decoder_num_steps=3)
+        evaluate.evaluate(evaluate.Options(trained_run, ema=0.05, held_out=7, num_samples=9, sample=sampler))
         assert same(leaves(measured["base"]), arrays_of(trained_run, "stage2", 4, 0.05))
         assert measured["weights"] == "EMA; stage2: sigma_rel 0.05"
-        own = runs.load(trained_run).config.evaluate
-        assert measured["asked"] == dataclasses.replace(own, held_out=7, num_samples=9)
+        own = runs.load(trained_run).config
+        assert measured["asked"] == dataclasses.replace(own.evaluate, held_out=7, num_samples=9)
+        assert measured["sampler"] == dataclasses.replace(own.sample, solver="ancestral", decoder_num_steps=3)

@@ -5,6 +5,7 @@ python -m ulx.evaluate runs/openmoji --ema 0.07                    the base mode
 python -m ulx.evaluate runs/openmoji --inception-weights FILE      FID and KID too
 python -m ulx.evaluate runs/imagenet512 --num-samples 50000        gFID@50k, with --inception-weights
 python -m ulx.evaluate runs/kinetics600 --held-out 2048            FVD of 2,048 continued clips
+python -m ulx.evaluate runs/openmoji --sample.solver ancestral     by another sampler
 
 What it makes is kept on disk until the end, in RUN/evaluation/unfinished: interrupted and given again, it goes on.
 """
@@ -18,6 +19,7 @@ from ulx.command_line import parse_arguments, run_together
 from ulx.data import open_dataset
 from ulx.data.split import LEAST
 from ulx.metrics import inception
+from ulx.sample import SamplerOptions
 from ulx.text.examples import Remembered, embedded
 
 __all__ = ["Options", "evaluate"]
@@ -45,6 +47,7 @@ class Options:
     """Prompts to show samples of, for a run with captions; by default as the run was set."""
     lpips: bool = False
     """LPIPS of the reconstructions too; needs pip install "ulx[lpips]"."""
+    sample: SamplerOptions = SamplerOptions()
 
 
 def evaluate(options: Options) -> Path:
@@ -74,7 +77,7 @@ def evaluate(options: Options) -> Path:
         evaluate = dataclasses.replace(evaluate, clip_weights=str(options.clip_weights))
     evaluate = dataclasses.replace(evaluate, prompts=options.prompts or evaluate.prompts)
     evaluate = dataclasses.replace(evaluate, lpips=evaluate.lpips or options.lpips)
-    config = dataclasses.replace(run.config, evaluate=evaluate)
+    config = dataclasses.replace(run.config, evaluate=evaluate, sample=options.sample.over(run.config.sample))
     dataset = open_dataset(config.data)
     text = None
     if run.text is not None:
