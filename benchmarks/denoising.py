@@ -167,7 +167,7 @@ def main() -> None:
     def work() -> None:
         results = measure(settings)
         text = table(results)
-        names = " ".join(run["run"] for run in results["runs"])
+        names = " ".join(f"runs/{run['run']}" for run in results["runs"])
         page = (
             f"Measured by `python benchmarks/denoising.py --runs {names}`, {results['date']}, {results['machine']}: "
             f"squared error of x̂ of {results['runs'][0]['count']} held-out examples' latents over their variance, "

@@ -153,7 +153,7 @@ def main() -> None:
         text = table(results)
         option = " --distances" if settings.distances else ""
         page = (
-            f"Measured by `python benchmarks/tune_grid.py --run {results['run']}{option}`, {results['date']}, "
+            f"Measured by `python benchmarks/tune_grid.py --run runs/{results['run']}{option}`, {results['date']}, "
             f"{results['machine']}: error of {results['count']} samples by {results['solver']}, relative to "
             f"{results['fine_steps']} steps of heun from the same noise.\n\n{text}\n"
         )
