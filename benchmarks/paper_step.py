@@ -107,6 +107,7 @@ def main() -> None:
 
     settings = tyro.cli(Settings, description=__doc__)
     file = Path(settings.results) / "paper_step.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
     known = points.read(file)
     machine = {}
     for experiment in settings.experiments:
