@@ -19,8 +19,8 @@ curves, bits and FVD.
 Presets: tiny and smoke are for a CPU, tiny64 for an accelerator (not trained to its end yet), small and medium are the
 paper's networks (§5.1). How long the paper trains, with what batches, learning rates and frame rate, it does not say:
 these are ours, and not tried at this size yet. By --dry-run small takes 7.2e20 FLOPs for stage 1 and 2.4e20 for stage 2
-(medium: 3.6e20); an accelerator of 989 TFLOP/s in bfloat16 that does 40 % of it (assumed, not measured) takes 500 and
-170 hours (medium: 250).
+(medium: 3.6e20), of which the frozen encoder, in float32, 1.4e20; an accelerator of 989 TFLOP/s in bfloat16 and half of
+that in TF32 that does 40 % of it (assumed, not measured) takes 500 and 260 hours (medium: 350).
 
 The paper's FVD: 1.7 for the small base model, 1.3 for the medium one.
 """

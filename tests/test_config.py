@@ -30,6 +30,16 @@ def test_steps_per_axis_survive_json():
     assert config.model.encoder.down == ((1, 2, 2), (2, 2, 2), (2, 1, 1))
 
 
+def test_latents_of_clips_that_begin_anywhere_are_not_cached():
+    """They would be of the first frames of each video alone."""
+    for data in (DataConfig("folder", path="videos", clips=True), DataConfig("prepared", path="shards", clips=True)):
+        with pytest.raises(ValueError, match=f"clips of --data.source {data.source} begin anywhere .*no-cache-latents"):
+            Config(data=data)
+        assert not Config(data=data, cache_latents=False).cache_latents
+    assert Config(data=DataConfig("moving-emoji", clips=True)).cache_latents
+    assert Config(data=DataConfig("folder", path="images")).cache_latents
+
+
 def test_unknown_field_in_a_file_gets_a_suggestion():
     with pytest.raises(ValueError, match=r"unknown field train.learning_rates; did you mean learning_rate\?"):
         from_json('{"train": {"learning_rates": 0.1}}')

@@ -129,6 +129,22 @@ def test_each_of_several_devices_has_its_part_of_the_batch(small_config, monkeyp
     assert checked == [(4, devices, 1, stage) for devices in (1, 2) for stage in ("stage1", "stage2")]
 
 
+def test_a_frozen_encoder_s_time_is_that_of_float32(small_config, monkeypatch):
+    """Which it works in, whatever the base model is trained in; cached latents need none."""
+    monkeypatch.setattr(dry_run, "matmul_speed", {"float32": 1e6, "bfloat16": 8e6}.get)
+    monkeypatch.setattr(dry_run, "num_classes", lambda data: 3)
+    train = dataclasses.replace(small_config.train_base, dtype="bfloat16")
+    for cached in (True, False):
+        config = dataclasses.replace(small_config, cache_latents=cached, train_base=train)
+        model, base = networks_of(config)
+        examples = train.steps * train.batch_size
+        one = {name: found.forward_flops for name, found in network_costs(model, base).items()}
+        seconds = 3 * one["base"] / 8e6 + (0 if cached else one["encoder"] / 1e6)
+        took = duration(examples * seconds / dry_run.SHARE)
+        (line,) = (line for line in dry_run.describe(config, compiled=False).splitlines() if line.startswith("stage2 "))
+        assert line.split()[-1] == took
+
+
 def test_speed_is_one_that_a_machine_can_have():
     assert 1e8 < dry_run.matmul_speed("float32", size=256) < 1e16
 

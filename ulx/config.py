@@ -234,7 +234,8 @@ class Config:
     base_bias: float = 0.0
     """b of the base model's sigmoid weighting on latents."""
     cache_latents: bool = True
-    """Encode the training images once before stage 2, into the run's folder; off: encode every batch."""
+    """Encode the training images once before stage 2, into the run's folder; off: encode every batch, which clips that
+    begin anywhere in their videos need."""
     frames_dropout: float = 0.5
     """How often the decoder is not given the first frames of a clip while training, so that it can do without. The
     latent then holds these frames too, for the encoder does not know."""
@@ -280,6 +281,12 @@ class Config:
             raise ValueError("evaluate.inception_weights is for images: clips are measured by FVD")
         if self.model.given_frames and self.single_stage:
             raise ValueError("single_stage generates with the stage-1 prior, which is given no frames")
+        of_files = self.data.clips and self.data.source in ("folder", "prepared")
+        if of_files and self.cache_latents and not self.single_stage:
+            raise ValueError(
+                f"cache_latents keeps one encoding of each example, and clips of --data.source {self.data.source} "
+                "begin anywhere in their videos: give --no-cache-latents, or stage 2 would see the first frames alone"
+            )
         if self.data.clips and not 0 <= self.model.given_frames < self.data.frames:
             raise ValueError(
                 f"model.given_frames={self.model.given_frames} must leave some of a clip's {self.data.frames} frames"

@@ -117,14 +117,18 @@ def describe(config: Config, *, compiled: bool = True) -> str:
     for stage, train in config.train_configs.items():
         check_batch(train.batch_size, mesh, pieces=train.accumulate, of=stage)
     devices = mesh.size
-    speeds = {dtype: matmul_speed(dtype) for dtype in {train.dtype for train in config.train_configs.values()}}
+    encoding = job.encoding(config, cost["forward_flops_per_image"]["encoder"])
+    dtypes = {train.dtype for train in config.train_configs.values()} | ({"float32"} if encoding else set())
+    speeds = {dtype: matmul_speed(dtype) for dtype in sorted(dtypes)}
     lines += ["", f"{'stage':<10}{'steps':>10}{'batch':>7}{'FLOPs':>10}{'weights':>11}{'the step':>11}{'time':>12}"]
     steps = {name: step for name, step in plan.steps.items() if name == "stage2" or config.autoencoder is None}
     for stage, step in steps.items():
         train, flops = step.train, cost[f"training_flops_{stage}"]
         held = bytes_per_device((step.state, step.frozen), config.fsdp)
         taken = step.memory(devices) if compiled else None
-        seconds = flops / (devices * SHARE * speeds[train.dtype])
+        in_float32 = encoding.get(stage, 0)
+        seconds = (flops - in_float32) / speeds[train.dtype] + in_float32 / speeds.get("float32", math.inf)
+        seconds /= devices * SHARE
         lines.append(
             f"{stage:<10}{train.steps:>10,}{train.batch_size:>7}{flops:>10.2g}{_gib(held):>11}"
             f"{_gib(taken) if taken else 'not asked':>11}{duration(seconds):>12}"

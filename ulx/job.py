@@ -34,7 +34,7 @@ from ulx.text.examples import Remembered, captions_of, embedded, open_encoder, w
 from ulx.text.precomputed import Precomputed
 from ulx.training import Controller, Loss, TrainState, fit, make_optimizer, make_step, pace
 
-__all__ = ["cost", "measure", "run", "train_autoencoder", "train_base", "train_stage"]
+__all__ = ["cost", "encoding", "measure", "run", "train_autoencoder", "train_base", "train_stage"]
 
 
 def run(config: Config) -> Path:
@@ -217,6 +217,17 @@ def train_stage(
             )
 
 
+def encoding(config: Config, forward: int) -> dict[str, int]:
+    """FLOPs of the stages whose frozen encoder sees every batch anew, with its `forward` FLOPs per example. It works in
+    float32 whatever they are trained in. Cached latents are encoded once, and count for nothing."""
+    anew = {"decoder": True, "stage2": not config.cache_latents}
+    return {
+        stage: train.steps * train.batch_size * forward
+        for stage, train in config.train_configs.items()
+        if anew.get(stage, False)
+    }
+
+
 def cost(model, base, config: Config) -> dict[str, Any]:
     """Forward FLOPs per image of each network, and of the whole training (3 × forward, the paper's convention)."""
     costs = network_costs(model, base, config.text.length)
@@ -225,10 +236,8 @@ def cost(model, base, config: Config) -> dict[str, Any]:
     training = {
         stage: examples[stage] * sum(costs[name].training_flops for name in trained[stage]) for stage in config.stages
     }
-    # Of a frozen encoder that sees every batch anew, only the forward pass. Cached latents are encoded once.
-    for stage, encodes in {"decoder": True, "stage2": not config.cache_latents}.items():
-        if stage in training and encodes:
-            training[stage] += examples[stage] * costs["encoder"].forward_flops
+    for stage, flops in encoding(config, costs["encoder"].forward_flops).items():
+        training[stage] += flops
     return {
         "parameters": {name: cost.parameters for name, cost in costs.items()},
         "forward_flops_per_image": {name: cost.forward_flops for name, cost in costs.items()},

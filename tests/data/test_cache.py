@@ -185,7 +185,7 @@ def test_what_was_refused_is_remembered(tmp_path):
         assert not unreadable & {*prepared.dataset.train.names, *prepared.dataset.validation.names}
         np.testing.assert_array_equal(prepared.dataset.train[0]["image"], content("t016"))
     manifest = json.loads(next(tmp_path.rglob("manifest.json")).read_text())
-    assert manifest["counts"] == {"train": 83, "validation": 19}
+    assert manifest["counts"] == {"train": 83, "validation": 19, "left out": 18}
 
 
 class FullDisk(array_record_module.ArrayRecordWriter):
@@ -323,7 +323,7 @@ def test_a_directory_of_ones_own_is_opened_without_its_recipe(tmp_path):
 
 
 def test_a_directory_that_is_not_prepared_or_not_whole(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no manifest\.json in .*: a preparation .* is not$"):
+    with pytest.raises(FileNotFoundError, match=r"no manifest\.json in .*--root .* --out .*--data\.source folder$"):
         open_in(tmp_path)
     with pytest.raises(RuntimeError):
         prepare_in(tmp_path, recipe(Loader(stop_at="t050")))

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from video_files import noise, write_video
 from ulx import aside
 from ulx.data import DataConfig, cache, open_dataset
 from ulx.data.encoded import decode_clip
-from ulx.data.image import center_crop, read_image
+from ulx.data.image import center_crop, find_files, read_image
 from ulx.data.pipeline import train_batches
 from ulx.data.prepare import ImageNet, Kinetics, main, prepare
 from ulx.data.prepared import open_prepared
@@ -167,6 +168,11 @@ def test_a_killed_preparation_goes_on_to_the_same_shards(
     times = {file: (out / file).stat().st_mtime_ns for file in known}
     main([*arguments, "--workers", "2"])
     assert contents(out) == whole
+    manifests = [json.loads((Path(folder) / "manifest.json").read_text()) for folder in (out, options.out)]
+    assert [shard["refused"] for shard in manifests[0]["shards"]] == [
+        shard["refused"] for shard in manifests[1]["shards"]
+    ]
+    assert manifests[0]["counts"]["left out"] == len(prepared.refused) > 0
     assert {file: (out / file).stat().st_mtime_ns for file in known} == times  # none was made twice
     if aside.where() != aside.NOWHERE:  # else they are left for an hour
         assert not list(out.glob("*.tmp"))
@@ -373,10 +379,58 @@ def test_links_to_nothing_are_not_there(tmp_path):
     assert len(prepared.dataset.train) == 2
 
 
+def test_one_image_that_cannot_be_read_is_left_out(imagenet, tmp_path):
+    _, files, broken = imagenet
+    good = {name: content for name, content in files.items() if name not in broken}
+    root = tmp_path / "images"
+    write_folders(root, good)
+    gone, loop = sorted(good)[:2]
+    (root / gone).unlink()
+    (root / gone).symlink_to(tmp_path / "gone.JPEG")
+    (root / loop).unlink()
+    (root / loop).symlink_to(root / loop)
+    prepared = prepare(ImageNet(str(root), str(tmp_path / "out"), resolution=32))
+    refused = dict(prepared.refused)
+    assert refused.keys() == {gone, loop}
+    assert refused[gone] == "is a link to nothing"
+    assert "symbolic links" in refused[loop]
+
+
+def test_a_folder_that_cannot_be_listed_is_no_empty_one(tmp_path, monkeypatch):
+    (tmp_path / "train" / "locked").mkdir(parents=True)
+    listed = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(OSError, match=r"the folder .*locked cannot be listed \(Permission denied\): allow it"):
+        find_files(tmp_path, (".png",))
+
+
+def test_what_another_encoder_began_is_not_gone_on_with(prepared_imagenet, monkeypatch):
+    """The same files are to give the same bytes in all shards."""
+    options, _ = prepared_imagenet
+    manifest = Path(options.out) / "manifest.json"
+    content = manifest.read_bytes()
+    monkeypatch.setattr("ulx.data.imagenet.image_encoder", lambda: "Pillow 0")
+    with pytest.raises(ValueError, match=r"another preparation \(encoder 'Pillow [\d.]+' -> 'Pillow 0'\)"):
+        prepare(options)
+    assert manifest.read_bytes() == content
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
         (["label,youtube_id,time_start,split"], "has no column time_end"),
+        (["label,youtube_id,time_start,time_end,split", "a,b,2,2,train"], "line 2 ends at second 2, and begins at 2"),
+        (["label,youtube_id,time_start,time_end,split", "a,b,1,inf,train"], "line 2 is no row of annotations"),
+        (
+            ["label,youtube_id,time_start,time_end,split", "a,b,1,2,train", "a,b,1,2,train", "a,b,1,2,val"],
+            "has b_000001_000002 as 'a' in the split 'val', and another row as 'a' in 'train': keep one",
+        ),
         (["label,youtube_id,time_start,time_end,split", "a,b,1,x,train"], r"line 2 is no row of annotations .*x"),
         (["label,youtube_id,time_start,time_end,split", ",b,1,2,train"], "line 2 has no label"),
         (["label,youtube_id,time_start,time_end,split", "a,b,1,2,holdout"], r"line 2 has the split 'holdout'"),

@@ -169,8 +169,14 @@ def open_in(directory: Path) -> tuple[Prepared, dict[str, Any]]:
     """
     manifest = _read_json(directory / "manifest.json")
     if manifest is None:
-        begun = "is not finished: give its command again, and it goes on" if (directory / RECIPE).exists() else "is not"
-        raise FileNotFoundError(f"no manifest.json in {directory}: a preparation (python -m ulx.data.prepare) {begun}")
+        if (directory / RECIPE).exists():
+            what = "its preparation is not finished: give its command again, and it goes on"
+        else:
+            what = (
+                "it is not prepared data. Raw files are prepared once, by python -m ulx.data.prepare imagenet or "
+                f"kinetics600 --root {directory} --out ANOTHER_FOLDER, or read as they are with --data.source folder"
+            )
+        raise FileNotFoundError(f"no manifest.json in {directory}: {what}")
     if manifest["format"] != FORMAT:
         raise ValueError(f"{directory} was prepared by another version of ulx: prepare it anew")
     for shard in manifest["shards"]:
@@ -235,28 +241,20 @@ def _build(recipe: Recipe, directory: Path, manifest: dict[str, Any] | None, tog
             _write_json(directory / RECIPE, recipe.described)
     known = {shard["file"]: shard for shard in manifest["shards"]} if manifest else {}
     plan = _plan(recipe)
-    finished: dict[str, dict[str, Any]] = {}
-    for file in plan:
-        shard = known.get(file) or _read_json((directory / file).with_suffix(".json"))
-        if shard is None:
-            continue
-        problem = _problem(directory, shard)
-        if problem is None:
-            finished[file] = shard
-        else:
-            warnings.warn(f"{directory / file} {problem}: making it anew", stacklevel=4)
-
     mine = share(list(plan)) if together else list(plan)
+    found = {file: known.get(file) or _read_json((directory / file).with_suffix(".json")) for file in mine}
+    what = f"{recipe.name} {recipe.resolution}px"
+    finished = _good(directory, {file: shard for file, shard in found.items() if shard is not None}, f"check {what}")
+
     total = sum(len(plan[file][1]) for file in mine)
     start = sum(len(plan[file][1]) for file in mine if file in finished)
-    description = f"prepare {recipe.name} {recipe.resolution}px"
-    with Progress(description, total, unit=recipe.unit, start=start) as progress:
+    with Progress(f"prepare {what}", total, unit=recipe.unit, start=start) as progress:
         for file in mine:
             if file not in finished:
                 finished[file] = _write_shard(recipe, directory / file, *plan[file], progress)
     if together:
         all_agree(True)  # all are done
-        finished |= {file: _made_elsewhere(directory / file) for file in plan if file not in finished}
+        finished |= {file: _made_elsewhere(directory / file, known.get(file)) for file in plan if file not in finished}
 
     shards = [finished[file] for file in plan]
     manifest = {
@@ -269,7 +267,8 @@ def _build(recipe: Recipe, directory: Path, manifest: dict[str, Any] | None, tog
         "counts": {
             split: sum(len(shard["names"]) for shard in shards if shard["split"] == split)
             for split in ("train", "validation")
-        },
+        }
+        | {"left out": sum(len(shard["refused"]) for shard in shards)},
         # Of the content alone: the same images prepared elsewhere, or by another ArrayRecord, have the same.
         "fingerprint": _digest([recipe.class_names, [[shard["content"], shard["names"]] for shard in shards]]),
         "shards": shards,
@@ -279,10 +278,26 @@ def _build(recipe: Recipe, directory: Path, manifest: dict[str, Any] | None, tog
     return manifest
 
 
-def _made_elsewhere(path: Path) -> dict[str, Any]:
-    """What another process made. On a network drive it may take a while to be seen here."""
+def _good(directory: Path, found: dict[str, dict[str, Any]], description: str) -> dict[str, dict[str, Any]]:
+    """Those of the shards that are as they were written, by their hashes."""
+    if not found:
+        return {}
+    good = {}
+    with Progress(description, len(found), unit="shards") as progress:
+        for file, shard in found.items():
+            problem = _problem(directory, shard)
+            if problem is None:
+                good[file] = shard
+            else:
+                warnings.warn(f"{directory / file} {problem}: making it anew", stacklevel=5)
+            progress.advance()
+    return good
+
+
+def _made_elsewhere(path: Path, known: dict[str, Any] | None) -> dict[str, Any]:
+    """What another process made, or found to be as it is `known`. On a network drive it may take a while to be seen."""
     for _ in range(SIGHT_SECONDS):
-        shard = _read_json(path.with_suffix(".json"))
+        shard = _read_json(path.with_suffix(".json")) or known
         if shard is not None:
             return shard
         time.sleep(1)

@@ -30,7 +30,9 @@ __all__ = [
     "decode_image",
     "encode_clip",
     "encode_image",
+    "image_encoder",
     "read_video",
+    "video_encoder",
 ]
 
 ImageCodec = Literal["webp", "jpeg"]
@@ -53,6 +55,17 @@ def encode_image(image: Image, codec: ImageCodec) -> Bytes:
     buffer = io.BytesIO()
     optional("PIL.Image").fromarray(image).save(buffer, **CODECS[codec])
     return np.frombuffer(buffer.getvalue(), np.uint8)
+
+
+def image_encoder() -> str:
+    """Who encodes images, and the version: another may give other bytes."""
+    return f"Pillow {optional('PIL').__version__}"
+
+
+def video_encoder() -> str:
+    """Who encodes videos, and the versions."""
+    av = optional("av", extra="video")
+    return f"PyAV {av.__version__}, libavcodec {'.'.join(map(str, av.library_versions['libavcodec']))}"
 
 
 def decode_image(content: Bytes) -> Image:

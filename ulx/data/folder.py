@@ -136,14 +136,14 @@ def _classes(root: Path, names: Iterable[str], depth: int, kind: str) -> dict[st
 
 
 def stamp(root: Path, items: Iterable[Item], times: bool = True) -> str:
-    """Hash of the names, labels, sizes and, of files that may change in place, times: it changes when one does. A link
-    to nothing has neither."""
+    """Hash of the names, labels, sizes and, of files that may change in place, times: it changes when one does. What
+    cannot be looked at, such as a link to nothing, has neither."""
 
     def rows() -> Iterator[list[Any]]:
         for item in items:
             try:
                 status = (root / item.name).stat()
-            except FileNotFoundError:
+            except OSError:
                 yield [item.name, item.label]
                 continue
             yield [item.name, item.label, status.st_size, *([status.st_mtime_ns] if times else [])]

@@ -41,9 +41,12 @@ def require_folder(folder: Path, what: str) -> None:
 
 def find_files(root: Path, suffixes: tuple[str, ...]) -> list[str]:
     """Relative paths (with `/`) of all files with these suffixes (lower case) under a folder, sorted, but for hidden
-    ones. Links to folders are followed, but no folder is taken twice: it goes by the name that comes first."""
+    ones. Links to folders are followed, but no folder is taken twice: it goes by the name that comes first.
+
+    Raises OSError for a folder that cannot be listed: what is in it would be missing and nobody told.
+    """
     found, seen = [], set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
+    for folder, subfolders, files in os.walk(root, onerror=_not_listed, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:  # a link back up would never end, and by two names a file would be on both sides of a split
             subfolders.clear()
@@ -56,6 +59,12 @@ def find_files(root: Path, suffixes: tuple[str, ...]) -> list[str]:
             if name.lower().endswith(suffixes) and not name.startswith(".")
         ]
     return sorted(found)
+
+
+def _not_listed(error: OSError) -> None:
+    raise OSError(
+        f"the folder {error.filename} cannot be listed ({error.strerror}): allow it, or move it away"
+    ) from error
 
 
 def read_image(file: str | os.PathLike[str] | bytes, resolution: int) -> tuple[UInt8[np.ndarray, "h w 3"], bool]:

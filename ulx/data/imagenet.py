@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ulx.data.cache import Recipe, each
-from ulx.data.encoded import ImageCodec, encode_image
+from ulx.data.cache import Recipe, UnreadableError, each
+from ulx.data.encoded import ImageCodec, encode_image, image_encoder
 from ulx.data.folder import list_splits, stamp
-from ulx.data.image import PREPARATION, read_image
+from ulx.data.image import PREPARATION, read_image, reason_of
 from ulx.data.split import Item, digest_of
 
 __all__ = ["recipe"]
@@ -62,14 +62,18 @@ def recipe(root: Path, resolution: int, codec: ImageCodec, workers: int | None =
     found = _of_tar_files(root) if (root / TRAIN).exists() else _of_folders(root)
 
     def load(name: str) -> tuple[dict[str, np.ndarray], str | None]:
-        image, smaller = read_image(found.read(name), resolution)
+        try:
+            content = found.read(name)
+        except OSError as error:  # a link to nothing, a file of somebody else's, a bad block
+            raise UnreadableError(reason_of(root / name, error)) from error
+        image, smaller = read_image(content, resolution)
         return {codec: encode_image(image, codec)}, f"smaller than {resolution} pixels" if smaller else None
 
     return Recipe(
         name="imagenet",
         resolution=resolution,
         class_names=found.class_names,
-        settings={"preparation": PREPARATION, "codec": codec, "files": found.stamp},
+        settings={"preparation": PREPARATION, "codec": codec, "encoder": image_encoder(), "files": found.stamp},
         items=lambda: (found.train, found.validation),
         make=each(load, workers),
         example_bytes=resolution**2,  # of about 8 bits a pixel when compressed

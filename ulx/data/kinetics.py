@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ulx.data.cache import Recipe, UnreadableError, each
-from ulx.data.encoded import VIDEO_BYTES, read_video
+from ulx.data.encoded import VIDEO_BYTES, read_video, video_encoder
 from ulx.data.image import PREPARATION, find_files, require_folder
 from ulx.data.split import Item, digest_of, held_out
 from ulx.data.video import ANIMATIONS, PNG, SUFFIXES
@@ -63,12 +63,21 @@ def recipe(
 ) -> Recipe:
     """How to prepare the clips under `root` that the annotations name.
 
-    Raises `FileNotFoundError`, `NotADirectoryError`, and `ValueError` for annotations that are none, naming the line.
+    Raises `FileNotFoundError`, `NotADirectoryError`, and `ValueError` for annotations that are none, naming the line,
+    or that have one clip twice, with another class or in another split.
     """
     require_folder(root, "videos")
     if resolution % 2:
         raise ValueError(f"videos are kept at an even resolution, got {resolution}")
-    rows = {row.name: row for file in annotations for row in read_annotations(file)}
+    rows: dict[str, Row] = {}
+    for file in annotations:
+        for row in read_annotations(file):
+            known = rows.setdefault(row.name, row)
+            if known != row:
+                raise ValueError(
+                    f"{file} has {row.name} as {row.label!r} in the split {row.split!r}, and another row as "
+                    f"{known.label!r} in {known.split!r}: keep one of them"
+                )
     of_stem: dict[str, str] = {}
     sizes: dict[str, int] = {}
     for name in find_files(root, SUFFIXES + ANIMATIONS):
@@ -112,6 +121,7 @@ def recipe(
         settings={
             "preparation": PREPARATION,
             "crf": crf,
+            "encoder": video_encoder(),
             "at_least": at_least,
             "files": digest_of(facts(item) for item in (*train, *validation)),
         },
@@ -145,10 +155,12 @@ def _row(values: dict[str, str], where: str) -> Row:
             round(float(values["time_end"])),
             values["split"].strip(),
         )
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, OverflowError, AttributeError) as error:
         raise ValueError(f"{where} is no row of annotations ({error})") from error
     if not row.label or not row.youtube_id:
         raise ValueError(f"{where} has no label or no YouTube id")
+    if row.end <= row.start:
+        raise ValueError(f"{where} ends at second {row.end}, and begins at {row.start}")
     if row.split not in SPLITS:
         raise ValueError(f"{where} has the split {row.split!r}: there are {', '.join(SPLITS)}")
     return row
