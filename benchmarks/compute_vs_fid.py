@@ -4,6 +4,7 @@
     python benchmarks/compute_vs_fid.py --methods unified pixels --lengths 0.5
     python benchmarks/compute_vs_fid.py --preset tiny64          at 64×64 pixels
     python benchmarks/compute_vs_fid.py --seeds 0 1
+    python benchmarks/compute_vs_fid.py --samplers dpmpp_2m
     python benchmarks/compute_vs_fid.py --tokenizers my_package.my_module:make
     python benchmarks/compute_vs_fid.py --preset smoke           does it work?
 
@@ -11,11 +12,13 @@ The base model is one transformer throughout, on as many tokens: latents, or the
 with the decoder's convolutions before and after them where it has any. Each length is a training of its own, warm-up,
 decay and average cut to it. Compute is counted by the paper's convention (`ulx.flops`): of the base model alone, as
 in Fig. 4, and with the autoencoder's. Pixels, which have none, are also trained for what the longest of Unified
-Latents costs altogether, and Unified Latents also with more bits. Any other tokenizer (`ulx.tokenizers`) is one more
-method: the same base model on its latents, as `ulx.proxy` trains one (centred and scaled to variance 1); what its own
-training cost is not known, so that it has no place in the second plot. Every run is one of the main job, resumed if
-interrupted (a tokenizer's base model begins anew), and not run again once it is in the results file. The distance is
-`fd_efflite0`, or FID with `--inception-weights`. Leaves benchmarks/results/compute_vs_fid.jsonl, a table and a plot.
+Latents costs altogether, and Unified Latents also with more bits. Each is sampled by each of the samplers, with as many
+calls of the base model: what is the best for latents need not be so for pixels. Any other tokenizer (`ulx.tokenizers`)
+is one more method: the same base model on its latents, as `ulx.proxy` trains one (centred and scaled to variance 1),
+and anew for each sampler; what its own training cost is not known, so that it has no place in the second plot. Every
+run is one of the main job, resumed if interrupted (a tokenizer's base model begins anew), and not run again once it is
+in the results file. The distance is `fd_efflite0`, or FID with `--inception-weights`. Leaves
+benchmarks/results/compute_vs_fid.jsonl, a table and a plot.
 """
 
 import dataclasses
@@ -33,6 +36,10 @@ if TYPE_CHECKING:
     from ulx.proxy import Recipe
 
 Method = Literal["unified", "kl-autoencoder", "pixels"]
+Sampler = Literal["dpmpp_2m", "ancestral", "euler"]
+"""Those of one call a step."""
+LINES = {"dpmpp_2m": "-", "ancestral": "--", "euler": ":"}
+"""Of the samplers in the plot."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +55,10 @@ class Settings(points.DistanceSettings):
     tokenizers: tuple[str, ...] = ()
     """Folders of runs, or package.module:function, which is called and returns a tokenizer; on the embedded data.
     Points know them by these names alone: when what is behind one changes, take its lines out of the results."""
+    samplers: tuple[Sampler, ...] = ("dpmpp_2m", "ancestral")
+    """Of the base model."""
     sample_steps: int = 32
-    """Solver steps of the base model's sampler."""
+    """Their steps, which are calls."""
     seeds: tuple[int, ...] = (0,)
     """Each trains all of them."""
 
@@ -178,6 +187,14 @@ def of_tokenizer(config: "Config") -> dict[str, Any]:
     }
 
 
+def by_samplers(config: "Config", settings: Settings) -> list["Config"]:
+    """One run to be measured by each sampler: it is trained once, and evaluated again."""
+    return [
+        dataclasses.replace(config, sample=dataclasses.replace(config.sample, solver=solver))
+        for solver in settings.samplers
+    ]
+
+
 def compute(point: dict[str, Any]) -> tuple[float, float | None]:
     """Training FLOPs of the base model, and of all: None of a tokenizer that was trained elsewhere."""
     cost = point["cost"]
@@ -187,8 +204,12 @@ def compute(point: dict[str, Any]) -> tuple[float, float | None]:
 
 COLUMNS = (
     *("method", "base steps", "base TFLOPs", "all TFLOPs", "bits/pixel", "fd reconstructions", "fd samples"),
-    *("kd samples", "NFE", "seed", "date"),
+    *("kd samples", "sampler", "NFE", "seed", "date"),
 )
+
+
+def sampler(point: dict[str, Any]) -> str:
+    return point["config"]["sample"]["solver"]
 
 
 def calls(point: dict[str, Any]) -> str:
@@ -213,6 +234,7 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
                 f"{p['fd']['reconstruction']['value']:.1f}" if is_coded else "",
                 f"{p['fd']['base']['value']:.1f}",
                 points.plus_minus(p["kd"], 3),
+                sampler(p),
                 calls(p),
                 str(p["seed"]),
                 p["date"],
@@ -230,23 +252,24 @@ def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     frechet, _ = next(iter(found.values()))[0]["distances"]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
     for which, (axis, what) in enumerate(zip(axes, ("the base model (Fig. 4)", "all that is trained"), strict=True)):
-        for method, shown in found.items():
+        for number, (method, shown) in enumerate(found.items()):
             # Through the mean over seeds; every run is a dot.
-            by_compute: dict[float, list[float]] = {}
+            by_sampler: dict[str, dict[float, list[float]]] = {}
             for p in shown:
                 spent = compute(p)[which]
                 if spent is not None:
+                    by_compute = by_sampler.setdefault(sampler(p), {})
                     by_compute.setdefault(spent / 1e12, []).append(p["fd"]["base"]["value"])
-            flops = sorted(by_compute)
-            if not flops:
-                continue
-            (line,) = axis.plot(flops, [statistics.fmean(by_compute[x]) for x in flops], label=method)
-            dots = [(x, y) for x in flops for y in by_compute[x]]
-            axis.scatter(*zip(*dots, strict=True), color=line.get_color(), s=16)
+            for solver, by_compute in by_sampler.items():
+                flops = sorted(by_compute)
+                means = [statistics.fmean(by_compute[x]) for x in flops]
+                axis.plot(flops, means, LINES[solver], color=f"C{number}", label=f"{method}, {solver}")
+                dots = [(x, y) for x in flops for y in by_compute[x]]
+                axis.scatter(*zip(*dots, strict=True), color=f"C{number}", s=16)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.set(xlabel=f"training TFLOPs of {what}", ylabel=f"{frechet} of samples")
-    axes[0].legend()
+    axes[0].legend(fontsize="small")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -254,28 +277,27 @@ def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
 def measured(settings: Settings, file: Path) -> Iterator[dict[str, list[dict[str, Any]]]]:
     found: dict[str, list[dict[str, Any]]] = {}
 
-    def add(label: str, config: "Config", measure: "points.Measure" = points.whole) -> dict[str, Any]:
-        point = points.compared(config, file, measure)
-        found.setdefault(label, []).append(point)
-        return point
+    def add(label: str, config: "Config", measure: "points.Measure" = points.whole) -> Iterator[None]:
+        for sampled in by_samplers(config, settings):
+            found.setdefault(label, []).append(points.compared(sampled, file, measure))
+            yield
 
-    for seed in settings.seeds:
-        longest: dict[str, dict[str, Any]] = {}
+    def trained(seed: int) -> Iterator[None]:
         for method in settings.methods:
             for config in configs_of(method, seed, settings):
-                longest[method] = add(method, config)
-                yield found
+                yield from add(method, config)
         for name in settings.tokenizers:
             for config in configs_of_tokenizer(name, seed, settings):
-                add(name, config, of_tokenizer)
-                yield found
-        if "unified" not in longest:
-            continue
+                yield from add(name, config, of_tokenizer)
+        if "unified" not in settings.methods:
+            return
         for config in (with_more_bits(times, seed, settings) for times in settings.more):
-            add(f"unified, c_lf {config.loss_factor:g}", config)
-            yield found
-        if "pixels" in longest:
-            add("pixels", of_equal_total(longest["pixels"], longest["unified"], seed, settings))
+            yield from add(f"unified, c_lf {config.loss_factor:g}", config)
+        if "pixels" in settings.methods:
+            yield from add("pixels", of_equal_total(found["pixels"][-1], found["unified"][-1], seed, settings))
+
+    for seed in settings.seeds:
+        for _ in trained(seed):
             yield found
 
 
@@ -288,8 +310,8 @@ def write(found: dict[str, list[dict[str, Any]]], settings: Settings, file: Path
         f"`{settings.label}` preset on {settings.data}, EMA "
         f"weights; fd is {frechet} of {samples['n']} samples without guidance to the {samples['n_reference']} "
         f"training images{points.too_few(samples, reconstructions)}, kd {kernel}, the kernel distance to "
-        "the held-out images; FLOPs of training by the paper's convention; NFE the base model's calls and the "
-        "decoder's, where it makes any. Machine: "
+        "the held-out images; FLOPs of training by the paper's convention; NFE the base model's calls, by the "
+        "sampler named, and the decoder's, where it makes any. Machine: "
         f"{points.machines(point for of in found.values() for point in of)}.\n\n{table(found)}\n"
     )
     plot(found, file.with_suffix(".png"))

@@ -118,9 +118,9 @@ def command(monkeypatch, tmp_path):
         ),
         (
             "compute_vs_fid",
-            ("--methods", "unified", "pixels", "--lengths", "0.5", "1"),
+            ("--methods", "unified", "pixels", "--lengths", "0.5", "1", "--samplers", "euler"),
             6,
-            "| unified | 50 | 1 | 3 | 0.500 | 80.0 | 110.0 | 0.250 ± 0.025 | 16 + 12 | 0 |",
+            "| unified | 50 | 1 | 3 | 0.500 | 80.0 | 110.0 | 0.250 ± 0.025 | euler | 16 + 12 | 0 |",
         ),
         ("ablations", (), 7, "| N(0, I) | MSE | 0.500 ± 0.050 | 0.400 ± 0.040 | 1.500 | 20.00 ± 2.00 | 80.0 | 110.0 |"),
         (
@@ -183,6 +183,20 @@ def test_with_inception_s_weights_distances_are_fid(command, tmp_path, name, opt
     assert "fd is fd_efflite0 of 5 samples" in page
 
 
+def test_each_run_is_evaluated_by_each_sampler(command):
+    """It is trained once: the next sampler goes on with a run that is there, which may have another sampler."""
+    options = ("--methods", "unified", "pixels", "--lengths", "1")
+    one, _ = command("compute_vs_fid", *options, "--samplers", "dpmpp_2m")
+    both, results = command("compute_vs_fid", *options)
+    assert [config.sample.solver for config in (*one, *both)] == ["dpmpp_2m"] * 4 + ["ancestral"] * 4
+    for first, second in zip(one, both, strict=True):
+        assert first.path == second.path
+        assert differences(first, second, ignore=(*run_folder.HARMLESS, "autoencoder")) == []
+    page = results.with_suffix(".md").read_text()
+    assert (page.count("| dpmpp_2m |"), page.count("| ancestral |")) == (4, 4)
+    assert command("compute_vs_fid", *options)[0] == []
+
+
 def test_any_tokenizer_has_a_row_beside_the_methods(command, small_dataset, tmp_path, monkeypatch):
     (tmp_path / "halves.py").write_text(
         "class Half:\n"
@@ -199,13 +213,21 @@ def test_any_tokenizer_has_a_row_beside_the_methods(command, small_dataset, tmp_
     assert {config.variant for config in asked} == {"unified"}
     found = points.read(results.with_suffix(".jsonl"))
     mine = [point for point in found if point["config"]["variant"] == "halves:Half"]
-    assert [point["base_steps"] for point in mine] == [2, 4]
-    short, long = (point["cost"]["training_flops_stage2"] for point in mine)
+    assert [(point["base_steps"], point["config"]["sample"]["solver"]) for point in mine] == [
+        (2, "dpmpp_2m"),
+        (2, "ancestral"),
+        (4, "dpmpp_2m"),
+        (4, "ancestral"),
+    ]
+    short, long = (point["cost"]["training_flops_stage2"] for point in mine[::2])
     assert long == 2 * short > 0
     rows = [
         line.split(" | ") for line in results.with_suffix(".md").read_text().splitlines() if "| halves:Half" in line
     ]
-    assert [(row[1], row[3], row[4]) for row in rows] == [("2", "", ""), ("4", "", "")]  # no total, no rate
+    assert [(row[1], row[3], row[4]) for row in rows] == [
+        *2 * [("2", "", "")],
+        *2 * [("4", "", "")],
+    ]  # no total, no rate
     for row, point in zip(rows, mine, strict=True):
         fd = point["fd_efflite0"]
         assert row[5:7] == [f"{fd[what]['value']:.1f}" for what in ("reconstruction", "base")]
