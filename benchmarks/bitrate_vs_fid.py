@@ -125,7 +125,7 @@ def table(shown: list[Point]) -> str:
             points.plus_minus(point.autoencoder["psnr"], 2),
             f"{point.value('fd', 'reconstruction'):.1f}",
             *both(1, "fd", "base"),
-            *both(3, "kd"),
+            *(points.plus_minus(point.found[base]["kd"], 3) for base in ("small", "large")),
             *both(3, "bits_per_pixel_base"),
             str(point.seed),
             point.autoencoder["date"],

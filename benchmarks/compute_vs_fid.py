@@ -142,13 +142,14 @@ def configs_of_tokenizer(name: str, seed: int, settings: Settings) -> list["Conf
 def recipe_of(config: "Config") -> "Recipe":
     """The base model of these settings, and its training, for latents of any shape: in as many tokens."""
     from ulx.nn.grid import per_axis
-    from ulx.proxy import Recipe
+    from ulx.proxy import RECIPE, Recipe
 
     under_one = config.model.encoder.reduction(2)[0] * per_axis(config.model.base.patch, 2)[0]
     return Recipe(
         base=config.model.base,
         grid=config.data.resolution // under_one,
-        bias=config.base_bias,
+        bias=RECIPE.bias,  # the method's own is for the spread of its latents, and these have variance 1
+        logsnr_1=config.model.logsnr_1,
         train=config.train_base,
         sample=config.sample,
         num_samples=config.evaluate.num_samples,

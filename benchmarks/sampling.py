@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 Sampler = Literal["euler", "heun", "dpmpp_2m", "ancestral", "euler-churn", "tsit5"]
 Part = Literal["latents", "decoder"]
 
+MOST = 4096
+"""Images of ImageNet, each way, where nothing is said."""
 CHURN = 1.0
 """Of "euler-churn": in the limit of short steps the SDE that undoes the noising."""
 
@@ -47,7 +49,10 @@ class Settings(points.Settings):
     tolerances: tuple[float, ...] = (1e-1, 1e-2, 1e-3)
     """Of tsit5."""
     num_samples: int | None = None
-    """Samples of the base model; by default as many as in the run's evaluation."""
+    """Samples of the base model; by default as many as in the run's evaluation, of ImageNet 4,096: they are held in
+    memory."""
+    held_out: int | None = None
+    """Held-out images that are reconstructed; by default as many as in the run's evaluation, of ImageNet 4,096."""
 
 
 def configs_of(sampler: Sampler, part: Part, config: "Config", settings: Settings) -> list["Config"]:
@@ -157,11 +162,10 @@ class Subject:
 
     def of_decoder(self, config: "Config") -> dict[str, Any]:
         """Reconstructions of held-out images by the settings in `config.sample`."""
-        from ulx.data.pixels import to_float
         from ulx.evaluation import RECONSTRUCT
         from ulx.evaluation_data import held_out_rows, told_of
-        from ulx.metrics.entries import frechet, mean
-        from ulx.metrics.images import psnr
+        from ulx.evaluation_pairs import mean_psnr
+        from ulx.metrics.entries import frechet
         from ulx.progress import Progress
         from ulx.runner import Runner
 
@@ -171,7 +175,7 @@ class Subject:
             images, nfe = Runner(self.run.model, config, progress).decode(self.latents, RECONSTRUCT, told)
         return {
             "nfe": nfe,
-            "psnr": mean(psnr(to_float(images), to_float(self.held_out))),
+            "psnr": mean_psnr(images, self.held_out),
             "fd_efflite0": frechet(self.seen(images, "reconstructions"), self.originals),
         }
 
@@ -248,10 +252,10 @@ def trained(settings: Settings) -> "Config":
     # Wherever it was trained, and whatever it was called then.
     path = path.resolve()
     config = dataclasses.replace(run_folder.read_config(path), runs=str(path.parent), name=path.name)
-    if settings.num_samples is not None:
-        evaluate = dataclasses.replace(config.evaluate, num_samples=settings.num_samples)
-        config = dataclasses.replace(config, evaluate=evaluate)
-    return config
+    most = None if settings.path is None else MOST
+    asked = {name: getattr(settings, name) or most for name in ("num_samples", "held_out")}
+    given = {name: count for name, count in asked.items() if count is not None}
+    return dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, **given))
 
 
 def measured(settings: Settings, file: Path) -> Iterator[list[Point]]:

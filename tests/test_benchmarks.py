@@ -114,7 +114,7 @@ def command(monkeypatch, tmp_path):
             "bitrate_vs_fid",
             ("--pairs", "1.4", "4", "2.5", "1.7"),
             4,
-            "| 1.4 | 4 | 2.50 | 0.500 ± 0.050 | 20.00 ± 2.00 | 80.0 | 110.0 | 110.0 | 0.250 |",
+            "| 1.4 | 4 | 2.50 | 0.500 ± 0.050 | 20.00 ± 2.00 | 80.0 | 110.0 | 110.0 | 0.250 ± 0.025 |",
         ),
         (
             "compute_vs_fid",
@@ -154,7 +154,7 @@ def test_every_row_is_a_run_of_its_own_and_measured_once(command, capsys, name, 
 @pytest.mark.parametrize(
     ("name", "options", "cells"),
     [
-        ("bitrate_vs_fid", ("--pairs", "1.4", "4"), "22.0 | 33.0 | 33.0 | 0.110 | 0.110"),
+        ("bitrate_vs_fid", ("--pairs", "1.4", "4"), "22.0 | 33.0 | 33.0 | 0.110 ± 0.011 | 0.110 ± 0.011"),
         ("compute_vs_fid", ("--methods", "unified", "--lengths", "1", "--more"), "22.0 | 33.0 | 0.110 ± 0.011"),
         ("ablations", ("--rows", "unified"), "22.0 | 33.0 | 0.110"),
         ("latent_shape", (), "22.0 | 33.0 | 0.110"),

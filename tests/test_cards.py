@@ -84,6 +84,15 @@ def test_refuses_with_the_field_that_differs(path, value, reason, names, written
     assert f"{one} and {other} may not be compared by {names}: {reason}" == str(error.value)
 
 
+def test_videos_are_to_be_decoded_alike(written):
+    clip = {"frames": 16, "stride": 1, "rule": "the first"}
+    decoded = lambda by: changed(("clip",), dict(clip)) | {"b": {"path": "b", "decoder": by}}  # noqa: E731
+    one, same, other = written(decoded("PyAV 1"), decoded("PyAV 1"), decoded("PyAV 2"))
+    assert cards.table([one, same])
+    with pytest.raises(ValueError, match=r"by fd_efflite0, psnr: what decoded the videos: .*PyAV 1'\], .*PyAV 2'\]"):
+        cards.table([one, other])
+
+
 def test_a_metric_that_agrees_can_be_asked_for_alone(written):
     paths = written(card(), card(), changed(("metrics", "psnr", "n_pairs"), 49))
     with pytest.raises(ValueError, match=r"0\.json and .*2\.json may not"):
@@ -211,5 +220,8 @@ def test_a_run_that_is_not_evaluated_or_long_ago(runs_of, tmp_path):
     for old in (path, clips):
         with pytest.raises(ValueError, match=f"python -m ulx.evaluate {old}"):
             cards.table([old, old])
+    (clips / "evaluation" / "metrics.json").write_text('{"cut')
+    with pytest.raises(ValueError, match=rf"metrics\.json is damaged .*python -m ulx.evaluate {clips}"):
+        cards.table([clips, path])
     with pytest.raises(FileNotFoundError, match="is no evaluated run"):
         cards.table([tmp_path, path])

@@ -8,10 +8,11 @@ import sys
 import pytest
 from openmoji import PRESETS
 
-from ulx import job, run_folder, weightings
+from ulx import evaluate, job, proxy, run_folder, weightings
 from ulx.command_line import experiment, parse, run_command
-from ulx.config import Config, SampleConfig, TrainConfig, differences, from_json, to_json
+from ulx.config import Config, EvaluateConfig, SampleConfig, TrainConfig, differences, from_json, to_json
 from ulx.data import DataConfig
+from ulx.metrics import __main__ as compare_folders
 from ulx.presets import PAPER
 from ulx.training import Interrupted
 from ulx.variants import VARIANTS
@@ -38,6 +39,28 @@ def test_latents_of_clips_that_begin_anywhere_are_not_cached():
         assert not Config(data=data, cache_latents=False).cache_latents
     assert Config(data=DataConfig("moving-emoji", clips=True)).cache_latents
     assert Config(data=DataConfig("folder", path="images")).cache_latents
+
+
+def test_guidance_of_what_is_measured_needs_something_to_move_away_from():
+    guided = EvaluateConfig(guidance_scale=1.5)
+    assert Config(evaluate=guided).evaluate == guided
+    with pytest.raises(ValueError, match=r"guidance_scale 1\.5 moves samples away .* label_dropout=0 trains none"):
+        Config(evaluate=guided, label_dropout=0.0)
+    with pytest.raises(ValueError, match=r"of a run with captions evaluate\.guidance_sweep is measured"):
+        Config(evaluate=guided, data=DataConfig(captions="texts"))
+    with pytest.raises(ValueError, match="guidance_scale must be a finite number, got inf"):
+        EvaluateConfig(guidance_scale=math.inf)
+
+
+def test_a_resize_for_weights_that_are_not_there(trained_run, tmp_path):
+    for given in (
+        lambda: compare_folders.Options(tmp_path, tmp_path, inception_resize="clean-bicubic"),
+        lambda: proxy.Options("runs/one", inception_resize="tf1-bilinear"),
+        lambda: evaluate.evaluate(evaluate.Options(trained_run, inception_resize="clean-bicubic")),
+        lambda: EvaluateConfig(inception_resize="clean-bicubic"),
+    ):
+        with pytest.raises(ValueError, match=r"inception.resize.* is (how|for) .*inception.weights"):
+            given()
 
 
 def test_unknown_field_in_a_file_gets_a_suggestion():

@@ -14,6 +14,7 @@ from ulx import evaluation, evaluation_pairs, runs
 from ulx.bound import estimate_decoder, estimate_rate
 from ulx.denoiser import StandardNormal
 from ulx.diffusion import split_keys
+from ulx.evaluation_data import rows_like
 from ulx.generate import example_keys
 from ulx.metrics.frechet import Moments, frechet_distance
 from ulx.metrics.kernel import kernel_distance
@@ -21,7 +22,7 @@ from ulx.metrics.reference import training_moments
 from ulx.nn.conditions import NO_LABEL, Conditions
 from ulx.progress import Progress
 from ulx.runner import Runner, Told
-from ulx.seeding import root_key
+from ulx.seeding import root_int, root_key
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +109,27 @@ def test_autoencoder_alone_is_measured_as_in_the_whole(run, runner, small_datase
     error = np.mean((reconstructions.astype(np.float64) - images) ** 2, axis=(1, 2, 3))
     assert found["psnr"]["value"] == pytest.approx(np.mean(10 * np.log10(255**2 / error)), rel=1e-5)
     assert found["psnr"]["nfe"] == nfe == 2
+
+
+def test_the_samples_that_are_measured_are_guided_as_asked(run, runner, small_dataset, monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluation, "networks", lambda config: ([Corner()], None, None))
+    options = dataclasses.replace(run.config.evaluate, guidance_scale=3.0, flow_images=0)
+    data = dataclasses.replace(run.config.data, cache_dir=str(tmp_path))
+    found = evaluation.evaluate(
+        run.model, run.base, small_dataset, dataclasses.replace(run.config, evaluate=options, data=data)
+    )
+    labels = small_dataset.train.labels[
+        rows_like(small_dataset.train, options.num_samples, root_int(run.config.seed, "evaluation labels"))
+    ]
+    sampled = lambda scale: runner.sample(  # noqa: E731
+        run.base, options.num_samples, evaluation.SAMPLE, Told(labels), guidance=scale
+    )
+    (guided, nfe), (plain, half) = sampled(3.0), sampled(1.0)
+    np.testing.assert_array_equal(found.pictures["base_samples"], guided)
+    assert (guided != plain).any()
+    distance = found.metrics["fd_efflite0"]
+    assert distance["base"]["nfe"] == nfe == 2 * half == 2 * distance["prior"]["nfe"]
+    assert (found.metrics["sampler"]["guidance_scale"], found.metrics["sampler"]["guidance_interval"]) == (3.0, None)
 
 
 @pytest.fixture(scope="module")

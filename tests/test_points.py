@@ -227,7 +227,8 @@ def test_the_base_model_of_any_tokenizer_is_the_one_of_unified_latents():
         )
         assert recipe.network((side, side, 4)).reduction(2) == config.model.base.reduction(2)
         assert recipe.network((2 * side, 2 * side, 4)).reduction(2)[0] == 2 * config.model.base.reduction(2)[0]
-        assert (recipe.train, recipe.bias, recipe.sample) == (config.train_base, config.base_bias, config.sample)
+        assert (recipe.train, recipe.sample) == (config.train_base, config.sample)
+        assert (recipe.bias, recipe.logsnr_1) == (RECIPE.bias, config.model.logsnr_1)  # of variance 1, to as much noise
 
 
 def test_tokenizers_are_not_measured_on_imagenet():

@@ -26,6 +26,7 @@ OF_CARD = {
     "the frames of each video": ("clip", "frames"),
     "the stride of frames": ("clip", "stride"),
     "the rule of clips": ("clip", "rule"),
+    "what decoded the videos": ("clip", "decoders"),
     "the dtype": ("dtype",),
 }
 OF_METRIC = {
@@ -51,6 +52,7 @@ OF_RUN = {
     "NFE of the base model": ("distances", "base", "nfe"),
     "NFE of the decoder": ("sampler", "decoder_nfe"),
     "guidance": ("sampler", "guidance_scale"),
+    "interval of guidance": ("sampler", "guidance_interval"),
     "weights": ("weights",),
     "seed": ("provenance", "seed"),
     "commit": ("provenance", "commit"),
@@ -81,6 +83,8 @@ def read(path: Path) -> dict[str, Any]:
     missing = [name for name in ("metrics", "a", "b") if not isinstance(card, dict) or name not in card]
     if missing:
         raise ValueError(f"{path} is no card: it has no {missing[0]!r}")
+    if "clip" in card:  # the pixels of a video depend on who decodes it, those of an image hardly
+        card["clip"] |= {"decoders": [card[folder].get("decoder") for folder in ("a", "b")]}
     card["facts"] = {}
     return card
 
@@ -90,7 +94,10 @@ def _of_run(path: Path) -> dict[str, Any]:
     file = path / "evaluation" / "metrics.json"
     if not file.exists():
         raise FileNotFoundError(f"{path} is no evaluated run: it has no evaluation/metrics.json")
-    found = json.loads(file.read_text("utf-8"))
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): python -m ulx.evaluate {path}") from error
     if "definitions" not in found or ("fvd" in found and "clip" not in found):
         raise ValueError(f"{path} was evaluated before runs said what their numbers are: python -m ulx.evaluate {path}")
     metrics: dict[str, Any] = {}

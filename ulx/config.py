@@ -130,8 +130,8 @@ class SampleConfig:
     """1/ρ of the steps' spacing (`ulx.samplers.logsnr_grid`): 0 is even in λ, EDM's ρ = 7 is 1/7; below 0 steps are
     shorter where there is little noise. benchmarks/tune_grid.py finds it for a run."""
     guidance_scale: float = 2.0
-    """Classifier-free guidance of the guided samples; 1 is off. Reported distances are without guidance, but
-    for those by guidance scale of runs with captions."""
+    """Classifier-free guidance of the guided samples that are shown; 1 is off. What is measured is guided as
+    `evaluate.guidance_scale` says."""
     guidance_interval: tuple[float, float] | None = None
     """Guide only between these two log-SNRs, which spares calls elsewhere; by default everywhere."""
     decoder_num_steps: int = 16
@@ -182,11 +182,18 @@ class EvaluateConfig:
     tokenizer.json): the CLIP score as well."""
     prompts: tuple[str, ...] = ()
     """Of a run with captions, prompts of which the report shows samples, beside captions of held-out images."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance of the base model's samples whose distance is measured; 1 is off. Of a run with captions
+    `guidance_sweep` says it."""
     guidance_sweep: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
     """Of a run with captions, guidance scales at which samples' alignment and distance are measured, besides 1."""
 
     def __post_init__(self):
         check_prompts(self.prompts)
+        if self.inception_resize != "tf1-bilinear" and self.inception_weights is None:
+            raise ValueError(f"inception_resize={self.inception_resize} is for inception_weights, and there are none")
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale must be a finite number, got {self.guidance_scale}")
         if not all(map(math.isfinite, self.guidance_sweep)):
             raise ValueError(f"guidance_sweep must hold finite numbers, got {self.guidance_sweep}")
         if self.flow_images < 0:
@@ -271,6 +278,14 @@ class Config:
             raise ValueError("model.decoder_text tells the decoder a caption: it needs --data.captions")
         if self.evaluate.clip_weights is not None and self.data.captions is None:
             raise ValueError("evaluate.clip_weights measure how well images fit their captions: --data.captions")
+        if self.evaluate.guidance_scale != 1:
+            if self.data.captions is not None:
+                raise ValueError("evaluate.guidance_scale: of a run with captions evaluate.guidance_sweep is measured")
+            if self.label_dropout == 0:
+                raise ValueError(
+                    f"evaluate.guidance_scale {self.evaluate.guidance_scale:g} moves samples away from what the base "
+                    "model makes without a label, and label_dropout=0 trains none: leave it at 1"
+                )
         if self.evaluate.prompts and self.data.captions is None:
             raise ValueError("evaluate.prompts need a run with captions: --data.captions")
         if self.model.given_frames and not self.data.clips:

@@ -6,6 +6,7 @@ python -m ulx.evaluate runs/openmoji --inception-weights FILE      FID and KID t
 python -m ulx.evaluate runs/imagenet512 --num-samples 50000        gFID@50k, with --inception-weights
 python -m ulx.evaluate runs/kinetics600 --held-out 2048            FVD of 2,048 continued clips
 python -m ulx.evaluate runs/openmoji --sample.solver ancestral     by another sampler
+python -m ulx.evaluate runs/openmoji --sample.guidance-scale 1.5   the distance of guided samples
 
 What it makes is kept on disk until the end, in RUN/evaluation/unfinished: interrupted and given again, it goes on.
 """
@@ -26,6 +27,13 @@ __all__ = ["Options", "evaluate"]
 
 
 @dataclasses.dataclass(frozen=True)
+class MeasuredOptions(SamplerOptions):
+    guidance_scale: float | None = None
+    """Classifier-free guidance of the samples whose distance is measured; by default as the run was set (1, off, unless
+    it was set otherwise)."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Options:
     run: Path
     """Folder of the trained run."""
@@ -38,8 +46,9 @@ class Options:
     """Measure so many samples of the base model, and as many of the prior; by default as the run was set."""
     inception_weights: Path | None = None
     """The file of FID's InceptionV3: FID and KID as well. By default as the run was set."""
-    inception_resize: inception.Resize = "tf1-bilinear"
-    """How it is shown the images: "clean-bicubic" is Clean-FID's way, and its distances are called so."""
+    inception_resize: inception.Resize | None = None
+    """How it is shown the images: "tf1-bilinear", or "clean-bicubic", Clean-FID's way, whose distances are called so.
+    By default as the run was set."""
     clip_weights: Path | None = None
     """Folder of CLIP (config.json, model.safetensors, tokenizer.json), for a run with captions: the CLIP score too. By
     default as the run was set."""
@@ -47,7 +56,7 @@ class Options:
     """Prompts to show samples of, for a run with captions; by default as the run was set."""
     lpips: bool = False
     """LPIPS of the reconstructions too; needs pip install "ulx[lpips]"."""
-    sample: SamplerOptions = SamplerOptions()
+    sample: MeasuredOptions = MeasuredOptions()
 
 
 def evaluate(options: Options) -> Path:
@@ -71,13 +80,18 @@ def evaluate(options: Options) -> Path:
             raise ValueError(f"--{name.replace('_', '-')} {count}: distances need at least {LEAST} examples")
         evaluate = dataclasses.replace(evaluate, **{name: count})
     if options.inception_weights is not None:
-        weights, resize = str(options.inception_weights), options.inception_resize
-        evaluate = dataclasses.replace(evaluate, inception_weights=weights, inception_resize=resize)
+        evaluate = dataclasses.replace(evaluate, inception_weights=str(options.inception_weights))
+    if options.inception_resize is not None:
+        inception.check_resize(options.inception_resize, evaluate.inception_weights)
+        evaluate = dataclasses.replace(evaluate, inception_resize=options.inception_resize)
     if options.clip_weights is not None:
         evaluate = dataclasses.replace(evaluate, clip_weights=str(options.clip_weights))
     evaluate = dataclasses.replace(evaluate, prompts=options.prompts or evaluate.prompts)
     evaluate = dataclasses.replace(evaluate, lpips=evaluate.lpips or options.lpips)
-    config = dataclasses.replace(run.config, evaluate=evaluate, sample=options.sample.over(run.config.sample))
+    sample = dataclasses.replace(options.sample, guidance_scale=None).over(run.config.sample)
+    if options.sample.guidance_scale is not None:
+        evaluate = dataclasses.replace(evaluate, guidance_scale=options.sample.guidance_scale)
+    config = dataclasses.replace(run.config, evaluate=evaluate, sample=sample)
     dataset = open_dataset(config.data)
     text = None
     if run.text is not None:

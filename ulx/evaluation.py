@@ -210,7 +210,8 @@ def evaluate(
             "latent_inverse_rho": sampled.inverse_rho,
             **of_decoder,
             "decoder_nfe": made.decoder_nfe,
-            "guidance_scale": 1.0,
+            "guidance_scale": config.evaluate.guidance_scale,
+            "guidance_interval": None if config.evaluate.guidance_scale == 1 else sampled.guidance_interval,
             "labels": "the held-out clips' own" if made.given else "as frequent as in the training set",
         },
         "definitions": {name: {"definition": text.format(**words)} for name, text in DEFINITIONS.items()}
@@ -352,7 +353,9 @@ class _Made:
             swapped, _ = run.decode(latents[before], RECONSTRUCT, decoder_told[before])
             prior_samples, prior_nfe = run.sample(model.prior, count, SAMPLE, name="prior samples")
             of_clips = dataclasses.replace(base_told, first=first)
-            base_samples, base_nfe = run.sample(base, count, SAMPLE, of_clips, name="base samples")
+            base_samples, base_nfe = run.sample(
+                base, count, SAMPLE, of_clips, guidance=options.guidance_scale, name="base samples"
+            )
             guided = None
             if config.can_guide and base.conditions.num_classes:
                 turn = Told(label=np.arange(PICTURES, dtype=np.int32) % len(dataset.class_names))

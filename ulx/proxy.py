@@ -6,7 +6,9 @@
 
 A tokenizer can reconstruct well and be bad to generate from, which shows only after a base model is trained on it. This
 trains a small one, the same for every tokenizer (`RECIPE`), on the latents of the training images, and measures its
-samples: a number to rank tokenizers by on the same data, not one to report. Latents are centred by channel and scaled
+samples: a number to compare tokenizers by on the same data, not one to report. How far it can be trusted
+was measured on six autoencoders of one family: it did not rank them as longer trained base models do
+(benchmarks/gfid_proxy.py: rank correlations of 0.26 and 0.31). Latents are centred by channel and scaled
 to variance 1 first; they are cut into patches so that there are 8×8 tokens or fewer, whatever their shape. Of very many
 images it takes as many as its training sees, spread over the set, and at most 2,048 held-out ones. The
 tokenizer is a run or anything with `encode` and `decode` (`ulx.tokenizers`). The small base model is told the classes
@@ -78,6 +80,8 @@ class Recipe:
     """Tokens each way at most."""
     bias: float = 0.0
     """b of the sigmoid weighting, for latents of variance 1."""
+    logsnr_1: float = -10.0
+    """λ at t = 1, where nothing is left of latents of variance 1."""
     train: TrainConfig = TrainConfig(
         steps=1000, batch_size=32, learning_rate=2e-3, warmup_steps=50, ema_decay=0.99, log_every=50, save_every=1000
     )
@@ -301,7 +305,7 @@ def _generated(
     """What the base model that the recipe trains makes: `own` are the classes of those that it is trained on, `labels`
     of those asked for."""
     shape = made.latents.shape[1:]
-    model = ModelConfig(logsnr_0=made.logsnr_0, base=recipe.network(shape))
+    model = ModelConfig(logsnr_0=made.logsnr_0, logsnr_1=recipe.logsnr_1, base=recipe.network(shape))
     config = Config(model=model, base_bias=recipe.bias, train_base=recipe.train, sample=recipe.sample, seed=seed)
     conditions = ConditionSpec(num_classes=len(dataset.class_names))
     network = UViT(shape, model.base, conditions=conditions, key=root_key(seed, "proxy weights"))
@@ -356,14 +360,18 @@ class Options:
     """The images; for a run always its own."""
     inception_weights: Path | None = None
     """The file of FID's InceptionV3: distances are FID and KID, in place of fd_efflite0 and kd_efflite0."""
-    inception_resize: inception.Resize = "tf1-bilinear"
-    """How it is shown the images: "clean-bicubic" is Clean-FID's way, and its distances are called so."""
+    inception_resize: inception.Resize | None = None
+    """How it is shown the images: "tf1-bilinear", the default, or "clean-bicubic", Clean-FID's way, whose distances are
+    called so."""
     seed: int = 0
     """Weights, order of the data, and noise."""
     batch_size: int = 128
     """Images per call of the tokenizer."""
     overwrite: bool = False
     """Write over files that exist."""
+
+    def __post_init__(self) -> None:
+        inception.check_resize(self.inception_resize, self.inception_weights)
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -383,7 +391,7 @@ def run(options: Options) -> dict[str, Any]:
         tokenizers.load(options.tokenizer),
         dataset,
         RECIPE,
-        network=None if weights is None else inception.load(weights, options.inception_resize),
+        network=None if weights is None else inception.load(weights, options.inception_resize or inception.RESIZE),
         seed=options.seed,
         batch_size=options.batch_size,
         cache_dir=data.cache_dir,

@@ -56,8 +56,9 @@ class Options:
     inception_weights: Path | None = None
     """The file of FID's InceptionV3, pytorch-fid's state dict or jax-fid's pickle: FID and KID of images as
     well."""
-    inception_resize: Resize = "tf1-bilinear"
-    """How it is shown the images: "clean-bicubic" is Clean-FID's way, and its distances are called so."""
+    inception_resize: Resize | None = None
+    """How it is shown the images: "tf1-bilinear", the default, or "clean-bicubic", Clean-FID's way, whose distances are
+    called so."""
     lpips: bool = False
     """LPIPS of the pairs too; needs pip install "ulx[lpips]"."""
     batch_size: int = 64
@@ -69,6 +70,7 @@ class Options:
         for name in ("resolution", "frames", "stride", "batch_size"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        inception.check_resize(self.inception_resize, self.inception_weights)
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def run(options: Options) -> dict[str, Any]:
         resolution=options.resolution,
         clip=Clip(**clip) if clip else None,
         batch_size=options.batch_size,
-        networks=[] if weights is None else [inception.load(weights, options.inception_resize)],
+        networks=[] if weights is None else [inception.load(weights, options.inception_resize or inception.RESIZE)],
         with_lpips=options.lpips,
         given=options.given,
     )

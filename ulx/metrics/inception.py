@@ -38,10 +38,12 @@ __all__ = [
     "KERNEL_METRICS",
     "LAYERS",
     "METRICS",
+    "RESIZE",
     "RESOLUTION",
     "SHA256",
     "InceptionV3",
     "Resize",
+    "check_resize",
     "definition",
     "from_state_dict",
     "load",
@@ -57,6 +59,8 @@ SHA256 = {
 }
 """The files in use, as many projects pin them."""
 Resize = Literal["tf1-bilinear", "clean-bicubic"]
+RESIZE: Resize = "tf1-bilinear"
+"""FID's own, where no other is asked for."""
 METRICS: dict[Resize, str] = {"tf1-bilinear": "fid", "clean-bicubic": "clean_fid"}
 """What the Fréchet distance is called after either resize."""
 KERNEL_METRICS: dict[Resize, str] = {"tf1-bilinear": "kid", "clean-bicubic": "clean_kid"}
@@ -188,6 +192,15 @@ def definition(sha256: str, resize: Resize) -> str:
 # --- Preprocessing ---------------------------------------------------------------------------------------
 
 
+def check_resize(resize: Resize | None, weights: str | Path | None) -> None:
+    """Raises ValueError for a resize that would be shown to no network."""
+    if resize is not None and weights is None:
+        raise ValueError(
+            f"--inception-resize {resize} is how FID's InceptionV3 is shown images: name its file too, by "
+            "--inception-weights"
+        )
+
+
 def preprocess(images: Float[Array, "b h w 3"], resize: Resize) -> Float[Array, "b 299 299 3"]:
     """[-1, 1] at any size to the network's input: 299×299 and (x255 − 128)/128 with x255 = 127.5 (x + 1)."""
     x = 127.5 * (images.astype(jnp.float32) + 1.0)
@@ -224,7 +237,7 @@ def _pil_bicubic(size: int) -> Float[np.ndarray, "299 size"]:
 # --- Weights ---------------------------------------------------------------------------------------------
 
 
-def load(path: str | Path, resize: Resize = "tf1-bilinear") -> InceptionV3:
+def load(path: str | Path, resize: Resize = RESIZE) -> InceptionV3:
     """The network with the weights of the file, in either format; told apart by their first bytes.
 
     Raises FileNotFoundError, or ValueError for a file that is neither, or holds other arrays than this network's; warns
@@ -269,7 +282,7 @@ def _from_tree(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def from_state_dict(
-    state: dict[str, np.ndarray], source: str = "weights", *, resize: Resize = "tf1-bilinear", sha256: str = ""
+    state: dict[str, np.ndarray], source: str = "weights", *, resize: Resize = RESIZE, sha256: str = ""
 ) -> InceptionV3:
     """The network from arrays by their PyTorch names; convolutions are `out in kh kw`, batch norms unfolded.
 

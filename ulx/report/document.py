@@ -103,7 +103,8 @@ def _cards(run: Reported) -> list[str]:
             page.card(
                 f"{name}, base model",
                 number(base["value"]),
-                f"raw prior {number(prior['value'])}; N = {base['n']:,}, NFE {base['nfe']}, no guidance"
+                f"raw prior {number(prior['value'])}; N = {base['n']:,}, NFE {base['nfe']}, "
+                + _guidance(metrics["sampler"])
                 + _too_few(base, run)
                 + ("" if metrics["weights"] == "EMA" else f". Weights: {metrics['weights']}"),
                 "good" if base["value"] < prior["value"] else "bad",
@@ -119,6 +120,12 @@ def _cards(run: Reported) -> list[str]:
             page.card("Latent", "collapsed" if run.collapsed else "alive", small, "bad" if run.collapsed else "good")
         )
     return cards
+
+
+def _guidance(sampler: dict[str, Any]) -> str:
+    """Of the samples that are measured."""
+    scale = sampler["guidance_scale"]
+    return "no guidance" if scale == 1 else f"guidance {scale:g}{_interval(sampler)}"
 
 
 def _interval(guided: dict[str, Any]) -> str:
@@ -154,7 +161,7 @@ def _evaluated(run: Reported) -> list[str]:
         page.section(
             "Continuations by the base model" if run.given else "Samples of the base model",
             *([_next_frames(run, metrics["continuation"])] if run.given else []),
-            f"<p>No guidance, {nfe} ({steps}) and the decoder's {sampler['decoder_nfe']}. "
+            f"<p>{_guidance(sampler).capitalize()}, {nfe} ({steps}) and the decoder's {sampler['decoder_nfe']}. "
             f"{kind}: {sampler['labels']}. "
             f"These are what {distance} measures.</p>",
             run.shown("base_samples", of_base, () if run.given else run.captions("base")),

@@ -272,8 +272,8 @@ NFE
 Network evaluations for one image. A Heun step has two, a guided step twice as many. The decoder's come on top.
 
 Guidance
-Classifier-free: x̂ is moved away from the prediction without a label. 1 is off. Distances are without guidance,
-but for those by guidance scale of runs with captions.
+Classifier-free: x̂ is moved away from the prediction without a label. 1 is off, as it is for distances where no other
+scale is named.
 
 Copies
 A sample counts as near a training image if they are no further apart than a training image and its own reconstruction
