@@ -144,11 +144,12 @@ def readers(root: Path, prepared: Path, kind: Kind) -> dict[str, Callable[[], It
             if kind.are_clips:
                 first = int(rng.integers(250 - 15))
                 with av.open(str(file)) as container:
-                    stream = container.streams.video[0]
+                    stream: Any = container.streams.video[0]
                     stream.thread_count = 1
                     ticks = 1 / (25 * stream.time_base)  # of a frame
                     container.seek(int(first * ticks), stream=stream)
-                    wanted = (frame for frame in container.decode(stream) if frame.pts >= first * ticks)
+                    frames: Iterator[Any] = container.decode(stream)
+                    wanted = (frame for frame in frames if frame.pts >= first * ticks)
                     found = [center_crop(f.to_image(), kind.resolution) for f in itertools.islice(wanted, 16)]
                 assert np.stack(found).shape == (16, kind.resolution, kind.resolution, 3)
             else:
