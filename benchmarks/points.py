@@ -216,12 +216,18 @@ def command(
     run_command(work)
 
 
-def here() -> dict[str, str]:
-    """The machine and the day, for a results file."""
+def here() -> dict[str, str | None]:
+    """The machine, the day and the code's commit, for a results file."""
     import jax
 
+    from ulx.metrics.compare import commit
+
     device = "CPU" if jax.default_backend() == "cpu" else f"{jax.device_count()} × {jax.devices()[0].device_kind}"
-    return {"machine": f"{os.cpu_count()} cores, {_processor()}, {device}", "date": datetime.date.today().isoformat()}
+    return {
+        "machine": f"{os.cpu_count()} cores, {_processor()}, {device}",
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+    }
 
 
 def machines(found: Iterable[dict[str, Any]]) -> str:
