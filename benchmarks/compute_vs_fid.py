@@ -56,7 +56,7 @@ class Settings(points.DistanceSettings):
     """Folders of runs, or package.module:function, which is called and returns a tokenizer; on the embedded data.
     Points know them by these names alone: when what is behind one changes, take its lines out of the results."""
     samplers: tuple[Sampler, ...] = ("dpmpp_2m", "ancestral")
-    """Of the base model."""
+    """Of the base model. A run whose folder is gone is trained again for one that it was not measured by."""
     sample_steps: int = 32
     """Their steps, which are calls."""
     seeds: tuple[int, ...] = (0,)
@@ -132,9 +132,13 @@ def of_equal_total(pixels: dict[str, Any], other: dict[str, Any], seed: int, set
 
 def configs_of_tokenizer(name: str, seed: int, settings: Settings) -> list["Config"]:
     """What stands for the base models on a tokenizer's latents among the points, by length."""
+    from ulx.proxy import RECIPE
+
     plain = re.sub(r"\W+", "-", name).strip("-")
+    changes: dict[str, Any] = {"variant": name, "autoencoder": None}
+    changes["base_bias"] = RECIPE.bias  # Unified Latents' own is for the spread of theirs, and these get variance 1
     return [
-        dataclasses.replace(config, variant=name, name=config.name.replace("unified", plain), autoencoder=None)
+        dataclasses.replace(config, name=config.name.replace("unified", plain), **changes)
         for config in configs_of("unified", seed, settings)
     ]
 
@@ -142,13 +146,13 @@ def configs_of_tokenizer(name: str, seed: int, settings: Settings) -> list["Conf
 def recipe_of(config: "Config") -> "Recipe":
     """The base model of these settings, and its training, for latents of any shape: in as many tokens."""
     from ulx.nn.grid import per_axis
-    from ulx.proxy import RECIPE, Recipe
+    from ulx.proxy import Recipe
 
     under_one = config.model.encoder.reduction(2)[0] * per_axis(config.model.base.patch, 2)[0]
     return Recipe(
         base=config.model.base,
         grid=config.data.resolution // under_one,
-        bias=RECIPE.bias,  # the method's own is for the spread of its latents, and these have variance 1
+        bias=config.base_bias,
         logsnr_1=config.model.logsnr_1,
         train=config.train_base,
         sample=config.sample,

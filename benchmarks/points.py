@@ -6,6 +6,7 @@ options, their `main` and their tables.
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import json
 import os
@@ -208,6 +209,7 @@ def command(
     from ulx.command_line import run_command
 
     def work() -> None:
+        commit()
         file = settings.file(name)
         for so_far in found(settings, file):
             write(so_far, settings, file)
@@ -216,11 +218,17 @@ def command(
     run_command(work)
 
 
+@functools.cache
+def commit() -> str | None:
+    """Of the code when it was first asked for: by hours of training later the checkout may be at another."""
+    from ulx.metrics import compare
+
+    return compare.commit()
+
+
 def here() -> dict[str, str | None]:
     """The machine, the day and the code's commit, for a results file."""
     import jax
-
-    from ulx.metrics.compare import commit
 
     device = "CPU" if jax.default_backend() == "cpu" else f"{jax.device_count()} × {jax.devices()[0].device_kind}"
     return {

@@ -31,7 +31,7 @@ Sampler = Literal["euler", "heun", "dpmpp_2m", "ancestral", "euler-churn", "tsit
 Part = Literal["latents", "decoder"]
 
 MOST = 4096
-"""Images of ImageNet, each way, where nothing is said."""
+"""Images of prepared data, each way, where nothing is said."""
 CHURN = 1.0
 """Of "euler-churn": in the limit of short steps the SDE that undoes the noising."""
 
@@ -49,10 +49,10 @@ class Settings(points.Settings):
     tolerances: tuple[float, ...] = (1e-1, 1e-2, 1e-3)
     """Of tsit5."""
     num_samples: int | None = None
-    """Samples of the base model; by default as many as in the run's evaluation, of ImageNet 4,096: they are held in
-    memory."""
+    """Samples of the base model; by default as many as in the run's evaluation, of prepared data at most 4,096: they
+    are held in memory."""
     held_out: int | None = None
-    """Held-out images that are reconstructed; by default as many as in the run's evaluation, of ImageNet 4,096."""
+    """Held-out images that are reconstructed; by default likewise."""
 
 
 def configs_of(sampler: Sampler, part: Part, config: "Config", settings: Settings) -> list["Config"]:
@@ -252,10 +252,13 @@ def trained(settings: Settings) -> "Config":
     # Wherever it was trained, and whatever it was called then.
     path = path.resolve()
     config = dataclasses.replace(run_folder.read_config(path), runs=str(path.parent), name=path.name)
-    most = None if settings.path is None else MOST
-    asked = {name: getattr(settings, name) or most for name in ("num_samples", "held_out")}
-    given = {name: count for name, count in asked.items() if count is not None}
-    return dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, **given))
+    counts = {}
+    for name in ("num_samples", "held_out"):
+        own = getattr(config.evaluate, name)
+        if config.data.source == "prepared":
+            own = min(own or MOST, MOST)
+        counts[name] = getattr(settings, name) or own
+    return dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, **counts))
 
 
 def measured(settings: Settings, file: Path) -> Iterator[list[Point]]:
@@ -276,12 +279,13 @@ def measured(settings: Settings, file: Path) -> Iterator[list[Point]]:
 def write(shown: list[Point], settings: Settings, file: Path) -> None:
     first = shown[0]
     samples, own = first.found["fd_efflite0"], first.config
+    reconstructed = next((p.found["fd_efflite0"]["n"] for p in shown if p.part == "decoder"), "no")
     remark = points.too_few(*(point.found["fd_efflite0"] for point in shown))
     file.with_suffix(".md").write_text(
         f"Measured by `python benchmarks/sampling.py {settings.options}` on the run `{own.name}` "
         f"({own.train.steps} + {own.train_base.steps} steps), EMA weights, the same noise and labels in every row. fd "
         f"is fd_efflite0 of {samples['n']} samples without guidance to the {samples['n_reference']} training images, "
-        f"or of reconstructions of held-out images to their originals{remark}; NFE are the calls "
+        f"or of reconstructions of {reconstructed} held-out images to their originals{remark}; NFE are the calls "
         "of the one network. ± is one standard error over images. Machine: "
         f"{points.machines(point.found for point in shown)}.\n\n{tables(shown)}\n"
     )

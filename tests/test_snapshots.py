@@ -176,10 +176,12 @@ class TestCommands:
 
         monkeypatch.setattr(job, "measure", measure)
         monkeypatch.setattr(evaluate, "open_dataset", lambda config: small_dataset)
-        sampler = evaluate.MeasuredOptions(solver="ancestral", decoder_num_steps=3, guidance_scale=1.5)
-        evaluate.evaluate(evaluate.Options(trained_run, ema=0.05, held_out=7, num_samples=9, sample=sampler))
+        sampler = sample.SamplerOptions(solver="ancestral", decoder_num_steps=3)
+        counts = {"held_out": 7, "num_samples": 9}
+        guided = {"guidance_scale": 1.5, "guidance_sweep": (2.0,)}
+        evaluate.evaluate(evaluate.Options(trained_run, ema=0.05, sample=sampler, **counts, **guided))
         assert same(leaves(measured["base"]), arrays_of(trained_run, "stage2", 4, 0.05))
         assert measured["weights"] == "EMA; stage2: sigma_rel 0.05"
         own = runs.load(trained_run).config
-        assert measured["asked"] == dataclasses.replace(own.evaluate, held_out=7, num_samples=9, guidance_scale=1.5)
+        assert measured["asked"] == dataclasses.replace(own.evaluate, **counts, **guided)
         assert measured["sampler"] == dataclasses.replace(own.sample, solver="ancestral", decoder_num_steps=3)

@@ -190,8 +190,6 @@ class EvaluateConfig:
 
     def __post_init__(self):
         check_prompts(self.prompts)
-        if self.inception_resize != "tf1-bilinear" and self.inception_weights is None:
-            raise ValueError(f"inception_resize={self.inception_resize} is for inception_weights, and there are none")
         if not math.isfinite(self.guidance_scale):
             raise ValueError(f"guidance_scale must be a finite number, got {self.guidance_scale}")
         if not all(map(math.isfinite, self.guidance_sweep)):
@@ -296,12 +294,6 @@ class Config:
             raise ValueError("evaluate.inception_weights is for images: clips are measured by FVD")
         if self.model.given_frames and self.single_stage:
             raise ValueError("single_stage generates with the stage-1 prior, which is given no frames")
-        of_files = self.data.clips and self.data.source in ("folder", "prepared")
-        if of_files and self.cache_latents and not self.single_stage:
-            raise ValueError(
-                f"cache_latents keeps one encoding of each example, and clips of --data.source {self.data.source} "
-                "begin anywhere in their videos: give --no-cache-latents, or stage 2 would see the first frames alone"
-            )
         if self.data.clips and not 0 <= self.model.given_frames < self.data.frames:
             raise ValueError(
                 f"model.given_frames={self.model.given_frames} must leave some of a clip's {self.data.frames} frames"

@@ -98,6 +98,7 @@ def planned(
 
 def describe(config: Config, *, compiled: bool = True) -> str:
     """The networks and the stages of a run, as two tables. Compiling takes from seconds to minutes."""
+    job.check_trainable(config)
     if config.autoencoder is not None:
         config = run_folder.adopt(config, open_encoder(config.text) if config.data.captions else None)
     classes = num_classes(config.data)

@@ -6,7 +6,7 @@ python -m ulx.evaluate runs/openmoji --inception-weights FILE      FID and KID t
 python -m ulx.evaluate runs/imagenet512 --num-samples 50000        gFID@50k, with --inception-weights
 python -m ulx.evaluate runs/kinetics600 --held-out 2048            FVD of 2,048 continued clips
 python -m ulx.evaluate runs/openmoji --sample.solver ancestral     by another sampler
-python -m ulx.evaluate runs/openmoji --sample.guidance-scale 1.5   the distance of guided samples
+python -m ulx.evaluate runs/openmoji --guidance-scale 1.5          the distance of guided samples
 
 What it makes is kept on disk until the end, in RUN/evaluation/unfinished: interrupted and given again, it goes on.
 """
@@ -24,13 +24,6 @@ from ulx.sample import SamplerOptions
 from ulx.text.examples import Remembered, embedded
 
 __all__ = ["Options", "evaluate"]
-
-
-@dataclasses.dataclass(frozen=True)
-class MeasuredOptions(SamplerOptions):
-    guidance_scale: float | None = None
-    """Classifier-free guidance of the samples whose distance is measured; by default as the run was set (1, off, unless
-    it was set otherwise)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +49,12 @@ class Options:
     """Prompts to show samples of, for a run with captions; by default as the run was set."""
     lpips: bool = False
     """LPIPS of the reconstructions too; needs pip install "ulx[lpips]"."""
-    sample: MeasuredOptions = MeasuredOptions()
+    guidance_scale: float | None = None
+    """Classifier-free guidance of the samples whose distance is measured; by default as the run was set (1, off, unless
+    it was set otherwise)."""
+    guidance_sweep: tuple[float, ...] = ()
+    """The guidance scales at which samples of a run with captions are measured; by default as the run was set."""
+    sample: SamplerOptions = SamplerOptions()
 
 
 def evaluate(options: Options) -> Path:
@@ -88,10 +86,10 @@ def evaluate(options: Options) -> Path:
         evaluate = dataclasses.replace(evaluate, clip_weights=str(options.clip_weights))
     evaluate = dataclasses.replace(evaluate, prompts=options.prompts or evaluate.prompts)
     evaluate = dataclasses.replace(evaluate, lpips=evaluate.lpips or options.lpips)
-    sample = dataclasses.replace(options.sample, guidance_scale=None).over(run.config.sample)
-    if options.sample.guidance_scale is not None:
-        evaluate = dataclasses.replace(evaluate, guidance_scale=options.sample.guidance_scale)
-    config = dataclasses.replace(run.config, evaluate=evaluate, sample=sample)
+    if options.guidance_scale is not None:
+        evaluate = dataclasses.replace(evaluate, guidance_scale=options.guidance_scale)
+    evaluate = dataclasses.replace(evaluate, guidance_sweep=options.guidance_sweep or evaluate.guidance_sweep)
+    config = dataclasses.replace(run.config, evaluate=evaluate, sample=options.sample.over(run.config.sample))
     dataset = open_dataset(config.data)
     text = None
     if run.text is not None:

@@ -116,7 +116,10 @@ def evaluate_autoencoder(model: UnifiedLatents, dataset: Dataset, config: Config
 
 
 def check_measurable(config: Config) -> None:
-    """Raises ValueError for a run that would be trained to its end and could not be measured then."""
+    """Raises ValueError for a run that would be trained to its end and could not be measured then, as it is asked."""
+    options = config.evaluate
+    if options.inception_resize != inception.RESIZE:
+        inception.check_resize(options.inception_resize, options.inception_weights)
     if config.data.clips and config.data.frames < i3d.MIN_FRAMES:
         raise ValueError(
             f"clips of {config.data.frames} frames (--data.frames) cannot be evaluated: FVD's I3D takes at least "

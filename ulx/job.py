@@ -34,13 +34,14 @@ from ulx.text.examples import Remembered, captions_of, embedded, open_encoder, w
 from ulx.text.precomputed import Precomputed
 from ulx.training import Controller, Loss, TrainState, fit, make_optimizer, make_step, pace
 
-__all__ = ["cost", "encoding", "measure", "run", "train_autoencoder", "train_base", "train_stage"]
+__all__ = ["check_trainable", "cost", "encoding", "measure", "run", "train_autoencoder", "train_base", "train_stage"]
 
 
 def run(config: Config) -> Path:
     """Train, evaluate and report; returns the path of the report. With `config.resume`, continue where it stopped."""
     began = time.monotonic()
     # Whatever can be refused is refused before the folder is taken, let alone after hours of training.
+    check_trainable(config)
     check_measurable(config)
     networks(config)
     encoder = open_encoder(config.text) if config.data.captions else None
@@ -215,6 +216,16 @@ def train_stage(
                 controller=controller,
                 on_log=on_log,
             )
+
+
+def check_trainable(config: Config) -> None:
+    """Raises ValueError for settings that fit no data, by which a run of before may have been trained all the same."""
+    of_files = config.data.clips and config.data.source in ("folder", "prepared")
+    if of_files and config.cache_latents and "stage2" in config.stages:
+        raise ValueError(
+            f"cache_latents keeps one encoding of each example, and clips of --data.source {config.data.source} begin "
+            "anywhere in their videos: give --no-cache-latents, or stage 2 would see the first frames alone"
+        )
 
 
 def encoding(config: Config, forward: int) -> dict[str, int]:

@@ -80,7 +80,7 @@ class Recipe:
     """Tokens each way at most."""
     bias: float = 0.0
     """b of the sigmoid weighting, for latents of variance 1."""
-    logsnr_1: float = -10.0
+    logsnr_1: float = dataclasses.field(default=-10.0, repr=False)  # cards without it are of this one too
     """λ at t = 1, where nothing is left of latents of variance 1."""
     train: TrainConfig = TrainConfig(
         steps=1000, batch_size=32, learning_rate=2e-3, warmup_steps=50, ema_decay=0.99, log_every=50, save_every=1000

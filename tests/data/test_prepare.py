@@ -1,5 +1,7 @@
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -410,15 +412,46 @@ def test_a_folder_that_cannot_be_listed_is_no_empty_one(tmp_path, monkeypatch):
         find_files(tmp_path, (".png",))
 
 
-def test_what_another_encoder_began_is_not_gone_on_with(prepared_imagenet, monkeypatch):
-    """The same files are to give the same bytes in all shards."""
-    options, _ = prepared_imagenet
-    manifest = Path(options.out) / "manifest.json"
-    content = manifest.read_bytes()
+def test_what_another_encoder_began_is_not_gone_on_with(imagenet, prepared_imagenet, tmp_path, monkeypatch):
+    """The same files are to give the same bytes in all shards. What is whole is opened by any."""
+    options, prepared = prepared_imagenet
+    out = tmp_path / "out"
+    shutil.copytree(options.out, out)
     monkeypatch.setattr("ulx.data.imagenet.image_encoder", lambda: "Pillow 0")
-    with pytest.raises(ValueError, match=r"another preparation \(encoder 'Pillow [\d.]+' -> 'Pillow 0'\)"):
+    options = replace(options, out=str(out))
+    assert prepare(options).dataset.fingerprint == prepared.dataset.fingerprint
+    (out / "manifest.json").unlink()
+    kept = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(
+        ValueError, match=r"was begun with Pillow [\d.]+, and this is Pillow 0, .* install that to go on"
+    ):
         prepare(options)
-    assert manifest.read_bytes() == content
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == kept
+    recipe = json.loads((out / "recipe.json").read_text())
+    del recipe["encoder"]  # as it was written once
+    (out / "recipe.json").write_text(json.dumps(recipe))
+    assert prepare(options).dataset.fingerprint == prepared.dataset.fingerprint
+
+
+def test_a_fault_of_the_machine_is_not_the_image_s(imagenet, tmp_path, monkeypatch):
+    """It ends the preparation, which can be given again; nothing is put down as damaged."""
+    _, files, broken = imagenet
+    root = tmp_path / "images"
+    write_folders(root, {name: content for name, content in files.items() if name not in broken})
+    options = ImageNet(str(root), str(tmp_path / "out"), resolution=32)
+    whole = Path.read_bytes
+    for number in (errno.EMFILE, errno.ENOENT):
+
+        def read_bytes(path, number=number):
+            if path.suffix == ".JPEG":
+                raise OSError(number, os.strerror(number), str(path))
+            return whole(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_bytes", read_bytes)
+            with pytest.raises(OSError, match=r"Too many open files|No such file"):
+                prepare(options)
+    assert prepare(options).refused == ()
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,8 @@ class Recipe:
     make: Callable[[Sequence[str]], Iterator[Made]]
     example_bytes: int
     unit: str = "images"
+    encoder: str | None = None
+    """Who compresses, and the version, where all shards are to be of one: what is made already is good as it is."""
     attribution: str = ""
 
     def __post_init__(self) -> None:
@@ -237,8 +239,14 @@ def _build(recipe: Recipe, directory: Path, manifest: dict[str, Any] | None, tog
         directory.mkdir(parents=True, exist_ok=True)
         remove_left(directory)
         _check_recipe(recipe, directory)
-        if not (directory / RECIPE).exists():
-            _write_json(directory / RECIPE, recipe.described)
+        saved = _read_json(directory / RECIPE)
+        if saved is None:
+            _write_json(directory / RECIPE, recipe.described | {"encoder": recipe.encoder})
+        elif None not in (saved.get("encoder"), recipe.encoder) and saved["encoder"] != recipe.encoder:
+            raise ValueError(
+                f"{directory} was begun with {saved['encoder']}, and this is {recipe.encoder}, whose bytes may differ: "
+                "install that to go on, or choose another folder"
+            )
     known = {shard["file"]: shard for shard in manifest["shards"]} if manifest else {}
     plan = _plan(recipe)
     mine = share(list(plan)) if together else list(plan)

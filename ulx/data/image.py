@@ -52,7 +52,8 @@ def find_files(root: Path, suffixes: tuple[str, ...]) -> list[str]:
             subfolders.clear()
             continue
         seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        # A disk has a folder for what its repair finds, which nobody else may list.
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name != "lost+found")
         found += [
             Path(folder, name).relative_to(root).as_posix()
             for name in files

@@ -7,6 +7,7 @@
 Classes are WordNet ids, numbered in their order. An image has the same name in both, `train/n01440764/….JPEG`.
 """
 
+import errno
 import io
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -64,7 +65,9 @@ def recipe(root: Path, resolution: int, codec: ImageCodec, workers: int | None =
     def load(name: str) -> tuple[dict[str, np.ndarray], str | None]:
         try:
             content = found.read(name)
-        except OSError as error:  # a link to nothing, a file of somebody else's, a bad block
+        except OSError as error:
+            if not _is_of_the_file(root / name, error):
+                raise
             raise UnreadableError(reason_of(root / name, error)) from error
         image, smaller = read_image(content, resolution)
         return {codec: encode_image(image, codec)}, f"smaller than {resolution} pixels" if smaller else None
@@ -73,11 +76,20 @@ def recipe(root: Path, resolution: int, codec: ImageCodec, workers: int | None =
         name="imagenet",
         resolution=resolution,
         class_names=found.class_names,
-        settings={"preparation": PREPARATION, "codec": codec, "encoder": image_encoder(), "files": found.stamp},
+        settings={"preparation": PREPARATION, "codec": codec, "files": found.stamp},
+        encoder=image_encoder(),
         items=lambda: (found.train, found.validation),
         make=each(load, workers),
         example_bytes=resolution**2,  # of about 8 bits a pixel when compressed
     )
+
+
+def _is_of_the_file(path: Path, error: OSError) -> bool:
+    """Whether it is this file that ails, and always will: a link to nothing or to itself, a file of somebody else's, a
+    bad block. That a file has gone, or that no more may be opened, is not to be taken for an answer."""
+    if error.errno == errno.ENOENT:
+        return path.is_symlink()
+    return error.errno in (errno.EACCES, errno.EPERM, errno.ELOOP, errno.EIO)
 
 
 def _of_folders(root: Path) -> Images:

@@ -121,10 +121,10 @@ def recipe(
         settings={
             "preparation": PREPARATION,
             "crf": crf,
-            "encoder": video_encoder(),
             "at_least": at_least,
             "files": digest_of(facts(item) for item in (*train, *validation)),
         },
+        encoder=video_encoder(),
         items=lambda: (train, validation),
         make=each(load, workers),
         example_bytes=VIDEO_BYTES * resolution**2,

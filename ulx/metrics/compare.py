@@ -216,12 +216,14 @@ def _measured(
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this code runs from, "-dirty" where it was changed; None where it is in none."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    """The commit of the checkout that this code runs from, "-dirty" where the code was changed; None where it is in
+    none."""
+    git = ["git", "-C", str(Path(__file__).parents[1])]
     try:
         # A repository that ulx is merely installed inside of does not track this file.
-        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], check=True, capture_output=True)
-        describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(describe, check=True, capture_output=True, text=True).stdout.strip()
+        subprocess.run([*git, "ls-files", "--error-unmatch", "metrics/compare.py"], check=True, capture_output=True)
+        ask = lambda *what: subprocess.run([*git, *what], check=True, capture_output=True, text=True).stdout  # noqa: E731
+        changed = ask("status", "--porcelain", "--untracked-files=no", "--", ".", ":/experiments", ":/benchmarks/*.py")
+        return ask("rev-parse", "HEAD").strip() + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
