@@ -18,10 +18,11 @@ is one more method: the same base model on its latents, as `ulx.proxy` trains on
 and anew for each sampler; what its own training cost is not known, so that it has no place in the second plot. Every
 run is one of the main job, resumed if interrupted (a tokenizer's base model begins anew), and not run again once it is
 in the results file. The distance is `fd_efflite0`, or FID with `--inception-weights`. Leaves
-benchmarks/results/compute_vs_fid.jsonl, a table and a plot.
+benchmarks/results/compute_vs_fid.jsonl, a table, a plot and, of runs that are there, samples.
 """
 
 import dataclasses
+import json
 import re
 import statistics
 import sys
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 Method = Literal["unified", "kl-autoencoder", "pixels"]
 Sampler = Literal["dpmpp_2m", "ancestral", "euler"]
 """Those of one call a step."""
+SHOWN = 12
+"""Samples of each method in the picture."""
 LINES = {"dpmpp_2m": "-", "ancestral": "--", "euler": ":"}
 """Of the samplers in the plot."""
 
@@ -279,6 +282,39 @@ def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     plt.close(figure)
 
 
+def pictures(found: dict[str, list[dict[str, Any]]], settings: Settings, path: Path) -> None:
+    """Samples of the longest training of each method, of the first seed and by the last sampler, as far as their runs
+    are there."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    from ulx.evaluation import Evaluation
+
+    rows: dict[str, np.ndarray] = {}
+    for method, shown in found.items():
+        longest = max((p for p in shown if p["seed"] == settings.seeds[0]), key=lambda p: p["base_steps"])
+        run = Path(settings.runs) / longest["config"]["name"]
+        if (run / "evaluation" / "pictures.npz").exists():
+            together = compute(longest)[1]
+            of_all = "" if together is None else f"\n{together / 1e12:.3g} TFLOPs in all"
+            samples = Evaluation.load(run / "evaluation").pictures["base_samples"][:SHOWN]
+            rows[f"{method}\n{longest['base_steps']} steps{of_all}"] = np.concatenate(list(samples), axis=1)
+            credit = json.loads((run / "dataset.json").read_text())["attribution"]
+            (path.parent / "ATTRIBUTION.txt").write_text(credit + "\n", encoding="utf-8")
+    if not rows:
+        return
+    figure, axes = plt.subplots(len(rows), 1, figsize=(SHOWN * 0.8 + 1.2, len(rows) * 0.85), layout="constrained")
+    for axis, (name, row) in zip(np.atleast_1d(axes), rows.items(), strict=True):
+        axis.imshow(row, interpolation="nearest")
+        axis.set(xticks=[], yticks=[])
+        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def measured(settings: Settings, file: Path) -> Iterator[dict[str, list[dict[str, Any]]]]:
     found: dict[str, list[dict[str, Any]]] = {}
 
@@ -320,6 +356,7 @@ def write(found: dict[str, list[dict[str, Any]]], settings: Settings, file: Path
         f"{points.machines(point for of in found.values() for point in of)}.\n\n{table(found)}\n"
     )
     plot(found, file.with_suffix(".png"))
+    pictures(found, settings, file.with_name(f"{file.stem}_samples.png"))
 
 
 def main() -> None:

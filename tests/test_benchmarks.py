@@ -16,6 +16,8 @@ import costs
 import equinox as eqx
 import jax
 import latent_shape
+import matplotlib.pyplot as plt
+import numpy as np
 import points
 import pytest
 import sampling
@@ -195,6 +197,22 @@ def test_each_run_is_evaluated_by_each_sampler(command):
     page = results.with_suffix(".md").read_text()
     assert (page.count("| dpmpp_2m |"), page.count("| ancestral |")) == (4, 4)
     assert command("compute_vs_fid", *options)[0] == []
+
+
+def test_samples_are_shown_of_the_runs_that_are_there(command, tmp_path):
+    options = ("--methods", "unified", "pixels", "--lengths", "0.5", "1", "--samplers", "euler", "--more")
+    asked, results = command("compute_vs_fid", *options)
+    picture = results.with_name("compute_vs_fid_smoke_samples.png")
+    assert not picture.exists()
+    longest = {config.variant: config for config in sorted(asked, key=lambda config: config.train_base.steps)}
+    images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), dtype=np.uint8)
+    for shown, config in enumerate(longest.values()):
+        evaluation.Evaluation({}, {"base_samples": images}).save(config.path / "evaluation")
+        (config.path / "dataset.json").write_text(json.dumps({"attribution": "drawn at random"}))
+        assert command("compute_vs_fid", *options)[0] == []
+        height = plt.imread(picture).shape[0]
+        assert height == pytest.approx(150 * 0.85 * (1 + shown), abs=2)
+        assert (results.parent / "ATTRIBUTION.txt").read_text() == "drawn at random\n"
 
 
 def test_any_tokenizer_has_a_row_beside_the_methods(command, small_dataset, tmp_path, monkeypatch):
