@@ -72,7 +72,7 @@ class Recipe:
     make: Callable[[Sequence[str]], Iterator[Made]]
     example_bytes: int
     unit: str = "images"
-    encoder: str | None = None
+    compressed_by: str | None = None
     """Who compresses, and the version, where all shards are to be of one: what is made already is good as it is."""
     attribution: str = ""
 
@@ -239,13 +239,13 @@ def _build(recipe: Recipe, directory: Path, manifest: dict[str, Any] | None, tog
         directory.mkdir(parents=True, exist_ok=True)
         remove_left(directory)
         _check_recipe(recipe, directory)
-        saved = _read_json(directory / RECIPE)
+        saved, by = _read_json(directory / RECIPE), recipe.compressed_by
         if saved is None:
-            _write_json(directory / RECIPE, recipe.described | {"encoder": recipe.encoder})
-        elif None not in (saved.get("encoder"), recipe.encoder) and saved["encoder"] != recipe.encoder:
+            _write_json(directory / RECIPE, recipe.described | {"compressed_by": by})
+        elif (before := saved.get("compressed_by")) and by and before != by:
             raise ValueError(
-                f"{directory} was begun with {saved['encoder']}, and this is {recipe.encoder}, whose bytes may differ: "
-                "install that to go on, or choose another folder"
+                f"{directory} was begun with {before}, and this is {by}, whose bytes may differ: install that to go on, "
+                "or choose another folder"
             )
     known = {shard["file"]: shard for shard in manifest["shards"]} if manifest else {}
     plan = _plan(recipe)

@@ -124,7 +124,7 @@ def recipe(
             "at_least": at_least,
             "files": digest_of(facts(item) for item in (*train, *validation)),
         },
-        encoder=video_encoder(),
+        compressed_by=video_encoder(),
         items=lambda: (train, validation),
         make=each(load, workers),
         example_bytes=VIDEO_BYTES * resolution**2,
