@@ -244,8 +244,8 @@ def _build(recipe: Recipe, directory: Path, manifest: dict[str, Any] | None, tog
             _write_json(directory / RECIPE, recipe.described | {"compressed_by": by})
         elif (before := saved.get("compressed_by")) and by and before != by:
             raise ValueError(
-                f"{directory} was begun with {before}, and this is {by}, whose bytes may differ: install that to go on, "
-                "or choose another folder"
+                f"{directory} was begun with {before}, and this is {by}, whose bytes may differ: install that to go "
+                "on, or choose another folder"
             )
     known = {shard["file"]: shard for shard in manifest["shards"]} if manifest else {}
     plan = _plan(recipe)
