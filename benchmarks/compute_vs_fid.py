@@ -299,18 +299,19 @@ def pictures(found: dict[str, list[dict[str, Any]]], settings: Settings, path: P
         run = Path(settings.runs) / longest["config"]["name"]
         if (run / "evaluation" / "pictures.npz").exists():
             together = compute(longest)[1]
-            of_all = "" if together is None else f"\n{together / 1e12:.3g} TFLOPs in all"
+            of_all = "" if together is None else f", {together / 1e12:.3g} TFLOPs in all"
             samples = Evaluation.load(run / "evaluation").pictures["base_samples"][:SHOWN]
-            rows[f"{method}\n{longest['base_steps']} steps{of_all}"] = np.concatenate(list(samples), axis=1)
+            name = f"{method}, {longest['base_steps']} steps of the base model{of_all}"
+            rows[name] = np.concatenate(list(samples), axis=1)
             credit = json.loads((run / "dataset.json").read_text())["attribution"]
             (path.parent / "ATTRIBUTION.txt").write_text(credit + "\n", encoding="utf-8")
     if not rows:
         return
-    figure, axes = plt.subplots(len(rows), 1, figsize=(SHOWN * 0.8 + 1.2, len(rows) * 0.85), layout="constrained")
+    figure, axes = plt.subplots(len(rows), 1, figsize=(SHOWN * 0.8, len(rows) * 1.05), layout="constrained")
     for axis, (name, row) in zip(np.atleast_1d(axes), rows.items(), strict=True):
         axis.imshow(row, interpolation="nearest")
         axis.set(xticks=[], yticks=[])
-        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+        axis.set_title(name, loc="left", fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -211,7 +211,7 @@ def test_samples_are_shown_of_the_runs_that_are_there(command, tmp_path):
         (config.path / "dataset.json").write_text(json.dumps({"attribution": "drawn at random"}))
         assert command("compute_vs_fid", *options)[0] == []
         height = plt.imread(picture).shape[0]
-        assert height == pytest.approx(150 * 0.85 * (1 + shown), abs=2)
+        assert height == pytest.approx(150 * 1.05 * (1 + shown), abs=2)
         assert (results.parent / "ATTRIBUTION.txt").read_text() == "drawn at random\n"
 
 
