@@ -241,6 +241,14 @@ def test_slower_compiling_elsewhere_is_no_hang(tmp_path, monkeypatch):
     assert ended == []
 
 
+def test_what_hangs_after_a_step_is_a_hang(tmp_path, monkeypatch):
+    """As what asks a device does, which the step under way keeps: another process has stopped."""
+    ended = []
+    monkeypatch.setattr(Watchdog, "_give_up", lambda self, what: ended.append(what))
+    trained(tmp_path, steps=3, hang_minutes=1 / 60, on_log=lambda step, metrics: time.sleep(3 * (step == 3)))
+    assert set(ended) == {"step 3 of toy"}
+
+
 def test_a_corrupt_record_is_named_and_the_state_saved(quiet, tmp_path):
     """It is damaged while the training runs; mended by the command that prepared it."""
     records, folder = prepared(tmp_path / "data"), tmp_path / "training"

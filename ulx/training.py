@@ -346,8 +346,14 @@ def fit(
             return
         (at, metrics), unseen = unseen, None
         watchdog.expect(f"step {at} of {name}")
-        host = jax.device_get(metrics)
-        watchdog.rest()
+        try:
+            judge(at, jax.device_get(metrics))
+        finally:
+            watchdog.rest()
+
+    def judge(at: int, host: dict[str, Any]) -> None:
+        """What a step came to, once it is on the host, and for the log. Watched too: whoever asks a device for anything
+        here waits for the step that is under way."""
         norms = host.pop(NORMS)
         values = {name: float(value) for name, value in host.items()}
         try:
@@ -356,7 +362,7 @@ def fit(
         except SpikeError as error:
             if guard.may_go_back and checkpoints.has_before(error.step):
                 raise
-            warnings.warn(str(error), stacklevel=2)
+            warnings.warn(str(error), stacklevel=3)
         losses.append(values["loss"])
         if guard.skipped:
             values["skipped"] = guard.skipped
