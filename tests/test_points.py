@@ -103,9 +103,10 @@ def test_the_committed_points_are_those_that_the_benchmarks_ask_for():
     at_64 = compute_vs_fid.Settings(preset="tiny64", lengths=(0.25, 0.5, 1.0))
     known = points.read(points.RESULTS / "compute_vs_fid_tiny64.jsonl")
     of_64 = [config for method in at_64.methods for config in compute_vs_fid.configs_of(method, 0, at_64)]
-    longest = [points.find(known, compute_vs_fid.configs_of(method, 0, at_64)[-1]) for method in ("pixels", "unified")]
-    assert None not in longest
-    of_64.append(compute_vs_fid.of_equal_total(*longest, 0, at_64))
+    pixels, unified = (points.find(known, compute_vs_fid.configs_of(m, 0, at_64)[-1]) for m in ("pixels", "unified"))
+    assert pixels is not None
+    assert unified is not None
+    of_64.append(compute_vs_fid.of_equal_total(pixels, unified, 0, at_64))
     of_64 += [compute_vs_fid.with_more_bits(times, 0, at_64) for times in at_64.more]
     assert all(points.find(known, each) for config in of_64 for each in compute_vs_fid.by_samplers(config, at_64))
     factors = loss_factor.Settings()
