@@ -219,7 +219,8 @@ def train_stage(
 
 
 def check_trainable(config: Config) -> None:
-    """Raises ValueError for settings that fit no data, by which a run of before may have been trained all the same."""
+    """Raises ValueError for settings by which stage 2 would see less of the data than there is. They are no fault of a
+    run that was trained by them before, which can be read."""
     of_files = config.data.clips and config.data.source in ("folder", "prepared")
     if of_files and config.cache_latents and "stage2" in config.stages:
         raise ValueError(
